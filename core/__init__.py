@@ -1,0 +1,1 @@
+"""The engine: batch descriptor, metadata buffers, reference, kernels, fast copy and replay plans. Knows no engine."""

@@ -1,0 +1,115 @@
+"""The two functions of the engine, and how an implementation is chosen and bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+
+from nsa_plugin.core import reference, triton_impl
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.errors import reject
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_values
+
+Impl = Literal["auto", "reference", "triton"]
+BoundPrecompute = Callable[[BatchDescriptor], None]
+"""Writes the metadata of a batch into the buffers that it was bound to."""
+BoundCopy = Callable[[], None]
+"""Copies between the buffers that it was bound to."""
+
+
+def precompute(
+    batch: BatchDescriptor,
+    geometry: Geometry,
+    *,
+    impl: Impl = "auto",
+    out: PrecomputedMetadata | None = None,
+    checked: bool = False,
+) -> PrecomputedMetadata:
+    """Compute the metadata of `batch` once, for all of its steps.
+
+    Parameters
+    ----------
+    batch : BatchDescriptor
+    geometry : Geometry
+    impl : "auto", "reference" or "triton"
+        "auto" is Triton on a CUDA device and the plain torch reference elsewhere. All give equal live entries.
+    out : PrecomputedMetadata, optional
+        Buffers to write into; fresh ones are made without it. Entries that are not live keep their values.
+    checked : bool
+        Also check every length and request index, which reads them on the host (a sync on a GPU).
+
+    Returns
+    -------
+    PrecomputedMetadata
+        `out`, or fresh buffers.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        A field has a wrong dtype, shape, device, stride or value. Nothing was written.
+    UnavailableError
+        `impl` can't run here.
+    """
+    check_batch(batch, geometry)
+    if out is None:
+        out = PrecomputedMetadata.allocate(batch, geometry)
+    else:
+        out = PrecomputedMetadata(out.steps, batch, geometry)
+        check_buffers(out, batch, geometry)
+    if checked:
+        check_values(batch, geometry)
+    bind_precompute(batch, out, impl=impl)(batch)
+    return out
+
+
+def fast_copy(precomputed: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto") -> None:
+    """Copy precomputed metadata to any number of consumers' buffers (one launch with Triton).
+
+    Parameters
+    ----------
+    precomputed : PrecomputedMetadata
+        Destination i gets `precomputed.step(i)`.
+    destinations : sequence of StepMetadata
+        Where the source has several steps, one for each. Buffers may be larger than the source's; derived planes that
+        a destination names must be in the source, with equal shape and dtype.
+    impl : as in `precompute`
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        A destination can't hold the metadata. Nothing was written.
+    UnavailableError
+        `impl` can't run here.
+    """
+    check_destinations(precomputed, destinations)
+    bind_copy(precomputed, destinations, impl=impl)()
+
+
+def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata, *, impl: Impl = "auto") -> BoundPrecompute:
+    """Bind `impl` to the (checked) buffers `out`, for batches of the mode and size of `batch`."""
+    if resolve_impl(impl, batch.seq_lens.device) == "triton":
+        return triton_impl.bind_precompute(batch, out)
+    return lambda live: reference.precompute(live, out)
+
+
+def bind_copy(
+    source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto"
+) -> BoundCopy:
+    """Bind `impl` to the (checked) buffers of `source` and `destinations`."""
+    if resolve_impl(impl, source.batch.seq_lens.device) == "triton":
+        return triton_impl.bind_copy(source, destinations)
+    return lambda: reference.fast_copy(source, destinations)
+
+
+def resolve_impl(impl: Impl, device: torch.device) -> Literal["reference", "triton"]:
+    """What `impl` means on `device`; raises `UnavailableError` if it can't be had."""
+    if impl not in get_args(Impl):
+        reject("impl", " or ".join(map(repr, get_args(Impl))), repr(impl))
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and not triton_impl.is_available(device) else "reference"
+    if impl == "triton":
+        triton_impl.require(device)
+    return impl

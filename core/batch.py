@@ -1,0 +1,153 @@
+"""What a batch is, whichever engine it comes from: `BatchDescriptor`, its slot sources, and `Geometry`."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+
+class ForwardMode(enum.Enum):
+    """The three forward passes of a speculative round that need sparse-attention metadata."""
+
+    DECODE = "decode"
+    """One query row per request: a draft step (or plain decoding)."""
+    TARGET_VERIFY = "target_verify"
+    """`draft_tokens` query rows per request, appended to the sequence: row j sees `seq_len + j + 1` tokens."""
+    DRAFT_EXTEND = "draft_extend"
+    """The last rows of a sequence that already includes them: row j of q sees `seq_len - q + j + 1` tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Where KV slots are when every token has its own entry (sglang).
+
+    Parameters
+    ----------
+    req_to_token : int32 or int64 tensor [num_requests, >= Geometry.table_width], any strides
+        Slot of token t of pooled request r.
+    req_pool_indices : int32 or int64 tensor [>= batch_size], any stride
+        Row of `req_to_token` of each request of the batch.
+    """
+
+    req_to_token: torch.Tensor
+    req_pool_indices: torch.Tensor
+
+    def lookup(self, batch_size: int, columns: torch.Tensor) -> torch.Tensor:
+        """Slots of the token positions `columns` [c] of the first `batch_size` requests: int32 [batch_size, c]."""
+        rows = self.req_pool_indices[:batch_size].long()
+        return self.req_to_token[rows[:, None], columns[None, :]].to(torch.int32)
+
+    def width(self) -> int:
+        """Number of token positions that a row of the table can name."""
+        return self.req_to_token.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTable:
+    """Where KV slots are when the cache is handed out in blocks (vLLM).
+
+    Parameters
+    ----------
+    block_table : int32 or int64 tensor [>= batch_size, max_blocks], any strides
+        Block that holds tokens `[i * block_size, (i + 1) * block_size)` of each request.
+    block_size : int
+        Tokens per block.
+    """
+
+    block_table: torch.Tensor
+    block_size: int
+
+    def lookup(self, batch_size: int, columns: torch.Tensor) -> torch.Tensor:
+        """Slots of the token positions `columns` [c] of the first `batch_size` requests: int32 [batch_size, c]."""
+        blocks = self.block_table[:batch_size, columns // self.block_size]
+        return (blocks * self.block_size + columns % self.block_size).to(torch.int32)
+
+    def width(self) -> int:
+        """Number of token positions that a row of the table can name."""
+        return self.block_table.shape[1] * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDescriptor:
+    """One batch, as the metadata engine sees it. Tensors are held by reference; nothing is copied.
+
+    Parameters
+    ----------
+    mode : ForwardMode
+    batch_size : int >= 0
+        Requests, padding included. Per-request tensors may be longer: their first `batch_size` entries count.
+    seq_lens : int32 or int64 tensor [>= batch_size], any stride
+        Tokens in the KV cache. TARGET_VERIFY: without the draft tokens. DRAFT_EXTEND: with them.
+    slots : TokenTable or BlockTable
+    num_steps : int >= 1
+        Consumers of this metadata: draft steps in DECODE, else 1.
+    step_offsets : tuple of num_steps ints >= 0, or ()
+        Added to `seq_lens` for each step; () means 0 for all (sglang). vLLM's step i adds i.
+    draft_tokens : int >= 1
+        Query rows per request in TARGET_VERIFY and DRAFT_EXTEND (there the most that one request can have).
+    extend_lens : int32 or int64 tensor [>= batch_size], or None
+        DRAFT_EXTEND only: query rows of each request, 0 to `draft_tokens`, laid out one after another.
+        None means `draft_tokens` for every request (the static width).
+    """
+
+    mode: ForwardMode
+    batch_size: int
+    seq_lens: torch.Tensor
+    slots: TokenTable | BlockTable
+    num_steps: int = 1
+    step_offsets: tuple[int, ...] = ()
+    draft_tokens: int = 1
+    extend_lens: torch.Tensor | None = None
+
+    @property
+    def rows_per_request(self) -> int:
+        """Query rows that each request has (at most, if `extend_lens` is given)."""
+        return 1 if self.mode is ForwardMode.DECODE else self.draft_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the expanded planes need: `batch_size * rows_per_request`."""
+        return self.batch_size * self.rows_per_request
+
+    @property
+    def added_tokens(self) -> int:
+        """What the mode adds to `seq_lens` to get the tokens that a request's rows may see."""
+        return self.draft_tokens if self.mode is ForwardMode.TARGET_VERIFY else 0
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """One length offset per set of planes: a single one where all steps see the same lengths."""
+        offsets = self.step_offsets or (0,)
+        return offsets if len(set(offsets)) > 1 else offsets[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Constants of the model and its cache.
+
+    Parameters
+    ----------
+    index_topk : int
+        Tokens that sparse attention keeps per query row.
+    page_size : int
+        Tokens per page of the real page table; 1 makes it the same table as `page_table_1`.
+    table_width : int
+        Token positions per row of `page_table_1`.
+    num_sms : int
+        Streaming multiprocessors to spread the work over.
+    wide_page_table : bool
+        Whether anything reads `page_table_1`; without it only the real page table is written.
+    """
+
+    index_topk: int
+    page_size: int
+    table_width: int
+    num_sms: int = 132
+    wide_page_table: bool = True
+
+    @property
+    def real_width(self) -> int:
+        """Pages per row of the real page table."""
+        return -(-self.table_width // self.page_size)

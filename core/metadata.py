@@ -1,0 +1,163 @@
+"""The result: `StepMetadata` (one consumer's buffers) and `PrecomputedMetadata` (the planes of all steps)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetadata:
+    """One consumer's metadata, as views of its buffers (all int32, any strides).
+
+    With bs requests and R = bs * rows_per_request rows. Only live entries are defined: of each page-table row
+    the columns below its request's cache length, of ragged batches the rows that exist. Tails may be stale.
+
+    Attributes
+    ----------
+    cache_seqlens : [>= bs]
+        Tokens each request's rows may see.
+    cu_seqlens_k : [>= bs + 1]
+        0, then the running sum of `cache_seqlens`.
+    seqlens_expanded : [>= R]
+        Tokens each row sees, never negative. In DECODE it may be `cache_seqlens` itself.
+    nsa_cache_seqlens : [>= R]
+        min(seqlens_expanded, index_topk).
+    nsa_cu_seqlens_k : [>= R + 1]
+        0, then the running sum of `nsa_cache_seqlens`.
+    page_table_1 : [>= R, >= table_width] or None
+        KV slot of each token.
+    real_page_table : [>= R, >= ceil(table_width / page_size)]
+        KV page of each page of tokens; with page size 1 `page_table_1` itself.
+    derived : mapping of name to contiguous tensor of 4-byte elements
+        Planes that an engine's own functions compute from the others (schedules, plans): copied whole.
+    """
+
+    cache_seqlens: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    seqlens_expanded: torch.Tensor
+    nsa_cache_seqlens: torch.Tensor
+    nsa_cu_seqlens_k: torch.Tensor
+    page_table_1: torch.Tensor | None
+    real_page_table: torch.Tensor
+    derived: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+VECTORS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
+"""The one-dimensional fields of `StepMetadata`."""
+TABLES = ("page_table_1", "real_page_table")
+"""The page tables of `StepMetadata`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrecomputedMetadata:
+    """The metadata of one batch for all of its steps.
+
+    Attributes
+    ----------
+    steps : tuple of StepMetadata
+        One per step, or a single one where all steps see the same lengths. All share the same page tables.
+    batch : BatchDescriptor
+        The batch that the buffers were laid out for (its mode and sizes say which entries are live).
+    geometry : Geometry
+    """
+
+    steps: tuple[StepMetadata, ...]
+    batch: BatchDescriptor
+    geometry: Geometry
+
+    @classmethod
+    def allocate(cls, batch: BatchDescriptor, geometry: Geometry) -> PrecomputedMetadata:
+        """Make fresh buffers, zeroed, on the batch's device."""
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=batch.seq_lens.device)
+
+        bs, rows = batch.batch_size, batch.num_rows
+        wide = new(rows, geometry.table_width) if geometry.wide_page_table or geometry.page_size == 1 else None
+        real = wide if wide is not None and geometry.page_size == 1 else new(rows, geometry.real_width)
+        steps = []
+        for _ in batch.offsets:
+            cache_seqlens = new(bs)
+            expanded = cache_seqlens if batch.rows_per_request == 1 and batch.extend_lens is None else new(rows)
+            steps.append(
+                StepMetadata(
+                    cache_seqlens=cache_seqlens,
+                    cu_seqlens_k=new(bs + 1),
+                    seqlens_expanded=expanded,
+                    nsa_cache_seqlens=new(rows),
+                    nsa_cu_seqlens_k=new(rows + 1),
+                    page_table_1=wide,
+                    real_page_table=real,
+                )
+            )
+        return cls(tuple(steps), batch, geometry)
+
+    def step(self, index: int) -> StepMetadata:
+        """Metadata of draft step `index`."""
+        return self.steps[index if len(self.steps) > 1 else 0]
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        """The fields of step 0 under their own names."""
+        if name in VECTORS or name in TABLES:
+            value: torch.Tensor | None = getattr(self.steps[0], name)
+            return value
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+
+def same_buffer(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are views that start at the same element."""
+    return a is b or (a.device == b.device and a.data_ptr() == b.data_ptr() and a.numel() > 0)
+
+
+def live_rows(batch: BatchDescriptor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How query rows belong to requests.
+
+    Returns four tensors [batch.num_rows] on the batch's device, without a host sync: the request of each row, its
+    position in the request, the rows that this request has, and whether the row exists at all.
+    """
+    device = batch.seq_lens.device
+    row = torch.arange(batch.num_rows, device=device)
+    if batch.extend_lens is None:
+        width = batch.rows_per_request
+        return row // width, row % width, torch.full_like(row, width), torch.ones_like(row, dtype=torch.bool)
+    counts = batch.extend_lens[: batch.batch_size].long()
+    ends = counts.cumsum(0)
+    request = torch.searchsorted(ends, row, right=True).clamp_(max=max(batch.batch_size - 1, 0))
+    count = counts[request]
+    return request, row - (ends[request] - count), count, row < counts.sum()
+
+
+def live_entries(
+    precomputed: PrecomputedMetadata, step: StepMetadata, index: int = 0
+) -> dict[str, torch.Tensor]:
+    """The defined entries of `step`, laid out as `precomputed` is, with everything undefined set to -1.
+
+    Two sets of metadata are equal where these tensors are. The lengths that say what is live are those of
+    `precomputed.step(index)`.
+    """
+    batch, geometry = precomputed.batch, precomputed.geometry
+    bs, rows = batch.batch_size, batch.num_rows
+    request, _, _, exists = live_rows(batch)
+    sizes = dict(zip(VECTORS, (bs, bs + 1, rows, rows, rows + 1), strict=True))
+    live: dict[str, torch.Tensor] = {}
+    for name, size in sizes.items():
+        values = getattr(step, name)[:size].clone()
+        if name in ("seqlens_expanded", "nsa_cache_seqlens"):
+            values[~exists] = -1
+        elif name == "nsa_cu_seqlens_k":
+            values[1:][~exists] = -1
+        live[name] = values
+    lengths = precomputed.step(index).cache_seqlens[:bs].long()[request]
+    for name, width, unit in (("page_table_1", geometry.table_width, 1), ("real_page_table", geometry.real_width, geometry.page_size)):
+        table = getattr(step, name)
+        if table is None:
+            continue
+        columns = torch.arange(width, device=table.device) * unit
+        dead = (columns[None, :] >= lengths[:, None]) | ~exists[:, None]
+        live[name] = table[:rows, :width].masked_fill(dead, -1)
+    return live

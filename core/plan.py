@@ -1,0 +1,103 @@
+"""`ReplayPlan`: everything bound at capture, so that a replay only runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+from nsa_plugin.core import api
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.errors import reject
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations
+
+PlanStrategy = Literal["copy", "share"]
+
+
+class BindPrecompute(Protocol):
+    """Binds a precompute implementation to buffers."""
+
+    def __call__(self, batch: BatchDescriptor, out: PrecomputedMetadata) -> api.BoundPrecompute: ...
+
+
+class BindCopy(Protocol):
+    """Binds a copy implementation to buffers."""
+
+    def __call__(self, source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> api.BoundCopy: ...
+
+
+class ReplayPlan:
+    """Prepares the metadata of every replay of one captured shape.
+
+    Parameters
+    ----------
+    batch : BatchDescriptor
+        A batch of the captured mode and (padded) size; its tensors are only looked at for validation.
+    geometry : Geometry
+    consumers : sequence of StepMetadata
+        The buffers that captured kernels read, one set per step.
+        `copy`: each has its own; the metadata is computed into the first and copied to the others.
+        `share`: computed in place. Steps of equal lengths all read `consumers[0]`; others share the page tables.
+    strategy : "copy" or "share"
+    derive : callable, optional
+        Computes the derived planes of `consumers[0]` after the rest of it is there (an engine's own functions).
+    bind_precompute, bind_copy : optional
+        Implementations other than the built-in ones.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        From the constructor, if anything does not fit.
+    """
+
+    def __init__(
+        self,
+        batch: BatchDescriptor,
+        geometry: Geometry,
+        consumers: Sequence[StepMetadata],
+        *,
+        strategy: PlanStrategy,
+        derive: Callable[[], None] | None = None,
+        bind_precompute: BindPrecompute = api.bind_precompute,
+        bind_copy: BindCopy = api.bind_copy,
+    ) -> None:
+        if strategy not in ("copy", "share"):
+            reject("strategy", "'copy' or 'share'", repr(strategy))
+        check_batch(batch, geometry)
+        self.strategy = strategy
+        self.mode = batch.mode
+        self.batch_size = batch.batch_size
+        self._derive = derive
+        self._copy: api.BoundCopy | None = None
+        planes = len(batch.offsets)
+        if len(consumers) not in {1, batch.num_steps} or len(consumers) < planes:
+            reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
+        if strategy == "share" or planes == 1:
+            self.metadata = PrecomputedMetadata(tuple(consumers[:planes]), batch, geometry)
+            copies = consumers[1:] if strategy == "copy" else ()
+        else:
+            self.metadata = PrecomputedMetadata.allocate(batch, geometry)
+            copies = consumers
+        check_buffers(self.metadata, batch, geometry)
+        self._precompute = bind_precompute(batch, self.metadata)
+        if copies:
+            check_destinations(self.metadata, copies)
+            self._copy = bind_copy(self.metadata, copies)
+
+    def run(self, batch: BatchDescriptor) -> None:
+        """Write the metadata of `batch` to where the captured kernels read it.
+
+        Allocates nothing and does not sync with the host (`derive` and foreign implementations aside).
+
+        Raises
+        ------
+        InvalidValueError
+            The batch is not of the plan's mode and size.
+        """
+        if batch.batch_size != self.batch_size or batch.mode is not self.mode:
+            reject("batch", f"{self.mode.name} of {self.batch_size} requests", f"{batch.mode.name} of {batch.batch_size}")
+        self._precompute(batch)
+        if self._derive is not None:
+            self._derive()
+        if self._copy is not None:
+            self._copy()

@@ -1,0 +1,127 @@
+"""Binds the Triton kernels to buffers: addresses are written down once, a launch only passes the batch's tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from nsa_plugin.core.batch import BatchDescriptor, TokenTable
+from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+
+TILE = 1024
+"""Columns of a page table that a program handles at a time."""
+BLOCK = 1024
+"""Requests or rows that a program scans at a time."""
+PROGRAMS_PER_SM = 4
+
+
+def is_available(device: torch.device) -> str:
+    """Empty if the kernels can run on tensors of `device`, else why not."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the package triton is not installed"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return f"Triton needs a CUDA device, not {device} (TRITON_INTERPRET=1, set before the first import, interprets on a CPU)"
+
+
+def require(device: torch.device) -> None:
+    """Raise `UnavailableError` unless the kernels can run on tensors of `device`."""
+    if problem := is_available(device):
+        raise UnavailableError(f"impl='triton': {problem}; use impl='reference' or 'auto'")
+
+
+def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> Callable[[BatchDescriptor], None]:
+    """Bind the metadata kernel to the buffers of `out`.
+
+    The returned function takes any batch of the same mode, batch size and kind of slots.
+    """
+    from nsa_plugin.core import triton_kernels as kernels
+
+    geometry = out.geometry
+    records = _records(out.steps, batch.offsets, ())
+    wide, real, aligned = _layout(out.steps)
+    token_table = isinstance(batch.slots, TokenTable)
+    ragged = batch.extend_lens is not None
+    grid = (2 * len(out.steps) + geometry.num_sms * PROGRAMS_PER_SM,)
+    fixed = {
+        "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
+        "TILE": TILE, "BLOCK": BLOCK,
+    }  # fmt: skip
+    batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
+    rows_per_request = batch.rows_per_request
+
+    def launch(batch: BatchDescriptor) -> None:
+        slots, seq_lens = batch.slots, batch.seq_lens
+        extend_lens = seq_lens if batch.extend_lens is None else batch.extend_lens
+        if isinstance(slots, TokenTable):
+            table, pool, block_size = slots.req_to_token, slots.req_pool_indices, 1
+        else:
+            table, pool, block_size = slots.block_table, seq_lens, slots.block_size
+        row_stride, column_stride = table.stride()
+        kernels.metadata_kernel[grid](
+            seq_lens, extend_lens, pool, table, records,
+            seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(out.steps), records.shape[1],
+            batch_size, added, longest, geometry.table_width, geometry.index_topk, rows_per_request,
+            block_size,
+            ALIGNED=aligned and geometry.table_width % 4 == 0 and row_stride % 4 == 0 and column_stride == 1
+            and table.data_ptr() % 16 == 0,
+            **fixed,
+        )  # fmt: skip
+
+    return launch
+
+
+def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> Callable[[], None]:
+    """Bind the copy kernel to the buffers of `source` and of its destinations."""
+    from nsa_plugin.core import triton_kernels as kernels
+
+    batch, geometry = source.batch, source.geometry
+    planes = tuple(destinations[0].derived) if destinations else ()
+    sources = _records(source.steps, batch.offsets, planes)
+    targets = _records(destinations, (0,) * len(destinations), planes)
+    wide, real, aligned = _layout((*source.steps, *destinations))
+    longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens
+    extend_lens = longest if batch.extend_lens is None else batch.extend_lens
+    grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
+
+    def launch() -> None:
+        kernels.copy_kernel[grid](
+            longest, extend_lens, sources, targets,
+            longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
+            batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
+            page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real,
+            ALIGNED=aligned and geometry.table_width % 4 == 0, TILE=TILE, BLOCK=BLOCK,
+        )  # fmt: skip
+
+    return launch
+
+
+def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequence[str]) -> torch.Tensor:
+    """The destination table of the kernels (see triton_kernels): int64 [len(steps), words] on the buffers' device."""
+    rows = []
+    for offset, step in zip(offsets, steps, strict=True):
+        words = [offset]
+        for name in VECTORS:
+            vector: torch.Tensor = getattr(step, name)
+            words += [vector.data_ptr(), vector.stride(0)]
+        for name in TABLES:
+            table: torch.Tensor | None = getattr(step, name)
+            words += [0, 0, 0] if table is None else [table.data_ptr(), *table.stride()]
+        for plane in planes:
+            value = step.derived[plane]
+            words += [value.data_ptr(), value.numel() * value.element_size() // 4]
+        rows.append(words)
+    return torch.tensor(rows, dtype=torch.int64).to(steps[0].cache_seqlens.device)
+
+
+def _layout(steps: Sequence[StepMetadata]) -> tuple[bool, bool, bool]:
+    """Whether there is a wide table, whether there is a real one of its own, whether wide rows are 16-byte words."""
+    tables = [step.page_table_1 for step in steps if step.page_table_1 is not None]
+    real = any(step.page_table_1 is None or not same_buffer(step.page_table_1, step.real_page_table) for step in steps)
+    aligned = all(table.data_ptr() % 16 == 0 and table.stride(0) % 4 == 0 and table.stride(1) == 1 for table in tables)
+    return bool(tables), real, bool(tables) and aligned

@@ -1,0 +1,167 @@
+"""Checks of everything that a caller hands in: once, when buffers are bound; never at replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.errors import InvalidTypeError, reject
+from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
+    """Raise unless `batch` and `geometry` are well formed and fit each other (shapes, dtypes, devices; no values)."""
+    if not isinstance(batch.mode, ForwardMode):
+        reject("mode", "a ForwardMode", repr(batch.mode), error=InvalidTypeError)
+    _at_least("batch_size", batch.batch_size, 0)
+    _at_least("num_steps", batch.num_steps, 1)
+    _at_least("draft_tokens", batch.draft_tokens, 1)
+    for name in ("index_topk", "page_size", "table_width", "num_sms"):
+        _at_least(f"geometry.{name}", getattr(geometry, name), 1)
+    device = batch.seq_lens.device
+    _check_vector("seq_lens", batch.seq_lens, batch.batch_size, device, INTEGERS)
+    _check_steps(batch)
+    _check_slots(batch, geometry, device)
+    if batch.extend_lens is not None:
+        if batch.mode is not ForwardMode.DRAFT_EXTEND:
+            reject("extend_lens", "None outside DRAFT_EXTEND", f"a tensor in {batch.mode.name}")
+        _check_vector("extend_lens", batch.extend_lens, batch.batch_size, device, INTEGERS)
+
+
+def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
+    """Raise unless every length and request index is in range. Reads the tensors on the host: for checked mode."""
+    bs = batch.batch_size
+    if bs == 0:
+        return
+    longest = geometry.table_width - batch.added_tokens - max(batch.offsets)
+    _check_range("seq_lens", batch.seq_lens[:bs], 0, longest, f"table_width {geometry.table_width} less the added tokens")
+    if batch.extend_lens is not None:
+        _check_range("extend_lens", batch.extend_lens[:bs], 0, batch.draft_tokens, "draft_tokens")
+    if isinstance(batch.slots, TokenTable):
+        rows = batch.slots.req_to_token.shape[0] - 1
+        _check_range("req_pool_indices", batch.slots.req_pool_indices[:bs], 0, rows, "rows of req_to_token")
+
+
+def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
+    """Raise unless `out` can hold the metadata of `batch`."""
+    if len(out.steps) != len(batch.offsets):
+        reject("out.steps", f"{len(batch.offsets)} (one per distinct step offset)", len(out.steps))
+    for index, step in enumerate(out.steps):
+        check_step(f"out.steps[{index}]", step, batch, geometry)
+        for name in TABLES:
+            shared, table = getattr(out.steps[0], name), getattr(step, name)
+            if (shared is None) != (table is None) or (table is not None and not same_buffer(shared, table)):
+                if batch.num_rows:
+                    reject(f"out.steps[{index}].{name}", "the buffer of step 0", "another one", fix="all steps share their page tables")
+
+
+def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
+    """Raise unless the buffers of `step` can hold the metadata of one step of `batch`."""
+    bs, rows = batch.batch_size, batch.num_rows
+    device = batch.seq_lens.device
+    for vector, size in zip(VECTORS, (bs, bs + 1, rows, rows, rows + 1), strict=True):
+        _check_vector(f"{name}.{vector}", getattr(step, vector), size, device, (torch.int32,))
+    for table, width in zip(TABLES, (geometry.table_width, geometry.real_width), strict=True):
+        value = getattr(step, table)
+        if value is None and table == "page_table_1" and geometry.page_size > 1:
+            continue
+        _check_tensor(f"{name}.{table}", value, 2, device, (torch.int32,))
+        if value.shape[0] < rows:
+            reject(f"{name}.{table}", f"at least {rows} rows", value.shape[0], fix="make the buffers for the largest batch")
+        if value.shape[1] < width:
+            reject(f"{name}.{table}", f"at least {width} columns", value.shape[1])
+        if rows > 1 and value.stride(0) == 0 or width > 1 and value.stride(1) == 0:
+            reject(f"{name}.{table}", "strides without overlap", value.stride(), fix="do not pass an expanded tensor")
+    for plane, value in step.derived.items():
+        if value.element_size() % 4 or not value.is_contiguous():
+            reject(f"{name}.derived[{plane!r}]", "a contiguous tensor of 4-byte elements", f"{value.dtype}, strides {value.stride()}")
+
+
+def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> None:
+    """Raise unless every destination can take a copy of its step of `source`."""
+    if len(source.steps) > 1 and len(destinations) != len(source.steps):
+        reject("destinations", f"{len(source.steps)} (one per step of the source)", len(destinations))
+    for index, destination in enumerate(destinations):
+        name, step = f"destinations[{index}]", source.step(index)
+        check_step(name, destination, source.batch, source.geometry)
+        if source.geometry.page_size == 1 and not same_buffer(destination.real_page_table, _wide(destination)):
+            reject(f"{name}.real_page_table", "page_table_1 itself with page size 1", "another buffer")
+        if destination.page_table_1 is not None and step.page_table_1 is None:
+            reject(f"{name}.page_table_1", "None, as in the source", "a buffer", fix="precompute with a wide page table")
+        for plane, value in destination.derived.items():
+            origin = step.derived.get(plane)
+            if origin is None or origin.shape != value.shape or origin.dtype != value.dtype:
+                got = "missing in the source" if origin is None else f"{tuple(origin.shape)} {origin.dtype} in the source"
+                reject(f"{name}.derived[{plane!r}]", f"{tuple(value.shape)} {value.dtype}", got)
+
+
+def _wide(step: StepMetadata) -> torch.Tensor:
+    return step.real_page_table if step.page_table_1 is None else step.page_table_1
+
+
+def _check_steps(batch: BatchDescriptor) -> None:
+    if batch.step_offsets and len(batch.step_offsets) != batch.num_steps:
+        reject("step_offsets", f"{batch.num_steps} offsets (num_steps), or none", f"{len(batch.step_offsets)}")
+    for offset in batch.step_offsets:
+        _at_least("step_offsets", offset, 0)
+    if batch.mode is not ForwardMode.DECODE and batch.num_steps != 1:
+        reject("num_steps", f"1 in {batch.mode.name}", batch.num_steps)
+
+
+def _check_slots(batch: BatchDescriptor, geometry: Geometry, device: torch.device) -> None:
+    slots = batch.slots
+    if isinstance(slots, TokenTable):
+        _check_tensor("req_to_token", slots.req_to_token, 2, device, INTEGERS)
+        _check_vector("req_pool_indices", slots.req_pool_indices, batch.batch_size, device, INTEGERS)
+        table = "req_to_token"
+    elif isinstance(slots, BlockTable):
+        _check_tensor("block_table", slots.block_table, 2, device, INTEGERS)
+        _at_least("block_size", slots.block_size, 1)
+        if slots.block_table.shape[0] < batch.batch_size:
+            reject("block_table", f"at least {batch.batch_size} rows (batch_size)", slots.block_table.shape[0])
+        table = "block_table"
+    else:
+        reject("slots", "a TokenTable or a BlockTable", type(slots).__name__, error=InvalidTypeError)
+    if slots.width() < geometry.table_width:
+        reject(table, f"rows that name at least {geometry.table_width} tokens (table_width)", slots.width())
+
+
+def _check_tensor(
+    name: str, value: object, dimensions: int, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        reject(name, "a tensor", type(value).__name__, error=InvalidTypeError)
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        reject(name, wanted, str(value.dtype).removeprefix("torch."), fix=f"convert with .to({dtypes[0]})", error=InvalidTypeError)
+    if value.dim() != dimensions:
+        reject(name, f"{dimensions} dimension(s)", f"shape {tuple(value.shape)}")
+    if value.device != device:
+        reject(name, f"device {device} (that of seq_lens)", f"device {value.device}")
+    return value
+
+
+def _check_vector(name: str, value: object, size: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    tensor = _check_tensor(name, value, 1, device, dtypes)
+    if tensor.shape[0] < size:
+        reject(name, f"at least {size} entries", tensor.shape[0], fix="make the buffers for the largest batch")
+    if size > 1 and tensor.stride(0) == 0:
+        reject(name, "a stride other than 0", tensor.stride(), fix="do not pass an expanded tensor")
+
+
+def _check_range(name: str, values: torch.Tensor, low: int, high: int, meaning: str) -> None:
+    wrong = ((values < low) | (values > high)).nonzero()
+    if wrong.numel():
+        index = int(wrong[0])
+        reject(f"{name}[{index}]", f"{low} to {high} ({meaning})", int(values[index]))
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        reject(name, f"an int >= {least}", repr(value), error=InvalidTypeError)
+    if value < least:
+        reject(name, f"an int >= {least}", value)

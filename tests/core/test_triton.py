@@ -1,0 +1,53 @@
+"""The kernels against the reference, bit for bit (in Triton's interpreter where there is no GPU)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa_plugin import fast_copy, precompute
+from nsa_plugin.core import triton_impl
+from tests.batches import Case, assert_equal_live, cases, poisoned
+
+pytest.importorskip("triton")
+
+
+@settings(max_examples=60)
+@given(cases(), st.sampled_from([1, 3]))
+def test_metadata_kernel_equals_the_reference(case: Case, stride: int) -> None:
+    batch, geometry = case.batch, case.geometry
+    want = precompute(batch, geometry, impl="reference")
+    got = precompute(batch, geometry, impl="triton", out=poisoned(batch, geometry, stride=stride)[0])
+    for index in range(len(want.steps)):
+        assert_equal_live(want, got.step(index), index)
+
+
+@settings(max_examples=60)
+@given(cases(), st.integers(1, 16), st.sampled_from([1, 3]))
+def test_copy_kernel_equals_the_source(case: Case, count: int, stride: int) -> None:
+    source = precompute(case.batch, case.geometry, impl="reference")
+    count = len(source.steps) if len(source.steps) > 1 else count
+    destinations = [made.steps[0] for made in poisoned(case.batch, case.geometry, count, stride)]
+    fast_copy(source, destinations, impl="triton")
+    for index, destination in enumerate(destinations):
+        assert_equal_live(source, destination, index)
+
+
+@settings(max_examples=6)
+@given(cases(max_batch_size=512, max_width=200), st.integers(2, 6))
+def test_large_batches_and_several_tiles(case: Case, block: int) -> None:
+    """Small blocks make every loop of the kernels run several times."""
+    batch, geometry = case.batch, case.geometry
+    saved = triton_impl.BLOCK, triton_impl.TILE
+    triton_impl.BLOCK, triton_impl.TILE = 2**block, 16
+    try:
+        want = precompute(batch, geometry, impl="reference")
+        got = precompute(batch, geometry, impl="triton", out=poisoned(batch, geometry)[0])
+        copies = [made.steps[0] for made in poisoned(batch, geometry, len(want.steps))]
+        fast_copy(got, copies, impl="triton")
+    finally:
+        triton_impl.BLOCK, triton_impl.TILE = saved
+    for index in range(len(want.steps)):
+        assert_equal_live(want, got.step(index), index)
+        assert_equal_live(want, copies[index], index)
