@@ -5,6 +5,7 @@ from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geom
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError, NsaPluginError, UnavailableError
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.plan import ReplayPlan
+from nsa_plugin.hookspec import hookimpl
 
 __version__ = "0.1.0"
 
@@ -23,5 +24,6 @@ __all__ = [
     "UnavailableError",
     "__version__",
     "fast_copy",
+    "hookimpl",
     "precompute",
 ]

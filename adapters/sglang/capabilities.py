@@ -1,0 +1,116 @@
+"""Everything that this adapter needs of sglang, in one table, and the probe that checks all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+BACKEND_MODULE = "sglang.srt.layers.attention.dsa_backend"
+BACKEND = f"{BACKEND_MODULE}.DeepseekSparseAttnBackend"
+MULTI_STEP = f"{BACKEND_MODULE}.DeepseekSparseAttnMultiStepBackend"
+METADATA = f"{BACKEND_MODULE}.DSAMetadata"
+OUT_GRAPH = "init_forward_metadata_out_graph"
+TESTED = ("0.5.23",)
+"""Releases against which the conformance tests run; others are used, with a warning, if the probe is clean."""
+
+PLAIN_FIELDS = (
+    "page_size", "cache_seqlens_int32", "cu_seqlens_k", "page_table_1", "real_page_table", "dsa_cache_seqlens_int32",
+    "dsa_cu_seqlens_k", "dsa_seqlens_expanded", "flashmla_metadata", "paged_mqa_schedule_metadata",
+    "paged_mqa_ctx_lens_2d",
+)  # fmt: skip
+FORWARD_ARGUMENTS = ("bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode", "spec_info")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something of sglang that must be there.
+
+    Attributes
+    ----------
+    path : str
+        Dotted path.
+    parameters : tuple of str
+        Parameters that the callable must accept, or fields that the dataclass must have.
+    why : str
+        What it is used for.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    why: str
+
+
+NEEDS: tuple[Need, ...] = (
+    Need("sglang.srt.plugins.hook_registry.HookRegistry.register", ("target", "hook", "hook_type"), "install hooks"),
+    Need("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks", (), "apply hooks"),
+    Need("sglang.srt.plugins.hook_registry.HookRegistry._hooks", (), "take hooks back"),
+    Need("sglang.srt.plugins.hook_registry.HookRegistry._patched", (), "take hooks back"),
+    Need("sglang.srt.plugins.hook_registry._current_plugin_source", (), "know whether hooks are about to be applied"),
+    Need("sglang.srt.plugins.hook_registry.HookType.AROUND", (), "install hooks"),
+    Need(f"{MULTI_STEP}.{OUT_GRAPH}", ("forward_batch", "in_capture"), "prepare a draft (hooked)"),
+    Need(f"{BACKEND}.{OUT_GRAPH}", ("forward_batch", "in_capture"), "prepare target verify and draft extend (hooked)"),
+    Need(f"{BACKEND}._apply_cuda_graph_metadata", FORWARD_ARGUMENTS, "sglang's own values, to fall back on"),
+    Need(f"{BACKEND}._build_paged_mqa_schedule_2d_ctx_lens",
+         ("forward_mode", "cache_seqlens_int32", "seqlens_expanded", "batch_size"), "DeepGEMM schedule"),
+    Need(f"{BACKEND}._compute_flashmla_metadata", ("cache_seqlens", "seq_len_q"), "FlashMLA metadata"),
+    Need(f"{BACKEND}.set_dsa_prefill_impl", ("forward_batch",), "per-forward dispatch state"),
+    Need(METADATA, PLAIN_FIELDS, "buffers that captured graphs read"),
+    Need("sglang.srt.model_executor.forward_batch_info.ForwardMode.DECODE", (), "tell forward modes apart"),
+    Need("sglang.srt.model_executor.forward_batch_info.ForwardMode.TARGET_VERIFY", (), "tell forward modes apart"),
+    Need("sglang.srt.model_executor.forward_batch_info.ForwardMode.DRAFT_EXTEND_V2", (), "tell forward modes apart"),
+)  # fmt: skip
+
+SINGLE_NEEDS: tuple[Need, ...] = (
+    Need(f"{BACKEND}._refresh_paged_mqa_schedule_metadata", ("metadata", "seqlens_32_2d"), "DeepGEMM schedule"),
+    Need(f"{BACKEND}._refresh_topk_v2_plan", ("metadata",), "top-k plan; comes with the static draft-extend width"),
+)
+"""For target verify and draft extend: 0.5.15 and later. Before, draft extend was ragged and read on the host."""
+
+
+def missing(needs: tuple[Need, ...]) -> list[str]:
+    """A line for each need that the installed sglang does not meet."""
+    problems = []
+    for need in needs:
+        try:
+            found = pkgutil.resolve_name(need.path)
+        except Exception as error:
+            problems.append(_line(need, f"{type(error).__name__}: {error}"))
+            continue
+        if dataclasses.is_dataclass(found):
+            names = {field.name for field in dataclasses.fields(found)}
+        elif need.parameters:
+            names = set(inspect.signature(found).parameters)
+        else:
+            continue
+        if absent := [name for name in need.parameters if name not in names]:
+            problems.append(_line(need, f"it without {', '.join(absent)}"))
+    return problems
+
+
+def probe() -> list[str]:
+    """What the installed sglang lacks, one line each; empty if it fits. Imports sglang's DSA backend."""
+    try:
+        importlib.import_module(BACKEND_MODULE)
+    except Exception as error:
+        return [
+            f"{BACKEND_MODULE}: looked for the DSA backends, found {type(error).__name__}: {error}; "
+            "install sglang 0.5.13 or later, complete"
+        ]
+    return missing(NEEDS)
+
+
+def installed_version() -> str:
+    """Version of the installed sglang, or "unknown"."""
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _line(need: Need, found: str) -> str:
+    wanted = need.path + (f"({', '.join(need.parameters)})" if need.parameters else "")
+    return f"looked for {wanted} ({need.why}), found {found}; use a release of sglang that has it, or of this plugin"

@@ -1,0 +1,77 @@
+"""sglang's batches and buffers in this package's words. Copies no tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.metadata import StepMetadata, same_buffer
+
+FIELDS = {
+    "cache_seqlens": "cache_seqlens_int32",
+    "cu_seqlens_k": "cu_seqlens_k",
+    "seqlens_expanded": "dsa_seqlens_expanded",
+    "nsa_cache_seqlens": "dsa_cache_seqlens_int32",
+    "nsa_cu_seqlens_k": "dsa_cu_seqlens_k",
+    "page_table_1": "page_table_1",
+    "real_page_table": "real_page_table",
+}
+"""Field of `StepMetadata` to field of sglang's `DSAMetadata`."""
+
+
+def describe(batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1) -> BatchDescriptor:
+    """Describe a `ForwardBatch`, or the namespace that sglang passes at replay, for one of its DSA backends.
+
+    Parameters
+    ----------
+    batch : has batch_size, seq_lens [>= batch_size] and req_pool_indices [>= batch_size]
+    backend : DeepseekSparseAttnBackend
+        Whose token table and draft width count.
+    mode : ForwardMode
+        A draft is DECODE whatever mode its batch says.
+    num_steps : int
+        Draft backends; all see the same lengths.
+    """
+    return BatchDescriptor(
+        mode,
+        batch.batch_size,
+        batch.seq_lens,
+        TokenTable(backend.req_to_token, batch.req_pool_indices),
+        num_steps,
+        (),
+        1 if mode is ForwardMode.DECODE else backend.speculative_num_draft_tokens,
+    )
+
+
+def geometry(backend: Any, metadata: Any) -> Geometry:
+    """Constants of a backend and of one of its captured `DSAMetadata`."""
+    table, width = metadata.page_table_1, backend.req_to_token.shape[1]
+    device = backend.req_to_token.device
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return Geometry(
+        index_topk=backend.dsa_index_topk,
+        page_size=metadata.page_size,
+        table_width=width if table is None else min(width, table.shape[1]),
+        num_sms=num_sms,
+        wide_page_table=table is not None,
+    )
+
+
+def consumer(metadata: Any) -> StepMetadata:
+    """The buffers of a captured `DSAMetadata`, derived planes included."""
+    derived = {
+        name: getattr(metadata, name)
+        for name in ("paged_mqa_schedule_metadata", "topk_v2_plan", "paged_mqa_ctx_lens_2d")
+        if getattr(metadata, name, None) is not None
+    }
+    lengths = derived.get("paged_mqa_ctx_lens_2d")
+    if lengths is not None and any(
+        same_buffer(lengths, vector) for vector in (metadata.cache_seqlens_int32, metadata.dsa_seqlens_expanded)
+    ):
+        del derived["paged_mqa_ctx_lens_2d"]
+    if metadata.flashmla_metadata is not None:
+        derived["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata
+        derived["num_splits"] = metadata.flashmla_metadata.num_splits
+    return StepMetadata(**{ours: getattr(metadata, theirs) for ours, theirs in FIELDS.items()}, derived=derived)

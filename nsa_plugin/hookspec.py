@@ -1,0 +1,86 @@
+"""The questions that plugins can answer: who provides what. None is asked per replay or per draft step.
+
+A third party implements any of these in an object that its distribution names in the entry-point group `nsa_plugin`,
+each marked with `nsa_plugin.hookimpl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+
+if TYPE_CHECKING:
+    from nsa_plugin.adapters.base import Adapter, Fallback
+
+PROJECT = "nsa_plugin"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def nsa_plugin_adapters() -> Sequence[Adapter]:
+    """Offer engine adapters.
+
+    Fires when an engine's entry point loads this package, once per process. The first adapter of a name wins, and
+    plugins are asked before the built-in adapters.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchDescriptor] | None:
+    """Provide the function that maps one of the engine's batches onto a `BatchDescriptor`.
+
+    Fires when a plan is made, with a batch of the captured shape. Return None to leave it to the next plugin, at last
+    to the adapter's own `describe`. The function is called at each replay; it must copy no tensor.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_bind_precompute(
+    batch: BatchDescriptor, geometry: Geometry, out: PrecomputedMetadata
+) -> Callable[[BatchDescriptor], None] | None:
+    """Provide a precompute implementation bound to the buffers `out`.
+
+    Fires when a plan is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
+    bound function is called at each replay; it must write every live entry of `out`, allocate nothing and not sync.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_bind_copy(
+    source: PrecomputedMetadata, destinations: Sequence[StepMetadata]
+) -> Callable[[], None] | None:
+    """Provide a copy implementation bound to the buffers of `source` and `destinations`.
+
+    Fires when a plan with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
+    built-in implementation. The same duties as for `nsa_plugin_bind_precompute`.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def nsa_plugin_observe_replays(
+    engine: str, path: str, strategy: str, batch: BatchDescriptor
+) -> Callable[[BatchDescriptor], None] | None:
+    """Provide a function to be called after each replay of a plan.
+
+    Fires when a plan is made. Every plugin that returns a function has it called, outside of any CUDA graph.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def nsa_plugin_fell_back(fallback: Fallback) -> None:
+    """Learn that something was handed back to the engine's own path.
+
+    Fires once per fall-back, after the engine's path has run. Errors raised here are logged and ignored.
+    """
+    raise NotImplementedError

@@ -1,0 +1,119 @@
+"""The one `pluggy.PluginManager`, behind types: loads third parties, resolves hooks into bound callables."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+
+import pluggy
+
+from nsa_plugin import hookspec
+from nsa_plugin.adapters.base import Adapter, Fallback
+from nsa_plugin.core import api
+from nsa_plugin.core.batch import BatchDescriptor
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+
+logger = logging.getLogger("nsa_plugin")
+
+HOOKS = tuple(sorted(name for name in vars(hookspec) if name.startswith("nsa_plugin_")))
+"""Names of all hooks."""
+
+
+class Manager:
+    """Who provides what.
+
+    Parameters
+    ----------
+    allowed : set of str, or None
+        Entry-point names that `load_third_parties` may load; None allows all.
+    """
+
+    def __init__(self, allowed: frozenset[str] | None = None) -> None:
+        self._relay = pluggy.PluginManager(hookspec.PROJECT)
+        self._relay.add_hookspecs(hookspec)
+        self._allowed = allowed
+
+    def register(self, plugin: object, name: str | None = None) -> None:
+        """Add a plugin; later ones are asked first. Raises if a hook of it is unknown."""
+        self._relay.register(plugin, name=name)
+        try:
+            self._relay.check_pending()
+        except pluggy.PluginValidationError:
+            self._relay.unregister(plugin)
+            raise
+
+    def unregister(self, plugin: object) -> None:
+        """Remove a plugin."""
+        self._relay.unregister(plugin)
+
+    def load_third_parties(self) -> list[str]:
+        """Load the allowed plugins of the entry-point group `nsa_plugin`; one that fails is logged and left out.
+
+        Returns their names. An allow-list entry that is not installed is logged.
+        """
+        loaded = []
+        found = {point.name: point for point in entry_points(group=hookspec.PROJECT)}
+        for name in sorted((self._allowed or set()) - found.keys()):
+            logger.error("plugin %r is allowed by NSA_PLUGIN_PLUGINS but not installed; found: %s", name, sorted(found))
+        for name, point in sorted(found.items()):
+            if self._allowed is not None and name not in self._allowed:
+                logger.info("plugin %r is not in NSA_PLUGIN_PLUGINS: not loaded", name)
+                continue
+            try:
+                self.register(point.load(), name=name)
+            except Exception:
+                logger.exception("plugin %r failed to load: left out", name)
+            else:
+                loaded.append(name)
+        return loaded
+
+    def providers(self) -> dict[str, list[str]]:
+        """Names of the plugins that implement each hook, in the order in which they are asked."""
+        return {
+            hook: [implementation.plugin_name for implementation in reversed(getattr(self._relay.hook, hook).get_hookimpls())]
+            for hook in HOOKS
+        }
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter of that name, third parties first."""
+        for offered in self._relay.hook.nsa_plugin_adapters():
+            for adapter in offered:
+                if adapter.name == name:
+                    found: Adapter = adapter
+                    return found
+        return None
+
+    def describe(
+        self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
+    ) -> Callable[[object], BatchDescriptor]:
+        """The function that describes batches like `batch`."""
+        found: Callable[[object], BatchDescriptor] | None = self._relay.hook.nsa_plugin_describe(engine=engine, batch=batch)
+        return default if found is None else found
+
+    def bind_precompute(self, batch: BatchDescriptor, out: PrecomputedMetadata) -> api.BoundPrecompute:
+        """A precompute implementation bound to `out`."""
+        found: api.BoundPrecompute | None = self._relay.hook.nsa_plugin_bind_precompute(
+            batch=batch, geometry=out.geometry, out=out
+        )
+        return api.bind_precompute(batch, out) if found is None else found
+
+    def bind_copy(self, source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> api.BoundCopy:
+        """A copy implementation bound to `source` and `destinations`."""
+        found: api.BoundCopy | None = self._relay.hook.nsa_plugin_bind_copy(source=source, destinations=destinations)
+        return api.bind_copy(source, destinations) if found is None else found
+
+    def observers(
+        self, engine: str, path: str, strategy: str, batch: BatchDescriptor
+    ) -> tuple[Callable[[BatchDescriptor], None], ...]:
+        """Functions to call after each replay of a plan."""
+        return tuple(
+            self._relay.hook.nsa_plugin_observe_replays(engine=engine, path=path, strategy=strategy, batch=batch)
+        )
+
+    def fell_back(self, fallback: Fallback) -> None:
+        """Tell observers of a fall-back; their errors are logged, not raised."""
+        try:
+            self._relay.hook.nsa_plugin_fell_back(fallback=fallback)
+        except Exception:
+            logger.exception("an observer of fall-backs failed")

@@ -1,0 +1,256 @@
+"""The real sglang DSA backends without a model runner, on a GPU or, with stand-ins for compiled kernels, on a CPU.
+
+Backends are made as sglang's own `sglang.test.kits.dsa_metadata_kit` makes them: `object.__new__` and the attributes
+that the metadata code reads. Every line of metadata code that then runs is sglang's. On a CPU, `stand_ins` replaces
+what is compiled for a GPU: the DeepGEMM schedule, the top-k plan, FlashMLA's metadata and the two copy kernels become
+plain functions of the same inputs; sglang's fused Triton kernels run as they are, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.core.batch import ForwardMode
+from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the backends.
+
+    Attributes
+    ----------
+    width : columns of req_to_token; max_requests : its rows; max_batch_size : of CUDA-graph buffers;
+    draft_tokens, index_topk, page_size : as in the model; decode_impl : sglang's decode kernel choice.
+    """
+
+    width: int = 1024
+    max_requests: int = 16
+    max_batch_size: int = 8
+    draft_tokens: int = 4
+    index_topk: int = 256
+    page_size: int = 64
+    decode_impl: str = "fa3"
+
+
+def req_to_token(config: Config, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Slots as sglang's paged allocator hands them out: shuffled pages, contiguous within a page."""
+    generator = torch.Generator().manual_seed(seed)
+    pages_per_request = -(-config.width // config.page_size)
+    pages = torch.randperm(config.max_requests * pages_per_request, generator=generator)
+    slots = pages.view(config.max_requests, -1, 1) * config.page_size + torch.arange(config.page_size)
+    return slots.reshape(config.max_requests, -1)[:, : config.width].to(torch.int32).contiguous().to(device)
+
+
+def make_backend(config: Config, table: torch.Tensor, step: int = 0, num_steps: int = 1) -> Any:
+    """A `DeepseekSparseAttnBackend` with CUDA-graph buffers."""
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+    from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+    device = table.device
+    sm = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    backend: Any = object.__new__(DeepseekSparseAttnBackend)
+    vars(backend).update(
+        device=device, device_sm_major=sm, num_q_heads=64, num_dcp_q_heads=64, flashmla_kv_num_q_heads=64,
+        physical_page_size=config.page_size, dsa_index_topk=config.index_topk, dsa_index_kpool=1,
+        speculative_num_draft_tokens=config.draft_tokens, speculative_num_steps=num_steps, speculative_step_id=step, topk=1,
+        use_mha=False, use_fused_topk=True, dsa_kv_cache_store_fp8=True, hisparse_coordinator=None,
+        dsa_decode_impl=config.decode_impl, dsa_prefill_impl="flashmla_sparse", enable_auto_select_prefill_impl=False,
+        token_to_kv_pool=SimpleNamespace(index_page_size=64, dtype=torch.float8_e4m3fn),
+        dsa_topk_backend=DSATopKBackend.SGL_KERNEL, req_to_token=table,
+        _is_in_breakable_cuda_graph=lambda: False, _is_in_tc_piecewise_cuda_graph=lambda: False,
+        _get_device_sm=lambda: 10 * sm, _is_blackwell=lambda: sm == 10,
+        _arange_buf=torch.arange(16384, dtype=torch.int32, device=device),
+        _memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
+    )  # fmt: skip
+    backend._init_kpool_metadata_fusion()
+    backend.init_cuda_graph_state(config.max_batch_size, config.max_batch_size * config.draft_tokens)
+    return backend
+
+
+def make_multi_step(config: Config, table: torch.Tensor, num_steps: int) -> Any:
+    """A `DeepseekSparseAttnMultiStepBackend` with `num_steps - 1` draft backends."""
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnMultiStepBackend
+
+    multi: Any = object.__new__(DeepseekSparseAttnMultiStepBackend)
+    vars(multi).update(
+        topk=1, speculative_num_steps=num_steps, _sink_pad_cache={},
+        attn_backends=[make_backend(config, table, step, num_steps) for step in range(num_steps - 1)],
+    )  # fmt: skip
+    return multi
+
+
+def make_batch(mode: str, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, num_tokens: int | None = None) -> Any:
+    """A real `ForwardBatch` of `mode` ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2", "IDLE")."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+    size = seq_lens.numel()
+    tokens = torch.zeros(num_tokens or size, dtype=torch.int64, device=seq_lens.device)
+    lengths = seq_lens.cpu()
+    return ForwardBatch(
+        forward_mode=ForwardMode[mode], batch_size=size, input_ids=tokens, req_pool_indices=req_pool_indices,
+        seq_lens=seq_lens, out_cache_loc=tokens, seq_lens_sum=int(lengths.sum()), seq_lens_cpu=lengths, spec_info=None,
+        positions=(seq_lens - 1).clone(),
+    )  # fmt: skip
+
+
+def replay_view(batch: Any, padding: int = 0) -> SimpleNamespace:
+    """The namespace that sglang's CUDA-graph runners pass at replay instead of a `ForwardBatch`."""
+    return SimpleNamespace(**vars(batch), num_padding=padding)
+
+
+def num_sms() -> int:
+    """Multiprocessors that the stand-in schedule is made for."""
+    return 132
+
+
+def schedule(lengths: torch.Tensor, block_size: int, sms: int) -> torch.Tensor:
+    """Stand-in for DeepGEMM's schedule: int32 [sms + 1, 2], where each SM starts in 256-token segments."""
+    segments = (lengths.to(torch.int64).flatten() + 255) // 256
+    ends = torch.cumsum(segments, 0)
+    starts = int(segments.sum()) * torch.arange(sms + 1) // sms
+    request = torch.searchsorted(ends, starts, right=True).clamp(max=max(segments.numel() - 1, 0))
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[request]
+    return torch.stack([request, starts - before], dim=1).to(torch.int32)
+
+
+def topk_plan(seq_lens: torch.Tensor, static_threshold: int = -1, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Stand-in for sglang's top-k v2 plan: int32 [rows + 1, 2], the rows of more than 256 tokens."""
+    plan = seq_lens.new_zeros(seq_lens.shape[0] + 1, 2) if out is None else out.zero_()
+    rows = (seq_lens > 256).nonzero().flatten()
+    plan[0, 0], plan[0, 1] = 256, rows.numel()
+    plan[1 : 1 + rows.numel(), 0] = rows.to(plan.dtype)
+    plan[1 : 1 + rows.numel(), 1] = seq_lens[rows]
+    return plan
+
+
+def flash_mla(cache_seqlens: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-in for FlashMLA's `get_mla_metadata`: int32 [132, 8] and the cumulative number of blocks [rows + 1]."""
+    blocks = torch.cumsum((cache_seqlens + 63) // 64, 0, dtype=torch.int32)
+    metadata = torch.zeros(num_sms(), 8, dtype=torch.int32)
+    metadata[:, 0] = int(cache_seqlens.sum())
+    return metadata, torch.nn.functional.pad(blocks, (1, 0))
+
+
+def _copy_fields(source: tuple[Any, ...], target: tuple[Any, ...], mode: int, bs: int, max_len: int, width: int, rows: int) -> None:
+    """What sglang's fused copy kernels do: (lengths, cu, table, clipped, expanded, clipped cu, real table, splits, scheduler)."""
+    sizes = (bs, bs + 1, None, rows, rows if mode else 0, rows + 1, None, rows + 1, None)
+    for field, (origin, copy, size) in enumerate(zip(source, target, sizes, strict=True)):
+        if origin is None or copy is None or size == 0:
+            continue
+        if field == 2:
+            columns = width if mode else max_len
+            copy[: origin.shape[0], :columns].copy_(origin[:, :columns])
+        elif size is None:
+            copy[tuple(slice(length) for length in origin.shape)].copy_(origin)
+        else:
+            copy[:size].copy_(origin[:size])
+
+
+def _fused_copy(*arguments: Any) -> None:
+    _copy_fields(arguments[0:9], arguments[9:18], *arguments[18:23])
+
+
+def _fused_copy_to_three(*arguments: Any) -> None:
+    bs, max_len, rows = arguments[32:35]
+    for first in (8, 16, 24):
+        source, target = [list(arguments[at : at + 8]) for at in (0, first)]
+        for fields in (source, target):
+            fields.insert(4, None)
+        _copy_fields(tuple(source), tuple(target), 0, bs, max_len, -1, rows)
+
+
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+    """On a CPU: run sglang's CUDA metadata paths on CPU tensors, compiled kernels replaced. On a GPU: nothing.
+
+    Needs TRITON_INTERPRET=1 in the environment before Triton is imported.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    import sglang.kernels.ops.attention.dsa.fused_metadata_copy as copy_kernels
+    import sglang.kernels.ops.attention.dsv4.topk as topk
+    from sglang.srt.layers.attention import dsa_backend
+    from sglang.srt.layers.attention.dsa import dsa_backend_mtp_precompute, dsa_metadata_manager
+
+    interface = types.ModuleType("sglang.kernels.ops.attention.flash_mla_interface")
+    interface.get_mla_metadata = flash_mla  # type: ignore[attr-defined]
+    replaced: list[tuple[Any, str, Any]] = [
+        (topk, "plan_topk_v2", topk_plan),
+        (copy_kernels, "fused_metadata_copy_cuda", _fused_copy),
+        (copy_kernels, "fused_metadata_copy_multi_cuda", _fused_copy_to_three),
+        (dsa_backend, "is_cuda", lambda: True),
+        (dsa_metadata_manager, "is_cuda", lambda: True),
+        (dsa_backend_mtp_precompute, "_is_cuda", True),
+        (dsa_backend, "resolve_paged_mqa_logits_metadata_fn", lambda: schedule),
+        (dsa_backend, "resolve_num_sms", num_sms),
+    ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    saved_interface = sys.modules.get(interface.__name__)
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    sys.modules[interface.__name__] = interface
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda  # the base class still has it
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+        if saved_interface is None:
+            del sys.modules[interface.__name__]
+        else:
+            sys.modules[interface.__name__] = saved_interface
+
+
+def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
+    """Names of the defined values in which two `DSAMetadata` of the same batch differ.
+
+    Undefined are tails of page tables, rows of the top-k plan past its count (the others come in any order), and the
+    unused end of FlashMLA's scheduler tensor.
+    """
+    descriptor = describe(batch, backend=backend, mode=mode)
+    steps = [consumer(metadata) for metadata in (expected, got)]
+    precomputed = PrecomputedMetadata((steps[0],), descriptor, geometry(backend, expected))
+    want, have = (live_entries(precomputed, step) for step in steps)
+    for values, metadata in ((want, expected), (have, got)):
+        for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
+            if getattr(metadata, name) is not None:
+                values[name] = getattr(metadata, name)
+        if metadata.topk_v2_plan is not None:
+            plan = metadata.topk_v2_plan
+            rows = plan[1 : int(plan[0, 1]) + 1]
+            values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
+        if metadata.flashmla_metadata is not None:
+            values["num_splits"] = metadata.flashmla_metadata.num_splits
+    return sorted(
+        name
+        for name in want.keys() | have.keys()
+        if name not in want or name not in have or not torch.equal(want[name], have[name])
+    )
+
+
+def engine_metadata(backend: Any, batch: Any, mode: str) -> Any:
+    """What sglang's own per-backend code computes for `batch`: the definition of faithful.
+
+    `backend` is one that nothing else uses. Its first call makes the buffers, from the batch itself.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode as NativeMode
+
+    for _ in range(1 if batch.batch_size in backend.decode_cuda_graph_metadata else 2):
+        backend._apply_cuda_graph_metadata(
+            bs=batch.batch_size, req_pool_indices=batch.req_pool_indices, seq_lens=batch.seq_lens,
+            seq_lens_cpu=batch.seq_lens_cpu, forward_mode=NativeMode[mode], spec_info=None,
+        )  # fmt: skip
+    return backend.decode_cuda_graph_metadata[batch.batch_size]
