@@ -88,5 +88,3 @@ class Adapter(Protocol):
 
     def summary(self) -> str:
         """What is accelerated and what is left alone, for one log line."""
-
-

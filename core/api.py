@@ -95,9 +95,7 @@ def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata, *, impl: I
     return lambda live: reference.precompute(live, out)
 
 
-def bind_copy(
-    source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto"
-) -> BoundCopy:
+def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto") -> BoundCopy:
     """Bind `impl` to the (checked) buffers of `source` and `destinations`."""
     if resolve_impl(impl, source.batch.seq_lens.device) == "triton":
         return triton_impl.bind_copy(source, destinations)

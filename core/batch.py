@@ -34,10 +34,9 @@ class TokenTable:
     req_to_token: torch.Tensor
     req_pool_indices: torch.Tensor
 
-    def lookup(self, batch_size: int, columns: torch.Tensor) -> torch.Tensor:
-        """Slots of the token positions `columns` [c] of the first `batch_size` requests: int32 [batch_size, c]."""
-        rows = self.req_pool_indices[:batch_size].long()
-        return self.req_to_token[rows[:, None], columns[None, :]].to(torch.int32)
+    def lookup(self, batch_size: int, width: int, unit: int = 1) -> torch.Tensor:
+        """Slots of tokens 0, unit, 2 * unit … below `width` of the first `batch_size` requests, one row each."""
+        return self.req_to_token[:, :width:unit][self.req_pool_indices[:batch_size]]
 
     def width(self) -> int:
         """Number of token positions that a row of the table can name."""
@@ -59,10 +58,11 @@ class BlockTable:
     block_table: torch.Tensor
     block_size: int
 
-    def lookup(self, batch_size: int, columns: torch.Tensor) -> torch.Tensor:
-        """Slots of the token positions `columns` [c] of the first `batch_size` requests: int32 [batch_size, c]."""
-        blocks = self.block_table[:batch_size, columns // self.block_size]
-        return (blocks * self.block_size + columns % self.block_size).to(torch.int32)
+    def lookup(self, batch_size: int, width: int, unit: int = 1) -> torch.Tensor:
+        """Slots of tokens 0, unit, 2 * unit … below `width` of the first `batch_size` requests, one row each."""
+        tokens = torch.arange(0, width, unit, device=self.block_table.device)
+        blocks = self.block_table[:batch_size, tokens // self.block_size]
+        return blocks * self.block_size + tokens % self.block_size
 
     def width(self) -> int:
         """Number of token positions that a row of the table can name."""

@@ -132,9 +132,7 @@ def live_rows(batch: BatchDescriptor) -> tuple[torch.Tensor, torch.Tensor, torch
     return request, row - (ends[request] - count), count, row < counts.sum()
 
 
-def live_entries(
-    precomputed: PrecomputedMetadata, step: StepMetadata, index: int = 0
-) -> dict[str, torch.Tensor]:
+def live_entries(precomputed: PrecomputedMetadata, step: StepMetadata, index: int = 0) -> dict[str, torch.Tensor]:
     """The defined entries of `step`, laid out as `precomputed` is, with everything undefined set to -1.
 
     Two sets of metadata are equal where these tensors are. The lengths that say what is live are those of
@@ -153,7 +151,10 @@ def live_entries(
             values[1:][~exists] = -1
         live[name] = values
     lengths = precomputed.step(index).cache_seqlens[:bs].long()[request]
-    for name, width, unit in (("page_table_1", geometry.table_width, 1), ("real_page_table", geometry.real_width, geometry.page_size)):
+    for name, width, unit in (
+        ("page_table_1", geometry.table_width, 1),
+        ("real_page_table", geometry.real_width, geometry.page_size),
+    ):
         table = getattr(step, name)
         if table is None:
             continue

@@ -95,7 +95,9 @@ class ReplayPlan:
             The batch is not of the plan's mode and size.
         """
         if batch.batch_size != self.batch_size or batch.mode is not self.mode:
-            reject("batch", f"{self.mode.name} of {self.batch_size} requests", f"{batch.mode.name} of {batch.batch_size}")
+            reject(
+                "batch", f"{self.mode.name} of {self.batch_size} requests", f"{batch.mode.name} of {batch.batch_size}"
+            )
         self._precompute(batch)
         if self._derive is not None:
             self._derive()

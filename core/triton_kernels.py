@@ -46,8 +46,18 @@ def _table(record, field, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _requests_at(
-    first, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    first,
+    lengths,
+    length_stride,
+    extend_lens,
+    extend_stride,
+    batch_size,
+    added,
+    limit,
+    unit,
+    TILE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Tiles and rows of `BLOCK` requests from `first` on, 0 past the batch."""
     request = first + tl.arange(0, BLOCK)
@@ -64,15 +74,38 @@ def _requests_at(
 
 @triton.jit
 def _share_of_tiles(
-    worker, num_workers, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
-    rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    worker,
+    num_workers,
+    lengths,
+    length_stride,
+    extend_lens,
+    extend_stride,
+    batch_size,
+    added,
+    limit,
+    unit,
+    rows_per_request,
+    TILE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Where this worker's contiguous share of all tiles starts: request, tile, its first row; and how many tiles."""
     total = tl.full((), 0, tl.int64)
     start = 0
     while start < batch_size:
         tiles, rows = _requests_at(
-            start, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE, RAGGED, BLOCK
+            start,
+            lengths,
+            length_stride,
+            extend_lens,
+            extend_stride,
+            batch_size,
+            added,
+            limit,
+            unit,
+            TILE,
+            RAGGED,
+            BLOCK,
         )
         total += tl.sum(tiles, 0)
         start += BLOCK
@@ -85,7 +118,18 @@ def _share_of_tiles(
     start = 0
     while start < batch_size:
         tiles, rows = _requests_at(
-            start, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE, RAGGED, BLOCK
+            start,
+            lengths,
+            length_stride,
+            extend_lens,
+            extend_stride,
+            batch_size,
+            added,
+            limit,
+            unit,
+            TILE,
+            RAGGED,
+            BLOCK,
         )
         before = (seen + tl.cumsum(tiles, 0) <= first) & (start + tl.arange(0, BLOCK) < batch_size)
         request += tl.sum(before.to(tl.int32), 0)
@@ -121,8 +165,17 @@ def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, BLOC
 
 @triton.jit
 def _write_row_vectors(
-    seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, index_topk, rows_per_request,
-    RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    seq_lens,
+    seq_stride,
+    extend_lens,
+    extend_stride,
+    record,
+    batch_size,
+    added,
+    index_topk,
+    rows_per_request,
+    RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """seqlens_expanded, nsa_cache_seqlens and nsa_cu_seqlens_k of one destination."""
     expanded, expanded_stride = _vector(record, SEQLENS_EXPANDED)
@@ -158,8 +211,19 @@ def _write_row_vectors(
 
 @triton.jit
 def _tiles_of_request(
-    request, tile, remaining, lengths, length_stride, extend_lens, extend_stride, added, table_width, unit,
-    rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr,
+    request,
+    tile,
+    remaining,
+    lengths,
+    length_stride,
+    extend_lens,
+    extend_stride,
+    added,
+    table_width,
+    unit,
+    rows_per_request,
+    TILE: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """Live columns and rows of a request, and the tile before which this worker stops in it."""
     length = tl.minimum(tl.load(lengths + request * length_stride).to(tl.int32) + added, table_width)
@@ -184,9 +248,20 @@ def _columns(tile, length, unit, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "seq_stride", "extend_stride", "pool_stride", "table_row_stride", "table_column_stride", "num_destinations",
-        "record_words", "batch_size", "added", "longest_added", "table_width", "index_topk",
-        "rows_per_request", "block_size",
+        "seq_stride",
+        "extend_stride",
+        "pool_stride",
+        "table_row_stride",
+        "table_column_stride",
+        "num_destinations",
+        "record_words",
+        "batch_size",
+        "added",
+        "longest_added",
+        "table_width",
+        "index_topk",
+        "rows_per_request",
+        "block_size",
     ],
     do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations"],
 )
@@ -290,9 +365,7 @@ def _copy_derived(source, destination, num_derived, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _copy_tile(
-    sources, destinations, num_destinations, record_words, field, row, columns, live, ALIGNED: tl.constexpr
-):
+def _copy_tile(sources, destinations, num_destinations, record_words, field, row, columns, live, ALIGNED: tl.constexpr):
     """Read part of a row of a page table once and write it to every destination that has the table."""
     origin, row_stride, column_stride = _table(sources, field, ALIGNED)
     values = tl.load(origin + row * row_stride + columns * column_stride, mask=live)
@@ -308,8 +381,16 @@ def _copy_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "live_stride", "extend_stride", "num_sources", "num_destinations", "record_words", "num_derived", "batch_size",
-        "num_rows", "table_width", "rows_per_request",
+        "live_stride",
+        "extend_stride",
+        "num_sources",
+        "num_destinations",
+        "record_words",
+        "num_derived",
+        "batch_size",
+        "num_rows",
+        "table_width",
+        "rows_per_request",
     ],
     do_not_specialize_on_alignment=["live_lengths", "extend_lens", "sources", "destinations"],
 )

@@ -38,7 +38,9 @@ def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
     if bs == 0:
         return
     longest = geometry.table_width - batch.added_tokens - max(batch.offsets)
-    _check_range("seq_lens", batch.seq_lens[:bs], 0, longest, f"table_width {geometry.table_width} less the added tokens")
+    _check_range(
+        "seq_lens", batch.seq_lens[:bs], 0, longest, f"table_width {geometry.table_width} less the added tokens"
+    )
     if batch.extend_lens is not None:
         _check_range("extend_lens", batch.extend_lens[:bs], 0, batch.draft_tokens, "draft_tokens")
     if isinstance(batch.slots, TokenTable):
@@ -52,11 +54,11 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
         reject("out.steps", f"{len(batch.offsets)} (one per distinct step offset)", len(out.steps))
     for index, step in enumerate(out.steps):
         check_step(f"out.steps[{index}]", step, batch, geometry)
-        for name in TABLES:
+        for name in TABLES if batch.num_rows else ():
             shared, table = getattr(out.steps[0], name), getattr(step, name)
-            if (shared is None) != (table is None) or (table is not None and not same_buffer(shared, table)):
-                if batch.num_rows:
-                    reject(f"out.steps[{index}].{name}", "the buffer of step 0", "another one", fix="all steps share their page tables")
+            if shared is not table and (shared is None or table is None or not same_buffer(shared, table)):
+                fix = "all steps share their page tables"
+                reject(f"out.steps[{index}].{name}", "the buffer of step 0", "another one", fix=fix)
 
 
 def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
@@ -71,14 +73,20 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
             continue
         _check_tensor(f"{name}.{table}", value, 2, device, (torch.int32,))
         if value.shape[0] < rows:
-            reject(f"{name}.{table}", f"at least {rows} rows", value.shape[0], fix="make the buffers for the largest batch")
+            reject(
+                f"{name}.{table}", f"at least {rows} rows", value.shape[0], fix="make the buffers for the largest batch"
+            )
         if value.shape[1] < width:
             reject(f"{name}.{table}", f"at least {width} columns", value.shape[1])
-        if rows > 1 and value.stride(0) == 0 or width > 1 and value.stride(1) == 0:
+        if (rows > 1 and value.stride(0) == 0) or (width > 1 and value.stride(1) == 0):
             reject(f"{name}.{table}", "strides without overlap", value.stride(), fix="do not pass an expanded tensor")
     for plane, value in step.derived.items():
         if value.element_size() % 4 or not value.is_contiguous():
-            reject(f"{name}.derived[{plane!r}]", "a contiguous tensor of 4-byte elements", f"{value.dtype}, strides {value.stride()}")
+            reject(
+                f"{name}.derived[{plane!r}]",
+                "a contiguous tensor of 4-byte elements",
+                f"{value.dtype}, strides {value.stride()}",
+            )
 
 
 def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> None:
@@ -91,11 +99,15 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
         if source.geometry.page_size == 1 and not same_buffer(destination.real_page_table, _wide(destination)):
             reject(f"{name}.real_page_table", "page_table_1 itself with page size 1", "another buffer")
         if destination.page_table_1 is not None and step.page_table_1 is None:
-            reject(f"{name}.page_table_1", "None, as in the source", "a buffer", fix="precompute with a wide page table")
+            reject(
+                f"{name}.page_table_1", "None, as in the source", "a buffer", fix="precompute with a wide page table"
+            )
         for plane, value in destination.derived.items():
             origin = step.derived.get(plane)
             if origin is None or origin.shape != value.shape or origin.dtype != value.dtype:
-                got = "missing in the source" if origin is None else f"{tuple(origin.shape)} {origin.dtype} in the source"
+                got = (
+                    "missing in the source" if origin is None else f"{tuple(origin.shape)} {origin.dtype} in the source"
+                )
                 reject(f"{name}.derived[{plane!r}]", f"{tuple(value.shape)} {value.dtype}", got)
 
 
@@ -137,7 +149,13 @@ def _check_tensor(
         reject(name, "a tensor", type(value).__name__, error=InvalidTypeError)
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        reject(name, wanted, str(value.dtype).removeprefix("torch."), fix=f"convert with .to({dtypes[0]})", error=InvalidTypeError)
+        reject(
+            name,
+            wanted,
+            str(value.dtype).removeprefix("torch."),
+            fix=f"convert with .to({dtypes[0]})",
+            error=InvalidTypeError,
+        )
     if value.dim() != dimensions:
         reject(name, f"{dimensions} dimension(s)", f"shape {tuple(value.shape)}")
     if value.device != device:

@@ -71,7 +71,10 @@ class Manager:
     def providers(self) -> dict[str, list[str]]:
         """Names of the plugins that implement each hook, in the order in which they are asked."""
         return {
-            hook: [implementation.plugin_name for implementation in reversed(getattr(self._relay.hook, hook).get_hookimpls())]
+            hook: [
+                implementation.plugin_name
+                for implementation in reversed(getattr(self._relay.hook, hook).get_hookimpls())
+            ]
             for hook in HOOKS
         }
 
@@ -88,7 +91,9 @@ class Manager:
         self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
     ) -> Callable[[object], BatchDescriptor]:
         """The function that describes batches like `batch`."""
-        found: Callable[[object], BatchDescriptor] | None = self._relay.hook.nsa_plugin_describe(engine=engine, batch=batch)
+        found: Callable[[object], BatchDescriptor] | None = self._relay.hook.nsa_plugin_describe(
+            engine=engine, batch=batch
+        )
         return default if found is None else found
 
     def bind_precompute(self, batch: BatchDescriptor, out: PrecomputedMetadata) -> api.BoundPrecompute:

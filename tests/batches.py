@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -94,7 +95,7 @@ def poisoned(batch: BatchDescriptor, geometry: Geometry, count: int = 1, stride:
 
         steps = []
         for step in fresh.steps:
-            fields = {name: getattr(step, name) for name in (*VECTORS, *TABLES)}
+            fields: dict[str, Any] = {name: getattr(step, name) for name in (*VECTORS, *TABLES)}
             steps.append(StepMetadata(**{name: t if t is None else remake(t) for name, t in fields.items()}))
         made.append(PrecomputedMetadata(tuple(steps), batch, geometry))
     return made

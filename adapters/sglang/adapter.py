@@ -102,7 +102,9 @@ class SglangAdapter:
         """What is accelerated and what is left alone, for one log line."""
         served = ["the multi-step draft"] + ([] if self._left_alone else ["target verify", "draft extend"])
         text = f"sglang {capabilities.installed_version()}: metadata of {', '.join(served)} is computed once"
-        return text + (f"; target verify and draft extend are left alone: {self._left_alone[0]}" if self._left_alone else "")
+        return text + (
+            f"; target verify and draft extend are left alone: {self._left_alone[0]}" if self._left_alone else ""
+        )
 
 
 def _hook(path: Path) -> Any:

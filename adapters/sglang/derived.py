@@ -23,9 +23,7 @@ def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -
     if backend.dsa_decode_impl == "flashmla_kv":
         lengths = metadata.dsa_cache_seqlens_int32
         destination = metadata.flashmla_metadata.slice(slice(0, lengths.shape[0] + 1))
-        steps.append(
-            lambda: destination.copy_(backend._compute_flashmla_metadata(cache_seqlens=lengths, seq_len_q=1))
-        )
+        steps.append(lambda: destination.copy_(backend._compute_flashmla_metadata(cache_seqlens=lengths, seq_len_q=1)))
     if not steps:
         return None
 

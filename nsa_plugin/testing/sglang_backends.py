@@ -142,7 +142,9 @@ def flash_mla(cache_seqlens: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[t
     return metadata, torch.nn.functional.pad(blocks, (1, 0))
 
 
-def _copy_fields(source: tuple[Any, ...], target: tuple[Any, ...], mode: int, bs: int, max_len: int, width: int, rows: int) -> None:
+def _copy_fields(
+    source: tuple[Any, ...], target: tuple[Any, ...], mode: int, bs: int, max_len: int, width: int, rows: int
+) -> None:
     """What sglang's fused copy kernels do: (lengths, cu, table, clipped, expanded, clipped cu, real table, splits, scheduler)."""
     sizes = (bs, bs + 1, None, rows, rows if mode else 0, rows + 1, None, rows + 1, None)
     for field, (origin, copy, size) in enumerate(zip(source, target, sizes, strict=True)):
@@ -201,7 +203,7 @@ def stand_ins() -> Iterator[None]:
     for owner, name, value in replaced:
         setattr(owner, name, value)
     sys.modules[interface.__name__] = interface
-    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[misc, assignment]
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -79,7 +79,10 @@ def test_every_consumer_of_a_plan_gets_the_reference(case: Case, strategy: str) 
 
 def test_a_plan_derives_once_and_copies_the_derived_plane() -> None:
     batch, geometry = decode([5, 9], num_steps=3)
-    consumers = [replace(made.steps[0], derived={"total": torch.zeros(1, dtype=torch.int32)}) for made in poisoned(batch, geometry, 3)]
+    consumers = [
+        replace(made.steps[0], derived={"total": torch.zeros(1, dtype=torch.int32)})
+        for made in poisoned(batch, geometry, 3)
+    ]
     calls = []
 
     def derive() -> None:
@@ -118,6 +121,11 @@ def test_a_plan_uses_the_implementations_that_it_is_given() -> None:
         return lambda: seen.append(f"copy to {len(destinations)}")
 
     ReplayPlan(
-        batch, geometry, consumers, strategy="copy", bind_precompute=bind_precompute, bind_copy=bind_copy  # type: ignore[arg-type]
+        batch,
+        geometry,
+        consumers,
+        strategy="copy",
+        bind_precompute=bind_precompute,
+        bind_copy=bind_copy,  # type: ignore[arg-type]
     ).run(batch)
     assert seen == ["precompute 2 for 1", "copy to 1"]

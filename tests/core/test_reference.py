@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, TokenTable, precompute
-from nsa_plugin.core.metadata import live_rows
-from tests.batches import POISON, Case, cases, naive, poisoned
+from tests.batches import Case, cases, naive, poisoned
 
 
 @settings(max_examples=200)
@@ -30,15 +29,6 @@ def test_every_live_entry_is_that_of_the_naive_loop(case: Case) -> None:
             for row, live in enumerate(want["page_table_1"]):
                 assert isinstance(live, list)
                 assert step.page_table_1[row, : len(live)].tolist() == live
-
-
-@settings(max_examples=50)
-@given(cases(modes=(ForwardMode.DRAFT_EXTEND,)))
-def test_rows_that_do_not_exist_are_left_alone(case: Case) -> None:
-    out = precompute(case.batch, case.geometry, impl="reference", out=poisoned(case.batch, case.geometry)[0])
-    exists = live_rows(case.batch)[3]
-    assert (out.steps[0].seqlens_expanded[~exists] == POISON).all()
-    assert (out.steps[0].real_page_table[~exists] == POISON).all()
 
 
 def test_padded_rows_of_the_static_draft_extend_clamp_at_zero() -> None:

@@ -39,22 +39,52 @@ BAD_BATCHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": ForwardMode.TARGET_VERIFY, "num_steps": 2}, ValueError, "num_steps: expected 1 in TARGET_VERIFY, got 2"),
     ({"draft_tokens": 0}, ValueError, "draft_tokens: expected an int >= 1, got 0"),
     ({"seq_lens": torch.ones(2)}, TypeError, r"seq_lens: expected int32 or int64, got float32; convert with"),
-    ({"seq_lens": torch.ones(2, 1, dtype=torch.int64)}, ValueError, r"seq_lens: expected 1 dimension\(s\), got shape \(2, 1\)"),
+    (
+        {"seq_lens": torch.ones(2, 1, dtype=torch.int64)},
+        ValueError,
+        r"seq_lens: expected 1 dimension\(s\), got shape \(2, 1\)",
+    ),
     ({"seq_lens": torch.ones(1, dtype=torch.int64).expand(2)}, ValueError, "seq_lens: expected a stride other than 0"),
     ({"extend_lens": torch.ones(2, dtype=torch.int64)}, ValueError, "extend_lens: expected None outside DRAFT_EXTEND"),
     ({"slots": None}, TypeError, "slots: expected a TokenTable or a BlockTable, got NoneType"),
-    ({"slots": replace(TABLE, req_to_token=TABLE.req_to_token[:, :100])}, ValueError, "req_to_token: expected rows that name at least 128"),
-    ({"slots": replace(TABLE, req_to_token=TABLE.req_to_token.to(torch.int16))}, TypeError, "req_to_token: expected int32 or int64, got int16"),
-    ({"slots": replace(TABLE, req_to_token=TABLE.req_to_token.to("meta"))}, ValueError, "req_to_token: expected device cpu .*, got device meta"),
-    ({"slots": replace(TABLE, req_pool_indices=torch.tensor([0]))}, ValueError, "req_pool_indices: expected at least 2 entries, got 1"),
-    ({"slots": replace(TABLE, req_pool_indices=[0, 1])}, TypeError, "req_pool_indices: expected a tensor, got list"),
-    ({"slots": BlockTable(torch.zeros(1, 8, dtype=torch.int32), 16)}, ValueError, "block_table: expected at least 2 rows"),
-    ({"slots": BlockTable(torch.zeros(2, 8, dtype=torch.int32), 0)}, ValueError, "block_size: expected an int >= 1, got 0"),
+    (
+        {"slots": replace(TABLE, req_to_token=TABLE.req_to_token[:, :100])},
+        ValueError,
+        "req_to_token: expected rows that name at least 128",
+    ),
+    (
+        {"slots": replace(TABLE, req_to_token=TABLE.req_to_token.to(torch.int16))},
+        TypeError,
+        "req_to_token: expected int32 or int64, got int16",
+    ),
+    (
+        {"slots": replace(TABLE, req_to_token=TABLE.req_to_token.to("meta"))},
+        ValueError,
+        "req_to_token: expected device cpu .*, got device meta",
+    ),
+    (
+        {"slots": replace(TABLE, req_pool_indices=torch.tensor([0]))},
+        ValueError,
+        "req_pool_indices: expected at least 2 entries, got 1",
+    ),
+    ({"slots": TokenTable(TABLE.req_to_token, [0, 1])}, TypeError, "req_pool_indices: expected a tensor, got list"),  # type: ignore[arg-type]
+    (
+        {"slots": BlockTable(torch.zeros(1, 8, dtype=torch.int32), 16)},
+        ValueError,
+        "block_table: expected at least 2 rows",
+    ),
+    (
+        {"slots": BlockTable(torch.zeros(2, 8, dtype=torch.int32), 0)},
+        ValueError,
+        "block_size: expected an int >= 1, got 0",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_BATCHES, ids=lambda value: str(value)[:40])
-def test_bad_batches_are_refused_and_nothing_is_written(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_batches_are_refused_and_nothing_is_written(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     out = poisoned(BATCH, GEOMETRY)[0]
     with pytest.raises(error, match=message):
         precompute(replace(BATCH, **change), GEOMETRY, out=out)
@@ -64,18 +94,42 @@ def test_bad_batches_are_refused_and_nothing_is_written(change: dict[str, Any], 
 @pytest.mark.parametrize("field", ["index_topk", "page_size", "table_width", "num_sms"])
 def test_bad_geometry_is_refused(field: str) -> None:
     with pytest.raises(InvalidValueError, match=rf"geometry.{field}: expected an int >= 1, got 0"):
-        precompute(BATCH, replace(GEOMETRY, **{field: 0}))
+        precompute(BATCH, replace(GEOMETRY, **{field: 0}))  # type: ignore[arg-type]
 
 
 BAD_BUFFERS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"cache_seqlens": torch.zeros(1, dtype=torch.int32)}, ValueError, "cache_seqlens: expected at least 2 entries, got 1; make the buffers for the largest batch"),
+    (
+        {"cache_seqlens": torch.zeros(1, dtype=torch.int32)},
+        ValueError,
+        "cache_seqlens: expected at least 2 entries, got 1; make the buffers for the largest batch",
+    ),
     ({"cu_seqlens_k": torch.zeros(2, dtype=torch.int32)}, ValueError, "cu_seqlens_k: expected at least 3 entries"),
-    ({"nsa_cache_seqlens": torch.zeros(2, dtype=torch.int64)}, TypeError, "nsa_cache_seqlens: expected int32, got int64"),
-    ({"page_table_1": torch.zeros(1, 128, dtype=torch.int32)}, ValueError, "page_table_1: expected at least 2 rows, got 1"),
-    ({"page_table_1": torch.zeros(2, 127, dtype=torch.int32)}, ValueError, "page_table_1: expected at least 128 columns, got 127"),
-    ({"real_page_table": torch.zeros(1, 2, dtype=torch.int32).expand(2, 2)}, ValueError, "real_page_table: expected strides without overlap"),
+    (
+        {"nsa_cache_seqlens": torch.zeros(2, dtype=torch.int64)},
+        TypeError,
+        "nsa_cache_seqlens: expected int32, got int64",
+    ),
+    (
+        {"page_table_1": torch.zeros(1, 128, dtype=torch.int32)},
+        ValueError,
+        "page_table_1: expected at least 2 rows, got 1",
+    ),
+    (
+        {"page_table_1": torch.zeros(2, 127, dtype=torch.int32)},
+        ValueError,
+        "page_table_1: expected at least 128 columns, got 127",
+    ),
+    (
+        {"real_page_table": torch.zeros(1, 2, dtype=torch.int32).expand(2, 2)},
+        ValueError,
+        "real_page_table: expected strides without overlap",
+    ),
     ({"real_page_table": None}, TypeError, "real_page_table: expected a tensor, got NoneType"),
-    ({"derived": {"plan": torch.zeros(4, 4, dtype=torch.int32).t()}}, ValueError, r"derived\['plan'\]: expected a contiguous"),
+    (
+        {"derived": {"plan": torch.zeros(4, 4, dtype=torch.int32).t()}},
+        ValueError,
+        r"derived\['plan'\]: expected a contiguous",
+    ),
 ]
 
 
@@ -115,7 +169,10 @@ def test_destinations_must_fit_the_steps_and_derived_planes_of_the_source() -> N
         ({"seq_lens": torch.tensor([5, -1])}, r"seq_lens\[1\]: expected 0 to 128 .*, got -1"),
         ({"seq_lens": torch.tensor([129, 3])}, r"seq_lens\[0\]: expected 0 to 128 .*, got 129"),
         ({"num_steps": 2, "step_offsets": (0, 60)}, r"seq_lens\[1\]: expected 0 to 68 .*, got 70"),
-        ({"slots": replace(TABLE, req_pool_indices=torch.tensor([0, 2]))}, r"req_pool_indices\[1\]: expected 0 to 1 .*, got 2"),
+        (
+            {"slots": replace(TABLE, req_pool_indices=torch.tensor([0, 2]))},
+            r"req_pool_indices\[1\]: expected 0 to 1 .*, got 2",
+        ),
         (
             {"mode": ForwardMode.DRAFT_EXTEND, "draft_tokens": 2, "extend_lens": torch.tensor([1, 3])},
             r"extend_lens\[1\]: expected 0 to 2 \(draft_tokens\), got 3",
@@ -134,7 +191,10 @@ def test_unchecked_over_long_lengths_do_not_write_past_the_table() -> None:
         wider = torch.full((2, 160), POISON, dtype=torch.int32)
         step = replace(out.steps[0], page_table_1=wider)
         precompute(
-            replace(BATCH, seq_lens=torch.tensor([5000, 3])), GEOMETRY, impl=impl, out=replace(out, steps=(step,))  # type: ignore[arg-type]
+            replace(BATCH, seq_lens=torch.tensor([5000, 3])),
+            GEOMETRY,
+            impl=impl,  # type: ignore[arg-type]
+            out=replace(out, steps=(step,)),
         )
         assert torch.equal(wider[0, :128], TABLE.req_to_token[1])
         assert (wider[:, 128:] == POISON).all()

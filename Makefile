@@ -1,0 +1,41 @@
+# Everything a newcomer types. Each target sets up what it needs in .venv*/ and nothing else.
+PYTHON ?= python3
+# A CPU build of torch wherever one is at hand; the tests need no GPU.
+TORCH ?= torch==2.13.0
+PIP = -m pip install --quiet --disable-pip-version-check
+
+CORE = .venv
+SGLANG = .venv-sglang
+
+.PHONY: demo test lint conformance-sglang clean
+
+demo: $(CORE)/ready
+	$(CORE)/bin/nsa-plugin demo
+
+test: $(CORE)/ready
+	$(CORE)/bin/python -m pytest
+
+lint: $(CORE)/ready
+	$(CORE)/bin/ruff check .
+	$(CORE)/bin/ruff format --check .
+	$(CORE)/bin/mypy
+
+conformance-sglang: $(SGLANG)/ready
+	PYTHONPATH=tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
+	PYTHONPATH=tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
+
+$(CORE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python $(PIP) $(TORCH)
+	$(CORE)/bin/python $(PIP) --editable '.[dev]'
+	touch $@
+
+$(SGLANG)/ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/requirements-without-dependencies.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python $(PIP) --requirement tests/sglang/requirements.txt
+	$(SGLANG)/bin/python $(PIP) --no-deps --requirement tests/sglang/requirements-without-dependencies.txt
+	$(SGLANG)/bin/python $(PIP) --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(CORE) $(SGLANG) .venv-wheels build *.egg-info

@@ -1,0 +1,145 @@
+"""An embedded multi-step harness: N draft consumers, prepared step by step as engines did, or by this package."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, live_entries
+from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
+from nsa_plugin.demo.trace import Round, Sizes
+
+OPERATIONS = ("cumsum", "top-k lengths", "page lookup", "table transform", "concatenation")
+"""The operations of the original preparation, in the order of the table that the demo prints."""
+
+
+def describe(entry: Round, table: torch.Tensor, num_steps: int) -> BatchDescriptor:
+    """A round as the metadata engine sees it."""
+    lengths = torch.tensor(entry.seq_lens, device=table.device)
+    requests = torch.tensor(entry.requests, device=table.device)
+    return BatchDescriptor(ForwardMode.DECODE, len(entry.seq_lens), lengths, TokenTable(table, requests), num_steps)
+
+
+class Original:
+    """Every draft step computes everything again: the operations of engines before any precompute."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        """Per operation: time of each call."""
+
+    def prepare(self, batch: BatchDescriptor, step: StepMetadata, measured: bool) -> None:
+        """Prepare one draft step."""
+        geometry, size = self._geometry, batch.batch_size
+        timed = self._timed if measured else _untimed
+        assert isinstance(batch.slots, TokenTable) and step.page_table_1 is not None
+        table, requests = batch.slots.req_to_token, batch.slots.req_pool_indices
+        lengths = batch.seq_lens.to(torch.int32)
+        zero = lengths.new_zeros(1)
+        width = min(int(lengths.max()), geometry.table_width)
+        step.cache_seqlens[:size] = lengths
+        sums = timed("cumsum", lambda: torch.cumsum(lengths, 0, dtype=torch.int32))
+        step.cu_seqlens_k[: size + 1] = timed("concatenation", lambda: torch.cat([zero, sums]))
+        clipped = timed("top-k lengths", lambda: lengths.clamp(max=geometry.index_topk))
+        step.nsa_cache_seqlens[:size] = clipped
+        clipped_sums = timed("cumsum", lambda: torch.cumsum(clipped, 0, dtype=torch.int32))
+        step.nsa_cu_seqlens_k[: size + 1] = timed("concatenation", lambda: torch.cat([zero, clipped_sums]))
+        slots = timed("page lookup", lambda: table[requests, :width])
+        step.page_table_1[:size, :width] = slots
+        pages = timed("table transform", lambda: slots[:, :: geometry.page_size] // geometry.page_size)
+        step.real_page_table[:size, : pages.shape[1]] = pages
+
+    def _timed(self, operation: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        synchronize()
+        start = time.perf_counter()
+        result = call()
+        synchronize()
+        self.seconds[operation].append(time.perf_counter() - start)
+        return result
+
+
+def _untimed(operation: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return call()
+
+
+class Harness:
+    """The three contenders over one trace, each with its own buffers per captured batch size.
+
+    Attributes
+    ----------
+    seconds : contender to list of seconds, one per round
+    """
+
+    contenders: tuple[str, ...] = ("original, every step", "precompute + copy", "share")
+
+    def __init__(self, sizes: Sizes, index_topk: int, num_steps: int, table: torch.Tensor) -> None:
+        device = table.device
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._geometry = Geometry(index_topk, sizes.page_size, sizes.width, num_sms=sms)
+        self._num_consumers = num_steps - 1
+        self._table = table
+        self.original = Original(self._geometry)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._buffers: dict[tuple[str, int], list[StepMetadata]] = {}
+        self._plans: dict[tuple[str, int], ReplayPlan] = {}
+        for size in sizes.captured:
+            batch = describe(Round((1,) * size, (0,) * size, 0), table, self._num_consumers)
+            for name in self.contenders:
+                made = [
+                    PrecomputedMetadata.allocate(batch, self._geometry).steps[0] for _ in range(self._num_consumers)
+                ]
+                if name == "share":
+                    made = made[:1] * len(made)
+                self._buffers[name, size] = made
+            for name, strategy in zip(self.contenders[1:], ("copy", "share"), strict=True):
+                self._plans[name, size] = self._plan(batch, self._buffers[name, size], strategy)
+
+    def _plan(self, batch: BatchDescriptor, consumers: list[StepMetadata], strategy: str) -> ReplayPlan:
+        chosen: PlanStrategy = "copy" if strategy == "copy" else "share"
+        return ReplayPlan(batch, self._geometry, consumers, strategy=chosen)
+
+    def run(self, entry: Round) -> list[str]:
+        """Prepare a round with every contender; return the values that differ from the original's."""
+        batch = describe(entry, self._table, self._num_consumers)
+        size = batch.batch_size
+        first, *others = self.contenders
+        self._prepare_every_step(batch, measured=True)
+        self._time(first, lambda: self._prepare_every_step(batch, measured=False))
+        for name in others:
+            plan = self._plans[name, size]
+            self._time(name, lambda plan=plan: plan.run(batch))  # type: ignore[misc]
+        return [
+            f"{name}, draft step {index}: {field}"
+            for name in others
+            for index, step in enumerate(self._buffers[name, size])
+            for field in self._differences(batch, self._buffers[first, size][index], step)
+        ]
+
+    def close(self) -> None:
+        """Nothing outside was touched."""
+
+    def _prepare_every_step(self, batch: BatchDescriptor, measured: bool) -> None:
+        for step in self._buffers[self.contenders[0], batch.batch_size]:
+            self.original.prepare(batch, step, measured)
+
+    def _differences(self, batch: BatchDescriptor, expected: StepMetadata, got: StepMetadata) -> list[str]:
+        precomputed = PrecomputedMetadata((expected,), batch, self._geometry)
+        want, have = live_entries(precomputed, expected), live_entries(precomputed, got)
+        return [name for name in want if not torch.equal(want[name], have[name])]
+
+    def _time(self, name: str, call: Callable[[], object]) -> None:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        self.seconds[name].append(time.perf_counter() - start)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

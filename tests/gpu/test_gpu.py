@@ -1,0 +1,154 @@
+"""On a CUDA device: compiled kernels against the reference, and what a replay costs the host (allocations, syncs)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from nsa_plugin import (
+    BatchDescriptor,
+    BlockTable,
+    ForwardMode,
+    Geometry,
+    PrecomputedMetadata,
+    ReplayPlan,
+    TokenTable,
+    fast_copy,
+    precompute,
+)
+from tests.batches import Case, assert_equal_live, poisoned
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+def random_case(rng: random.Random, width: int, batch_size: int, mode: ForwardMode) -> Case:
+    """A batch of the sizes that engines run, with fresh random lengths, tables, dtypes and padding."""
+    draft_tokens = rng.randint(1, 9)
+    num_steps = rng.randint(1, 16) if mode is ForwardMode.DECODE else 1
+    offsets = tuple(range(1, num_steps + 1)) if rng.random() < 0.5 and mode is ForwardMode.DECODE else ()
+    dtype, table_dtype = rng.choice([torch.int32, torch.int64]), rng.choice([torch.int32, torch.int32, torch.int64])
+    longest = width - draft_tokens - num_steps
+    lengths = [
+        rng.choice([0, 1, 63, 64, 65, longest, rng.randint(1, longest), rng.randint(1, 2000)])
+        for _ in range(batch_size)
+    ]
+    seq_lens = torch.tensor(lengths, dtype=dtype, device=DEVICE)
+    slots: TokenTable | BlockTable
+    if rng.random() < 0.7:
+        table = torch.randint(0, 1 << 30, (batch_size + 3, width), dtype=table_dtype, device=DEVICE)
+        slots = TokenTable(table, torch.randint(0, batch_size + 3, (batch_size,), dtype=dtype, device=DEVICE))
+    else:
+        block = rng.choice([16, 64])
+        slots = BlockTable(
+            torch.randint(0, 1 << 22, (batch_size, -(-width // block)), dtype=table_dtype, device=DEVICE), block
+        )
+    ragged = mode is ForwardMode.DRAFT_EXTEND and rng.random() < 0.5
+    extend = torch.randint(0, draft_tokens + 1, (batch_size,), dtype=dtype, device=DEVICE) if ragged else None
+    batch = BatchDescriptor(mode, batch_size, seq_lens, slots, num_steps, offsets, draft_tokens, extend)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    return Case(batch, Geometry(2048, rng.choice([1, 64]), width, num_sms=sms, wide_page_table=rng.random() < 0.8))
+
+
+@pytest.mark.parametrize("mode", list(ForwardMode))
+@pytest.mark.parametrize("batch_size", [0, 1, 3, 32, 129, 512])
+@pytest.mark.parametrize("width", [4096, 40961])
+def test_compiled_kernels_equal_the_reference(mode: ForwardMode, batch_size: int, width: int) -> None:
+    rng = random.Random(hash((mode.value, batch_size, width)))
+    for _ in range(2 if batch_size > 100 else 6):
+        case = random_case(rng, width, batch_size, mode)
+        batch, geometry = case.batch, case.geometry
+        want = precompute(batch, geometry, impl="reference")
+        got = precompute(batch, geometry, impl="triton", out=poisoned(batch, geometry)[0])
+        copies = [
+            made.steps[0]
+            for made in poisoned(batch, geometry, max(len(want.steps), 2) if batch_size < 100 else len(want.steps))
+        ]
+        fast_copy(got, copies, impl="triton")
+        for index in range(len(want.steps)):
+            assert_equal_live(want, got.step(index), index)
+        for index, copy in enumerate(copies):
+            assert_equal_live(want, copy, index if len(want.steps) > 1 else 0)
+
+
+@pytest.mark.parametrize("mode", list(ForwardMode))
+@pytest.mark.parametrize("strategy", ["share", "copy"])
+def test_a_replay_allocates_nothing_does_not_sync_and_writes_in_place(mode: ForwardMode, strategy: str) -> None:
+    rng = random.Random(7)
+    num_steps = 7 if mode is ForwardMode.DECODE else 1
+    width, size, draft_tokens = 16384, 32, 4
+
+    def live() -> BatchDescriptor:
+        seq_lens = torch.tensor([rng.randint(1, width - draft_tokens) for _ in range(size)], device=DEVICE)
+        table = torch.randint(0, 1 << 30, (size, width), dtype=torch.int32, device=DEVICE)
+        requests = torch.randperm(size, device=DEVICE)
+        return BatchDescriptor(mode, size, seq_lens, TokenTable(table, requests), num_steps, (), draft_tokens)
+
+    first = live()
+    geometry = Geometry(2048, 64, width, num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    consumers = [made.steps[0] for made in poisoned(first, geometry, num_steps if strategy == "copy" else 1)]
+    plan = ReplayPlan(first, geometry, consumers, strategy=strategy)  # type: ignore[arg-type]
+    plan.run(first)
+    batches = [live() for _ in range(20)]
+    for batch in batches[:10]:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan.run(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        want = precompute(batch, geometry, impl="reference")
+        for consumer in consumers:
+            assert_equal_live(want, consumer, 0)
+
+
+def test_one_captured_graph_serves_changing_batches() -> None:
+    """The plan's launches can be recorded: a graph replay reads the static inputs as they are then."""
+    rng = random.Random(11)
+    width, size = 8192, 16
+    seq_lens = torch.ones(size, dtype=torch.int64, device=DEVICE)
+    requests = torch.zeros(size, dtype=torch.int64, device=DEVICE)
+    table = torch.randint(0, 1 << 30, (size + 1, width), dtype=torch.int32, device=DEVICE)
+    batch = BatchDescriptor(ForwardMode.DECODE, size, seq_lens, TokenTable(table, requests), num_steps=3)
+    geometry = Geometry(2048, 64, width, num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    consumers = [made.steps[0] for made in poisoned(batch, geometry, 3)]
+    plan = ReplayPlan(batch, geometry, consumers, strategy="copy")
+    plan.run(batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(batch)
+    for _ in range(50):
+        seq_lens.copy_(torch.tensor([rng.randint(0, width) for _ in range(size)]))
+        requests.copy_(torch.randint(0, size + 1, (size,)))
+        graph.replay()
+        want = precompute(batch, geometry, impl="reference")
+        for consumer in consumers:
+            assert_equal_live(want, consumer, 0)
+
+
+def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
+    from nsa_plugin.core import triton_kernels
+
+    def run(size: int, width: int) -> None:
+        seq_lens = torch.randint(1, width, (size,), device=DEVICE)
+        table = torch.randint(0, 1 << 30, (size, width), dtype=torch.int32, device=DEVICE)
+        batch = BatchDescriptor(
+            ForwardMode.DECODE, size, seq_lens, TokenTable(table, torch.arange(size, device=DEVICE))
+        )
+        geometry = Geometry(2048, 64, width, num_sms=132)
+        source = precompute(batch, geometry, impl="triton")
+        fast_copy(source, [PrecomputedMetadata.allocate(batch, geometry).steps[0]], impl="triton")
+
+    def compiled() -> int:
+        kernels = (triton_kernels.metadata_kernel, triton_kernels.copy_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    run(16, 4096)
+    before = compiled()
+    for size, width in ((1, 4096), (2, 4096), (17, 8192), (128, 2048), (500, 4096)):
+        run(size, width)
+    assert compiled() == before

@@ -1,0 +1,103 @@
+"""The demo finds a planted difference, reads and refuses traces, and the command line says what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_plugin.cli import main
+from nsa_plugin.core import reference
+from nsa_plugin.core.metadata import PrecomputedMetadata
+from nsa_plugin.demo.trace import Sizes, SlotTable, generate, load, save
+
+
+def test_demo_is_green(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--rounds", "30", "--steps", "2", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "Every live value of every round is equal." in out
+    for operation in ("cumsum", "top-k lengths", "page lookup", "table transform", "concatenation"):
+        assert operation in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plants the error in the reference, which a GPU does not use")
+def test_demo_exits_1_on_a_single_wrong_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = reference.precompute
+
+    def wrong(batch: object, out: PrecomputedMetadata) -> None:
+        right(batch, out)  # type: ignore[arg-type]
+        out.steps[0].real_page_table[0, 0] += 1
+
+    monkeypatch.setattr(reference, "precompute", wrong)
+    assert main(["demo", "--rounds", "5", "--steps", "4"]) == 1
+    assert "share, draft step 0: real_page_table" in capsys.readouterr().out
+
+
+def test_traces_have_joins_leaves_padding_growth_and_empty_rounds() -> None:
+    sizes = Sizes()
+    rounds = list(generate(400, 4, sizes, seed=1))
+    assert {len(entry.seq_lens) for entry in rounds} == set(sizes.captured)
+    assert any(entry.live < len(entry.seq_lens) for entry in rounds)
+    sets = [set(entry.requests[: entry.live]) for entry in rounds]
+    assert any(after - before for before, after in itertools.pairwise(sets))
+    assert any(before - after for before, after in itertools.pairwise(sets))
+    assert all(1 <= length <= sizes.width for entry in rounds for length in entry.seq_lens)
+    assert any(entry.live == 0 for seed in range(5) for entry in generate(5, 4, sizes, seed))
+
+
+def test_no_two_live_requests_share_a_page() -> None:
+    sizes = Sizes()
+    slots = SlotTable(sizes, torch.device("cpu"))
+    for entry in generate(100, 4, sizes):
+        slots.advance(entry)
+        used = [
+            slots.table[request, :length]
+            for request, length in zip(entry.requests[: entry.live], entry.seq_lens, strict=False)
+        ]
+        if used:
+            together = torch.cat(used)
+            assert len(set(together.tolist())) == together.numel()
+
+
+def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    rounds = list(generate(20, 4, Sizes()))
+    save(path, rounds)
+    assert load(path, Sizes()) == rounds
+    assert main(["demo", "--trace", str(path), "--steps", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: expected an object with seq_lens"),
+        ('{"seq_lens": [1, 2, 3], "req_pool_indices": [1, 2, 3], "live": 3}', "as many lengths as requests, one of"),
+        ('{"seq_lens": [9000], "req_pool_indices": [1], "live": 1}', "lengths of 0 to 8192"),
+        ('{"seq_lens": [90], "req_pool_indices": [99], "live": 1}', "requests 0 to 12"),
+    ],
+)
+def test_a_bad_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line)
+    assert main(["demo", "--trace", str(path), "--steps", "4"]) == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert main(["demo", "--trace", str(tmp_path / "absent")]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--rounds", "0"], ["demo", "--steps", "1"], ["demo", "--engine", "trt"], []]
+)
+def test_bad_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "expected" in capsys.readouterr().err or arguments in ([], ["demo", "--engine", "trt"])
+
+
+def test_plugins_lists_the_built_in_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins"]) == 0
+    assert "nsa_plugin_adapters" in capsys.readouterr().out

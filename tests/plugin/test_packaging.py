@@ -1,0 +1,60 @@
+"""What is installed: every room of the package, its entry points, and nothing called `core` or `adapters`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+LOOK = """
+import importlib, importlib.metadata as m
+for name in ("nsa_plugin.core.triton_kernels", "nsa_plugin.adapters.sglang.adapter", "nsa_plugin.demo.run", "nsa_plugin.testing.seed"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name == "triton", error
+for name in ("core", "adapters"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(name + " can be imported")
+points = {(p.group, p.name): p for p in m.distribution("nsa-plugin").entry_points}
+for key in (("sglang.srt.plugins", "nsa_plugin"), ("vllm.general_plugins", "nsa_plugin"), ("console_scripts", "nsa-plugin")):
+    points[key].load()
+import nsa_plugin
+print(nsa_plugin.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """The source distribution of the files that git knows."""
+    root, out = pytestconfig.rootpath, tmp_path_factory.mktemp("sdist")
+    clean = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "core", "adapters", "nsa_plugin"):
+        subprocess.run(["cp", "-a", str(root / name), str(clean)], check=True)
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=clean, check=True, capture_output=True)
+    return next(out.glob("*.tar.gz"))
+
+
+def test_the_sdist_holds_every_room(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"core/reference.py", "adapters/sglang/adapter.py", "nsa_plugin/py.typed", "LICENSE"} <= names
+
+
+def test_a_wheel_built_from_the_sdist_installs_one_top_level_package(sdist: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(sdist)]
+    subprocess.run(pip, check=True, capture_output=True)
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} - {"bin"} == {"nsa_plugin"}
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", LOOK], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.strip() == str(target / "nsa_plugin" / "__init__.py")

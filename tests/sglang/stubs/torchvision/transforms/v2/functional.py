@@ -1,0 +1,5 @@
+"""As `torchvision.transforms`."""
+
+from torchvision.transforms import InterpolationMode, __getattr__
+
+__all__ = ["InterpolationMode", "__getattr__"]

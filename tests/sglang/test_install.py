@@ -1,0 +1,273 @@
+"""Install, undo, fall back, switch off: on the real sglang."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from nsa_plugin import ForwardMode, hookimpl
+from nsa_plugin.adapters.base import Fallback
+from nsa_plugin.adapters.sglang import capabilities
+from nsa_plugin.adapters.sglang.adapter import SglangAdapter
+from nsa_plugin.host import Host
+from nsa_plugin.settings import Settings
+from nsa_plugin.testing import sglang_backends as kit
+from tests.sglang.conftest import Install
+from tests.sglang.test_faithful import CONFIG, TABLE, batch, capture_batch
+
+CLASSES = [pkgutil.resolve_name(path) for path in (capabilities.MULTI_STEP, capabilities.BACKEND)]
+TARGET = f"{capabilities.MULTI_STEP}.{capabilities.OUT_GRAPH}"
+LOGGER = "sglang.srt.plugins.nsa_plugin"
+
+
+def methods() -> list[dict[str, Any]]:
+    return [dict(vars(cls)) for cls in CLASSES]
+
+
+def test_probe_of_the_installed_release_is_clean() -> None:
+    assert capabilities.probe() == []
+    assert capabilities.missing(capabilities.SINGLE_NEEDS) == []
+    assert capabilities.installed_version() in capabilities.TESTED
+
+
+def test_undo_restores_every_attribute_by_identity(install: Install) -> None:
+    before, hooks, patched = methods(), dict(HookRegistry._hooks), set(HookRegistry._patched)
+    own = kit.make_multi_step(CONFIG, TABLE, 4)
+    own.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    _, adapter = install("share")
+    assert methods() != before
+    multi = kit.make_multi_step(CONFIG, TABLE, 4)
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    adapter.undo()
+    assert all(
+        now is then
+        for a, b in zip(methods(), before, strict=True)
+        for now, then in zip(a.values(), b.values(), strict=True)
+    )
+    assert (dict(HookRegistry._hooks), set(HookRegistry._patched)) == (hooks, patched)
+    for kind in (own, multi):  # each backend holds its own metadata, as if the plugin had never been there
+        held = [backend.decode_cuda_graph_metadata[2] for backend in kind.attn_backends]
+        assert len({id(metadata) for metadata in held}) == 3
+        assert all(
+            backend.forward_metadata is metadata for backend, metadata in zip(kind.attn_backends, held, strict=True)
+        )
+        assert all(vars(backend).keys() == vars(own.attn_backends[0]).keys() for backend in kind.attn_backends)
+    adapter.undo()
+
+
+def test_install_twice_hooks_once_and_can_be_repeated_after_undo(install: Install) -> None:
+    host, adapter = install("auto")
+    first = methods()
+    assert adapter.install(host) == []
+    assert methods() == first
+    assert len(HookRegistry._hooks[TARGET]) == 1
+    adapter.undo()
+    assert adapter.install(host) == []
+    assert len(HookRegistry._hooks[TARGET]) == 1
+
+
+def test_other_plugins_hooks_on_the_same_method_stay(install: Install) -> None:
+    calls: list[str] = []
+    original = CLASSES[0].__dict__[capabilities.OUT_GRAPH]
+
+    def theirs(function: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append("theirs")
+        return function(*args, **kwargs)
+
+    HookRegistry.register(TARGET, theirs, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    try:
+        _, adapter = install("auto")
+        multi = kit.make_multi_step(CONFIG, TABLE, 3)
+        multi.init_forward_metadata_out_graph(capture_batch("DECODE", 1), in_capture=True)
+        assert calls == ["theirs"]
+        adapter.undo()
+        multi.init_forward_metadata_out_graph(batch("DECODE", [9], [1]))
+        assert calls == ["theirs"] * 2
+        assert CLASSES[0].__dict__[capabilities.OUT_GRAPH].__wrapped__ is original
+    finally:
+        HookRegistry._hooks.pop(TARGET, None)
+        HookRegistry._patched.discard(TARGET)
+        setattr(CLASSES[0], capabilities.OUT_GRAPH, original)
+
+
+def test_a_missing_capability_leaves_sglang_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(CLASSES[1], "_compute_flashmla_metadata")
+    before = methods()
+    adapter = SglangAdapter()
+    (problem,) = adapter.install(Host(Settings()))
+    assert "_compute_flashmla_metadata(cache_seqlens, seq_len_q)" in problem and "AttributeError" in problem
+    assert methods() == before
+
+
+def test_a_release_without_the_static_draft_extend_keeps_only_the_multi_step_hook(
+    monkeypatch: pytest.MonkeyPatch, install: Install
+) -> None:
+    monkeypatch.delattr(CLASSES[1], "_refresh_topk_v2_plan")
+    before = methods()
+    _, adapter = install("auto")
+    assert methods()[1] == before[1] and methods()[0] != before[0]
+    assert "target verify and draft extend are left alone" in adapter.summary()
+    adapter.undo()
+    assert methods() == before
+
+
+class Broken:
+    """Fails in the bound precompute from call `working` on."""
+
+    def __init__(self, working: int) -> None:
+        self.calls, self.working = 0, working
+        self.seen: list[Fallback] = []
+
+    @hookimpl
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
+        def broken(live: Any) -> None:
+            self.calls += 1
+            out.steps[0].cache_seqlens.fill_(-5)
+            if self.calls > self.working:
+                raise RuntimeError("planted")
+            from nsa_plugin.core import reference
+
+            reference.precompute(live, out)
+
+        return broken
+
+    @hookimpl
+    def nsa_plugin_fell_back(self, fallback: Fallback) -> None:
+        self.seen.append(fallback)
+
+
+@pytest.mark.parametrize("strategy", ["share", "copy"])
+@pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2"])
+@pytest.mark.parametrize("working", [0, 1, 2])
+def test_an_error_of_ours_never_reaches_sglang(
+    install: Install, caplog: pytest.LogCaptureFixture, working: int, mode: str, strategy: str
+) -> None:
+    """It fails at capture, at the first replay, or at the second: sglang's values are right, and one line says why."""
+    caplog.set_level(logging.INFO, LOGGER)
+    ours = {"DECODE": ForwardMode.DECODE, "TARGET_VERIFY": ForwardMode.TARGET_VERIFY}.get(
+        mode, ForwardMode.DRAFT_EXTEND
+    )
+    reference = kit.make_backend(CONFIG, TABLE)
+    broken = Broken(working)
+    host, _ = install(strategy, broken)
+    owner: Any = kit.make_multi_step(CONFIG, TABLE, 4) if mode == "DECODE" else kit.make_backend(CONFIG, TABLE)
+    backends = owner.attn_backends if mode == "DECODE" else [owner]
+    owner.init_forward_metadata_out_graph(capture_batch(mode, 2), in_capture=True)
+    for seq_lens in ([300, 9], [70, 500], [3, 1]):
+        live = batch(mode, seq_lens, [4, 2])
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+        expected = kit.engine_metadata(reference, live, mode)
+        shipped = working == 0 and mode == "DECODE"  # then sglang's own multi-step code runs, stale planes included
+        for backend in backends:
+            wrong = kit.differences(expected, backend.forward_metadata, backend, live, ours)
+            assert set(wrong) <= ({"paged_mqa_schedule_metadata", "topk_v2_plan"} if shipped else set())
+    tried = (2 if strategy == "share" else 1) if working == 0 else 1
+    assert [fallback.stage for fallback in broken.seen] == ["capture" if working == 0 else "replay"] * tried
+    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == tried and all("planted" in line and "NSA_PLUGIN_STRATEGY=off" in line for line in errors)
+    assert sum(host.fallbacks.values()) == tried
+
+
+def test_what_is_not_covered_is_left_alone_by_name(install: Install, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    host, _ = install("auto")
+    backend = kit.make_backend(CONFIG, TABLE)
+    backend.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)  # decode without a draft
+    pooled = kit.make_multi_step(CONFIG, TABLE, 3)
+    pooled.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    served = [line for line in caplog.messages if "strategy share" in line]
+    assert served == ["nsa-plugin: draft decode: strategy share"]
+    from nsa_plugin.adapters.sglang.paths import unsupported
+
+    pooled.attn_backends[0].dsa_index_kpool = 4
+    assert unsupported(pooled.attn_backends[0]) == "pooled index keys (index_kpool > 1) are not covered"
+    assert unsupported(backend) == ""
+    assert not host.fallbacks
+
+
+def test_no_draft_backend_at_all(install: Install) -> None:
+    host, _ = install("auto")
+    multi = kit.make_multi_step(CONFIG, TABLE, 1)
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    assert not host.fallbacks
+
+
+AUTOLOAD = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+from sglang.srt.plugins import load_plugins
+load_plugins()
+load_plugins()
+from sglang.srt.layers.attention import dsa_backend
+method = dsa_backend.DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph
+print("hooked:", hasattr(method, "__wrapped__"), "nested:", hasattr(getattr(method, "__wrapped__", None), "__wrapped__"))
+"""
+
+
+def autoload(**environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("NSA_PLUGIN_")}
+    done = subprocess.run(
+        [sys.executable, "-c", AUTOLOAD],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    return done.stdout
+
+
+@pytest.mark.skipif(
+    not any(point.name == "nsa_plugin" for point in entry_points(group="sglang.srt.plugins")),
+    reason="nsa-plugin is not installed in this environment",
+)
+class TestAutoload:
+    """sglang's own `load_plugins()` in a fresh process, through the installed entry point."""
+
+    def test_it_hooks_once_and_says_so(self) -> None:
+        out = autoload()
+        assert "hooked: True nested: False" in out
+        assert "INFO nsa-plugin" in out and "strategy auto; sglang 0.5.23: metadata of the multi-step draft" in out
+
+    def test_off_patches_nothing(self) -> None:
+        out = autoload(NSA_PLUGIN_STRATEGY="off")
+        assert "hooked: False" in out and "off (NSA_PLUGIN_STRATEGY); sglang is left as it is" in out
+
+    def test_an_unknown_setting_patches_nothing_and_names_the_valid_ones(self) -> None:
+        out = autoload(NSA_PLUGIN_STRATEGY="fast")
+        assert "hooked: False" in out and "expected auto|share|copy|off, got 'fast'" in out
+        out = autoload(NSA_PLUGIN_STRATEGIE="off")
+        assert "hooked: False" in out and "NSA_PLUGIN_STRATEGIE: expected one of NSA_PLUGIN_STRATEGY" in out
+
+    def test_sglangs_own_switch_keeps_working(self) -> None:
+        assert "hooked: False" in autoload(SGLANG_PLUGINS="another")
+
+
+def test_the_reference_also_equals_sglangs_plain_torch_path(monkeypatch: pytest.MonkeyPatch, install: Install) -> None:
+    """Where sglang takes no CUDA kernel at all (its path for other devices), decode metadata is the same."""
+    from sglang.srt.layers.attention import dsa_backend
+    from sglang.srt.layers.attention.dsa import dsa_metadata_manager
+
+    for module in (dsa_backend, dsa_metadata_manager):
+        monkeypatch.setattr(module, "is_cuda", lambda: False)
+    plain = kit.make_backend(CONFIG, TABLE)
+    kit.engine_metadata(plain, capture_batch("DECODE", 3), "DECODE")
+    install("auto")
+    multi = kit.make_multi_step(CONFIG, TABLE, 3)
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 3), in_capture=True)
+    live = batch("DECODE", [900, 64, 1], [1, 5, 0])
+    multi.init_forward_metadata_out_graph(live)
+    expected = kit.engine_metadata(plain, live, "DECODE")
+    for backend in multi.attn_backends:
+        assert kit.differences(expected, backend.forward_metadata, backend, live, ForwardMode.DECODE) == []
+    assert isinstance(expected.page_table_1, torch.Tensor)
