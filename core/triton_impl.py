@@ -16,6 +16,7 @@ TILE = 1024
 BLOCK = 1024
 """Requests or rows that a program scans at a time."""
 PROGRAMS_PER_SM = 4
+NUM_WARPS = 4
 
 
 def is_available(device: torch.device) -> str:
@@ -50,7 +51,7 @@ def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> Callabl
     grid = (2 * len(out.steps) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
-        "TILE": TILE, "BLOCK": BLOCK,
+        "TILE": TILE, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request = batch.rows_per_request
@@ -95,7 +96,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
             page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real,
-            ALIGNED=aligned and geometry.table_width % 4 == 0, TILE=TILE, BLOCK=BLOCK,
+            ALIGNED=aligned and geometry.table_width % 4 == 0, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     return launch

@@ -34,14 +34,12 @@ def _vector(record, field):
 @triton.jit
 def _table(record, field, ALIGNED: tl.constexpr):
     """Address, row stride and column stride of a page table."""
-    address = tl.load(record + field)
+    address = tl.load(record + field).to(tl.pointer_type(tl.int32))
     row_stride = tl.load(record + field + 1)
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-        row_stride = tl.multiple_of(row_stride, 4)
-        return address.to(tl.pointer_type(tl.int32)), row_stride, tl.full((), 1, tl.int64)
+        return tl.multiple_of(address, 16), tl.multiple_of(row_stride, 4), tl.full((), 1, tl.int64)
     else:
-        return address.to(tl.pointer_type(tl.int32)), row_stride, tl.load(record + field + 2)
+        return address, row_stride, tl.load(record + field + 2)
 
 
 @triton.jit
@@ -296,6 +294,10 @@ def metadata_kernel(
         worker, num_workers, seq_lens, seq_stride, extend_lens, extend_stride, batch_size, longest_added, table_width, unit,
         rows_per_request, TILE, RAGGED, BLOCK,
     )  # fmt: skip
+    if WIDE:
+        wide, wide_row, wide_column = _table(destinations, PAGE_TABLE_1, ALIGNED)
+    if REAL:
+        real, real_row, real_column = _table(destinations, REAL_PAGE_TABLE, False)
     while remaining > 0:
         length, rows, stop = _tiles_of_request(
             request, tile, remaining, seq_lens, seq_stride, extend_lens, extend_stride, longest_added, table_width, unit,
@@ -323,12 +325,10 @@ def metadata_kernel(
             while k < rows:
                 row = (first_row + k).to(tl.int64)
                 if WIDE:
-                    wide, row_stride, column_stride = _table(destinations, PAGE_TABLE_1, ALIGNED)
-                    tl.store(wide + row * row_stride + columns * column_stride, slots, mask=live)
+                    tl.store(wide + row * wide_row + columns * wide_column, slots, mask=live)
                 if REAL:
-                    real, row_stride, column_stride = _table(destinations, REAL_PAGE_TABLE, False)
                     starts_page = live & (columns == page * page_size)
-                    tl.store(real + row * row_stride + page * column_stride, slots // page_size, mask=starts_page)
+                    tl.store(real + row * real_row + page * real_column, slots // page_size, mask=starts_page)
                 k += 1
             tile += 1
         first_row += rows

@@ -96,7 +96,8 @@ def poisoned(batch: BatchDescriptor, geometry: Geometry, count: int = 1, stride:
         steps = []
         for step in fresh.steps:
             fields: dict[str, Any] = {name: getattr(step, name) for name in (*VECTORS, *TABLES)}
-            steps.append(StepMetadata(**{name: t if t is None else remake(t) for name, t in fields.items()}))
+            fields = {name: None if value is None else remake(value) for name, value in fields.items()}
+            steps.append(StepMetadata(**fields))
         made.append(PrecomputedMetadata(tuple(steps), batch, geometry))
     return made
 

@@ -193,7 +193,7 @@ def test_unchecked_over_long_lengths_do_not_write_past_the_table() -> None:
         precompute(
             replace(BATCH, seq_lens=torch.tensor([5000, 3])),
             GEOMETRY,
-            impl=impl,  # type: ignore[arg-type]
+            impl=impl,
             out=replace(out, steps=(step,)),
         )
         assert torch.equal(wider[0, :128], TABLE.req_to_token[1])
