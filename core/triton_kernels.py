@@ -372,9 +372,9 @@ def _copy_tile(sources, destinations, num_destinations, record_words, field, row
     record = destinations
     d = 0
     while d < num_destinations:
-        there = tl.load(record + field) != 0
-        target, row_stride, column_stride = _table(record, field, ALIGNED)
-        tl.store(target + row * row_stride + columns * column_stride, values, mask=live & there)
+        if tl.load(record + field) != 0:
+            target, row_stride, column_stride = _table(record, field, ALIGNED)
+            tl.store(target + row * row_stride + columns * column_stride, values, mask=live)
         record += record_words
         d += 1
 
