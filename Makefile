@@ -21,8 +21,8 @@ lint: $(CORE)/ready
 	$(CORE)/bin/mypy
 
 conformance-sglang: $(SGLANG)/ready
-	PYTHONPATH=tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
-	PYTHONPATH=tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
+	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
+	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
 
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CORE)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.core.plan import PlanStrategy
+
+Strategy = Literal["graph", "share", "copy"]
+"""`graph` is `share` with the work recorded in the engine's own CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Host(Protocol):
     """The side of the package that an adapter talks to."""
 
     @property
-    def strategies(self) -> tuple[PlanStrategy, ...]:
+    def strategies(self) -> tuple[Strategy, ...]:
         """Strategies to try, best first; empty when switched off."""
 
     def describe(
@@ -48,15 +51,18 @@ class Host(Protocol):
 
     def plan(
         self,
-        engine: str,
-        path: str,
         batch: BatchDescriptor,
         geometry: Geometry,
         consumers: Sequence[StepMetadata],
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
     ) -> Callable[[BatchDescriptor], None]:
-        """Make a `ReplayPlan` with whatever implementations plugins provide; returns what to call at each replay."""
+        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`."""
+
+    def observer(
+        self, engine: str, path: str, strategy: str, batch: BatchDescriptor
+    ) -> Callable[[BatchDescriptor], None] | None:
+        """What to call after each replay; None if nobody watches. It never raises."""
 
     def fell_back(self, logger: logging.Logger, fallback: Fallback) -> None:
         """Count a fall-back, log its cause once, tell observers."""

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from nsa_plugin.adapters.base import Adapter, Fallback
+from nsa_plugin.adapters.base import Adapter, Fallback, Strategy
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import StepMetadata
@@ -17,8 +17,9 @@ from nsa_plugin.settings import Settings
 
 logger = logging.getLogger("nsa_plugin")
 
-STRATEGIES: dict[str, tuple[PlanStrategy, ...]] = {
-    "auto": ("share", "copy"),
+STRATEGIES: dict[str, tuple[Strategy, ...]] = {
+    "auto": ("graph", "share", "copy"),
+    "graph": ("graph", "share", "copy"),
     "share": ("share", "copy"),
     "copy": ("copy",),
     "off": (),
@@ -57,7 +58,7 @@ class Host:
         self._said: set[tuple[str, ...]] = set()
 
     @property
-    def strategies(self) -> tuple[PlanStrategy, ...]:
+    def strategies(self) -> tuple[Strategy, ...]:
         """Strategies to try, best first; empty when switched off."""
         return STRATEGIES[self.settings.strategy]
 
@@ -69,16 +70,14 @@ class Host:
 
     def plan(
         self,
-        engine: str,
-        path: str,
         batch: BatchDescriptor,
         geometry: Geometry,
         consumers: Sequence[StepMetadata],
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
     ) -> Callable[[BatchDescriptor], None]:
-        """Make a `ReplayPlan` with whatever implementations plugins provide; returns what to call at each replay."""
-        plan = ReplayPlan(
+        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`."""
+        return ReplayPlan(
             batch,
             geometry,
             consumers,
@@ -86,23 +85,25 @@ class Host:
             derive=derive,
             bind_precompute=self.manager.bind_precompute,
             bind_copy=self.manager.bind_copy,
-        )
-        observers = self.manager.observers(engine, path, strategy, batch)
-        if not observers:
-            return plan.run
+        ).run
 
-        watching = list(observers)
+    def observer(
+        self, engine: str, path: str, strategy: str, batch: BatchDescriptor
+    ) -> Callable[[BatchDescriptor], None] | None:
+        """What to call after each replay; None if nobody watches. An observer that fails is dropped."""
+        watching = list(self.manager.observers(engine, path, strategy, batch))
+        if not watching:
+            return None
 
-        def run(live: BatchDescriptor) -> None:
-            plan.run(live)
-            for observe in tuple(watching):
+        def observe(live: BatchDescriptor) -> None:
+            for watch in tuple(watching):
                 try:
-                    observe(live)
+                    watch(live)
                 except Exception:
-                    watching.remove(observe)
+                    watching.remove(watch)
                     logger.exception("an observer of replays failed: it is not called again")
 
-        return run
+        return observe
 
     def fell_back(self, logger: logging.Logger, fallback: Fallback) -> None:
         """Count a fall-back, log its cause once, tell observers."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nsa_plugin.core.errors import InvalidValueError, reject
 
 PREFIX = "NSA_PLUGIN_"
-STRATEGIES = ("auto", "share", "copy", "off")
+STRATEGIES = ("auto", "graph", "share", "copy", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -24,7 +24,7 @@ class Settings:
 
     Attributes
     ----------
-    strategy : "auto", "share", "copy" or "off"  (NSA_PLUGIN_STRATEGY)
+    strategy : "auto", "graph", "share", "copy" or "off"  (NSA_PLUGIN_STRATEGY)
         How draft backends get their metadata. `auto` takes the best that the engine allows; `off` patches nothing.
     plugins : frozenset of str, or None  (NSA_PLUGIN_PLUGINS, comma-separated)
         Third-party plugins of the entry-point group `nsa_plugin` that may be loaded; None allows all.

@@ -3,9 +3,12 @@
 Patches, each to go when sglang itself computes the metadata of a draft once, fresh for every backend
 (sglang pull requests 14781, 17554 and 29499 went part of the way; 38213, the reuse of a draft's metadata, is open):
 
-- `DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph`: one computation for all draft backends. The
-  shipped code also leaves the DeepGEMM schedule and the top-k plan of the first three stale when there are more than two.
-- `DeepseekSparseAttnBackend.init_forward_metadata_out_graph`: target verify and draft extend with the same engine.
+- `DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph` and `…_in_graph`: one computation for all draft
+  backends, before the draft's graph or recorded in it. The shipped code also leaves the DeepGEMM schedule and the top-k
+  plan of the first three backends stale when there are more than two.
+- `DeepseekSparseAttnMultiStepBackend.init_cuda_graph_state`: one page table for all draft backends instead of one each.
+- `DeepseekSparseAttnBackend.init_forward_metadata_out_graph` and `…_in_graph`: target verify and draft extend with the
+  same engine.
 """
 
 from __future__ import annotations
@@ -28,9 +31,8 @@ class SglangAdapter:
     name = ENGINE
 
     def __init__(self) -> None:
-        self._paths: dict[str, Path] = {}
+        self._paths: list[Path] = []
         self._hooks: dict[str, Any] = {}
-        self._originals: dict[str, Any] = {}
         self._left_alone: list[str] = []
 
     def probe(self) -> list[str]:
@@ -53,15 +55,17 @@ class SglangAdapter:
                 version,
                 ", ".join(capabilities.TESTED),
             )
-        self._paths = {capabilities.MULTI_STEP: MultiStepDraft(host)}
+        paths: dict[str, Path] = {capabilities.MULTI_STEP: MultiStepDraft(host)}
         if not self._left_alone:
-            self._paths[capabilities.BACKEND] = SingleBackend(host)
+            paths[capabilities.BACKEND] = SingleBackend(host)
+        self._paths = list(paths.values())
         try:
-            for owner, path in self._paths.items():
-                target = f"{owner}.{capabilities.OUT_GRAPH}"
-                self._originals[owner] = self._bare(owner)
-                self._hooks[target] = _hook(path)
-                HookRegistry.register(target, self._hooks[target], HookType.AROUND)
+            for owner, path in paths.items():
+                for method, replacement in path.hooks().items():
+                    target = f"{owner}.{method}"
+                    _take_hooks_off(target)
+                    self._hooks[target] = replacement
+                    HookRegistry.register(target, replacement, HookType.AROUND)
             if _current_plugin_source.get() is None:  # else load_plugins() applies the hooks of all plugins together
                 HookRegistry.apply_hooks()
         except Exception:
@@ -70,33 +74,23 @@ class SglangAdapter:
         return []
 
     def undo(self) -> None:
-        """Put back every attribute that was replaced, by identity. Other plugins' hooks on the same methods stay."""
+        """Put back every attribute that was replaced, by identity. Other plugins' hooks on the same methods stay.
+
+        Page tables that were given back stay shared: all draft backends hold equal values in sglang's own code too.
+        """
         if not self._hooks:
             return
         from sglang.srt.plugins.hook_registry import HookRegistry
 
-        for path in self._paths.values():
+        for path in self._paths:
             path.undo()
-        for owner in self._originals:
-            target = f"{owner}.{capabilities.OUT_GRAPH}"
-            self._bare(owner)
-            others = [entry for entry in HookRegistry._hooks.pop(target, []) if entry[1] is not self._hooks.get(target)]
+        for target, replacement in self._hooks.items():
+            _take_hooks_off(target)
+            others = [entry for entry in HookRegistry._hooks.pop(target, []) if entry[1] is not replacement]
             if others:
                 HookRegistry._hooks[target] = others
         HookRegistry.apply_hooks()
-        self._paths, self._hooks, self._originals = {}, {}, {}
-
-    def _bare(self, owner: str) -> Any:
-        """sglang's own method, with the hooks of all plugins taken off it until they are applied again."""
-        from sglang.srt.plugins.hook_registry import HookRegistry
-
-        cls, target = pkgutil.resolve_name(owner), f"{owner}.{capabilities.OUT_GRAPH}"
-        method = cls.__dict__[capabilities.OUT_GRAPH]
-        if target in HookRegistry._patched:
-            method = self._originals.get(owner) or inspect.unwrap(method)
-            setattr(cls, capabilities.OUT_GRAPH, method)
-            HookRegistry._patched.discard(target)
-        return method
+        self._paths, self._hooks = [], {}
 
     def summary(self) -> str:
         """What is accelerated and what is left alone, for one log line."""
@@ -107,8 +101,17 @@ class SglangAdapter:
         )
 
 
-def _hook(path: Path) -> Any:
-    def hook(original: Any, *args: Any, **kwargs: Any) -> None:
-        path(original, *args, **kwargs)
+def _take_hooks_off(target: str) -> None:
+    """Restore sglang's own method, if hooks have been applied to it, so that they can be applied anew."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
 
-    return hook
+    if target not in HookRegistry._patched:
+        return
+    owner, _, name = target.rpartition(".")
+    cls = pkgutil.resolve_name(owner)
+    original = inspect.unwrap(cls.__dict__[name])
+    if any(base.__dict__.get(name) is original for base in cls.__mro__[1:]):
+        delattr(cls, name)  # it was inherited
+    else:
+        setattr(cls, name, original)
+    HookRegistry._patched.discard(target)

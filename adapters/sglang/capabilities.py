@@ -13,7 +13,6 @@ BACKEND_MODULE = "sglang.srt.layers.attention.dsa_backend"
 BACKEND = f"{BACKEND_MODULE}.DeepseekSparseAttnBackend"
 MULTI_STEP = f"{BACKEND_MODULE}.DeepseekSparseAttnMultiStepBackend"
 METADATA = f"{BACKEND_MODULE}.DSAMetadata"
-OUT_GRAPH = "init_forward_metadata_out_graph"
 TESTED = ("0.5.23",)
 """Releases against which the conformance tests run; others are used, with a warning, if the probe is clean."""
 
@@ -51,8 +50,13 @@ NEEDS: tuple[Need, ...] = (
     Need("sglang.srt.plugins.hook_registry.HookRegistry._patched", (), "take hooks back"),
     Need("sglang.srt.plugins.hook_registry._current_plugin_source", (), "know whether hooks are about to be applied"),
     Need("sglang.srt.plugins.hook_registry.HookType.AROUND", (), "install hooks"),
-    Need(f"{MULTI_STEP}.{OUT_GRAPH}", ("forward_batch", "in_capture"), "prepare a draft (hooked)"),
-    Need(f"{BACKEND}.{OUT_GRAPH}", ("forward_batch", "in_capture"), "prepare target verify and draft extend (hooked)"),
+    Need(f"{MULTI_STEP}.init_forward_metadata_out_graph", ("forward_batch", "in_capture"), "prepare a draft (hooked)"),
+    Need(f"{MULTI_STEP}.init_forward_metadata_in_graph", ("forward_batch",), "record that in its graph (hooked)"),
+    Need(f"{MULTI_STEP}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables (hooked)"),
+    Need(f"{BACKEND}.init_forward_metadata_out_graph", ("forward_batch", "in_capture"),
+         "prepare target verify and draft extend (hooked)"),
+    Need(f"{BACKEND}.init_forward_metadata_in_graph", ("forward_batch",), "record that in their graphs (hooked)"),
+    Need(f"{BACKEND}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables"),
     Need(f"{BACKEND}._apply_cuda_graph_metadata", FORWARD_ARGUMENTS, "sglang's own values, to fall back on"),
     Need(f"{BACKEND}._build_paged_mqa_schedule_2d_ctx_lens",
          ("forward_mode", "cache_seqlens_int32", "seqlens_expanded", "batch_size"), "DeepGEMM schedule"),

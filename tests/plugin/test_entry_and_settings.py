@@ -25,7 +25,7 @@ def test_settings_from_the_environment() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"NSA_PLUGIN_STRATEGY": "fast"}, r"NSA_PLUGIN_STRATEGY: expected auto\|share\|copy\|off, got 'fast'"),
+        ({"NSA_PLUGIN_STRATEGY": "fast"}, r"NSA_PLUGIN_STRATEGY: expected auto\|graph\|share\|copy\|off, got 'fast'"),
         ({"NSA_PLUGIN_LOG_LEVEL": "loud"}, r"NSA_PLUGIN_LOG_LEVEL: expected DEBUG\|INFO\|WARNING\|ERROR, got 'loud'"),
         ({"NSA_PLUGIN_STRATEGIE": "off"}, "NSA_PLUGIN_STRATEGIE: expected one of NSA_PLUGIN_STRATEGY, .*; unset it"),
     ],
@@ -46,7 +46,7 @@ def test_without_sglang_the_entry_point_says_so_and_does_not_raise(caplog: pytes
 def test_entry_points_survive_anything(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("NSA_PLUGIN_STRATEGY", "nonsense")
     entry.register_sglang()
-    assert "expected auto|share|copy|off, got 'nonsense'" in caplog.text
+    assert "expected auto|graph|share|copy|off, got 'nonsense'" in caplog.text
 
 
 def test_vllm_is_left_alone_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

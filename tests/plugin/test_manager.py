@@ -94,17 +94,17 @@ def test_providers_are_resolved_at_plan_time_and_the_first_that_answers_wins() -
     assert host.manager.providers()["nsa_plugin_bind_precompute"] == ["silent", "loud"]
     assert host.manager.providers()["nsa_plugin_adapters"] == ["built-in"]
     two_steps = BatchDescriptor(BATCH.mode, 1, BATCH.seq_lens, BATCH.slots, num_steps=2)
-    run = host.plan("toy", "draft decode", two_steps, GEOMETRY, buffers(2), "copy", None)
+    run = host.plan(two_steps, GEOMETRY, buffers(2), "copy", None)
     host.manager.unregister(loud)  # a plan keeps what it was made with
     run(two_steps)
-    assert loud.happened == ["precompute 1", "copy to 1", "saw toy draft decode copy"]
+    assert loud.happened == ["precompute 1", "copy to 1"]
 
 
 def test_built_in_implementations_come_last() -> None:
     host = Host()
     host.manager.register(Silent())
     (consumer,) = buffers(1)
-    host.plan("toy", "draft decode", BATCH, GEOMETRY, [consumer], "share", None)(BATCH)
+    host.plan(BATCH, GEOMETRY, [consumer], "share", None)(BATCH)
     assert consumer.cache_seqlens.tolist() == [3]
     assert host.describe("toy", object(), lambda native: BATCH)(None) is BATCH
 
@@ -125,13 +125,15 @@ def test_a_failing_observer_is_dropped_and_does_not_disturb_the_replay(caplog: p
         def nsa_plugin_fell_back(self) -> None:
             raise RuntimeError("observer of fall-backs")
 
-    host, failing = Host(), Failing()
+    host, failing, loud = Host(), Failing(), Loud()
+    assert host.observer("toy", "draft decode", "share", BATCH) is None
     host.manager.register(failing)
-    (consumer,) = buffers(1)
-    run = host.plan("toy", "draft decode", BATCH, GEOMETRY, [consumer], "share", None)
-    run(BATCH)
-    run(BATCH)
-    assert failing.calls == 1 and consumer.cache_seqlens.tolist() == [3]
+    host.manager.register(loud)
+    observe = host.observer("toy", "draft decode", "share", BATCH)
+    assert observe is not None
+    observe(BATCH)
+    observe(BATCH)
+    assert failing.calls == 1 and loud.happened == ["saw toy draft decode share"] * 2
     host.fell_back(logging.getLogger("toy"), Fallback("toy", "draft decode", "replay", "share", ValueError("x")))
     assert "an observer of replays failed" in caplog.text and "an observer of fall-backs failed" in caplog.text
 
@@ -186,7 +188,7 @@ import counting_precompute
 batch = BatchDescriptor(ForwardMode.DECODE, 2, torch.tensor([3, 9]), TokenTable(torch.arange(128).view(2, 64), torch.tensor([0, 1])))
 geometry = Geometry(8, 16, 64)
 consumer = PrecomputedMetadata.allocate(batch, geometry).steps[0]
-run = host.plan("toy", "draft decode", batch, geometry, [consumer], "share", None)
+run = host.plan(batch, geometry, [consumer], "share", None)
 run(batch); run(batch)
 print(json.dumps([loaded, host.manager.providers()["nsa_plugin_bind_precompute"], counting_precompute.calls, consumer.cu_seqlens_k.tolist()]))
 """
@@ -211,4 +213,4 @@ def test_the_example_plugin_installed_for_real_replaces_the_precompute(
 def test_settings_reach_the_host() -> None:
     assert Host(Settings(strategy="copy")).strategies == ("copy",)
     assert Host(Settings(strategy="off")).strategies == ()
-    assert Host().strategies == ("share", "copy")
+    assert Host().strategies == ("graph", "share", "copy")

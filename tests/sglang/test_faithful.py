@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nsa_plugin import ForwardMode, hookimpl
+from nsa_plugin.adapters.sglang import paths
 from nsa_plugin.adapters.sglang.describe import describe
 from nsa_plugin.core import api
 from nsa_plugin.testing import sglang_backends as kit
@@ -53,6 +54,108 @@ def replays(mode: str, longest: int) -> list[Any]:
         batch(mode, [300, 511, 1, 1], [4, 2, 0, 0]),
         batch(mode, [1, 1, 1, 1], [0, 0, 0, 0]),
     ]
+
+
+def record(owner: Any, static: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sglang's runners do inside a capture. Without a GPU the stream says that it is being captured."""
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "capturing", lambda: True)
+        owner.init_forward_metadata_in_graph(static)
+
+
+def set_static(static: Any, live: Any) -> None:
+    """As sglang's runners: the live batch is copied into the buffers that the graph was captured with."""
+    static.seq_lens.copy_(live.seq_lens)
+    static.req_pool_indices.copy_(live.req_pool_indices)
+
+
+@pytest.mark.parametrize("decode_impl", ["fa3", "flashmla_kv"])
+@pytest.mark.parametrize(
+    ("mode", "num_steps"), [("DECODE", 2), ("DECODE", 4), ("DECODE", 9), ("TARGET_VERIFY", 1), ("DRAFT_EXTEND_V2", 1)]
+)
+def test_graph_leaves_a_replay_nothing_but_the_recorded_work(
+    install: Install, monkeypatch: pytest.MonkeyPatch, mode: str, num_steps: int, decode_impl: str
+) -> None:
+    """Before the graph runs nothing is written; what it recorded computes the whole of every backend's metadata."""
+    config = kit.Config(decode_impl=decode_impl)
+    reference = kit.make_backend(config, TABLE)
+    host, _ = install("graph")
+    owner: Any = kit.make_multi_step(config, TABLE, num_steps) if mode == "DECODE" else kit.make_backend(config, TABLE)
+    backends = owner.attn_backends if mode == "DECODE" else [owner]
+    static = capture_batch(mode, 4)
+    owner.init_forward_metadata_out_graph(static, in_capture=True)
+    owner.init_forward_metadata_in_graph(static)  # warm-up
+    record(owner, static, monkeypatch)
+    buffers = [addresses(backend) for backend in backends]
+    for live in replays(mode, CONFIG.width - CONFIG.draft_tokens):
+        before = backends[0].forward_metadata.cache_seqlens_int32.clone()
+        set_static(static, live)
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+        assert torch.equal(backends[0].forward_metadata.cache_seqlens_int32, before)
+        owner.init_forward_metadata_in_graph(static)  # stands for the replay of the captured graph
+        expected = kit.engine_metadata(reference, live, mode)
+        for backend in backends:
+            ours = paths.MODES[mode]
+            assert kit.differences(expected, backend.forward_metadata, backend, live, ours) == []
+        assert [addresses(backend) for backend in backends] == buffers
+    assert not host.fallbacks
+
+
+def test_graph_without_a_recording_prepares_before_the_replay(install: Install) -> None:
+    """A runner that never calls the in-graph method gets its metadata like with `share`."""
+    reference = kit.make_backend(CONFIG, TABLE)
+    host, _ = install("graph")
+    multi = kit.make_multi_step(CONFIG, TABLE, 4)
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 4), in_capture=True)
+    for live in replays("DECODE", CONFIG.width):
+        multi.init_forward_metadata_out_graph(kit.replay_view(live))
+        expected = kit.engine_metadata(reference, live, "DECODE")
+        for backend in multi.attn_backends:
+            assert kit.differences(expected, backend.forward_metadata, backend, live, ForwardMode.DECODE) == []
+    assert not host.fallbacks
+
+
+def test_a_recording_that_fails_steps_down_to_share_with_one_line(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = kit.make_backend(CONFIG, TABLE)
+    install("graph")
+    multi = kit.make_multi_step(CONFIG, TABLE, 4)
+    static = capture_batch("DECODE", 4)
+    multi.init_forward_metadata_out_graph(static, in_capture=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(paths.Preparation, "record", lambda self: 1 / 0)
+        multi.init_forward_metadata_in_graph(static)
+    assert [record.getMessage().split(";")[0] for record in caplog.records if record.levelname == "ERROR"] == [
+        "nsa-plugin: draft decode: strategy graph failed at capture (ZeroDivisionError: division by zero)"
+    ]
+    live = batch("DECODE", [300, 511, 1, 1], [4, 2, 0, 0])
+    multi.init_forward_metadata_out_graph(kit.replay_view(live))
+    expected = kit.engine_metadata(reference, live, "DECODE")
+    for backend in multi.attn_backends:
+        assert kit.differences(expected, backend.forward_metadata, backend, live, ForwardMode.DECODE) == []
+
+
+@pytest.mark.parametrize("num_steps", [2, 4, 9])
+def test_draft_backends_hold_one_page_table_and_give_the_others_back(
+    install: Install, num_steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sglang.srt.plugins.nsa_plugin")
+    install("auto")
+    multi = kit.make_multi_step(CONFIG, TABLE, num_steps)
+    multi.init_cuda_graph_state(CONFIG.max_batch_size, CONFIG.max_batch_size)
+    tables = {backend.decode_cuda_graph_metadata["page_table"].data_ptr() for backend in multi.attn_backends}
+    assert len(tables) == 1
+    size = CONFIG.max_batch_size * CONFIG.width * 4 / 2**20
+    said = [line for line in caplog.messages if "given back" in line]
+    assert said == (
+        [
+            f"nsa-plugin: draft decode: {num_steps - 1} draft backends share one page table; "
+            f"{size * (num_steps - 2):.1f} MiB given back"
+        ]
+        if num_steps > 2
+        else []
+    )
 
 
 def addresses(backend: Any) -> dict[str, int]:

@@ -25,7 +25,8 @@ from tests.sglang.conftest import Install
 from tests.sglang.test_faithful import CONFIG, TABLE, batch, capture_batch
 
 CLASSES = [pkgutil.resolve_name(path) for path in (capabilities.MULTI_STEP, capabilities.BACKEND)]
-TARGET = f"{capabilities.MULTI_STEP}.{capabilities.OUT_GRAPH}"
+METHOD = "init_forward_metadata_out_graph"
+TARGET = f"{capabilities.MULTI_STEP}.{METHOD}"
 LOGGER = "sglang.srt.plugins.nsa_plugin"
 
 
@@ -39,11 +40,12 @@ def test_probe_of_the_installed_release_is_clean() -> None:
     assert capabilities.installed_version() in capabilities.TESTED
 
 
-def test_undo_restores_every_attribute_by_identity(install: Install) -> None:
+@pytest.mark.parametrize("strategy", ["graph", "share", "copy"])
+def test_undo_restores_every_attribute_by_identity(install: Install, strategy: str) -> None:
     before, hooks, patched = methods(), dict(HookRegistry._hooks), set(HookRegistry._patched)
     own = kit.make_multi_step(CONFIG, TABLE, 4)
     own.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
-    _, adapter = install("share")
+    _, adapter = install(strategy)
     assert methods() != before
     multi = kit.make_multi_step(CONFIG, TABLE, 4)
     multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
@@ -77,7 +79,7 @@ def test_install_twice_hooks_once_and_can_be_repeated_after_undo(install: Instal
 
 def test_other_plugins_hooks_on_the_same_method_stay(install: Install) -> None:
     calls: list[str] = []
-    original = CLASSES[0].__dict__[capabilities.OUT_GRAPH]
+    original = CLASSES[0].__dict__[METHOD]
 
     def theirs(function: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append("theirs")
@@ -93,11 +95,11 @@ def test_other_plugins_hooks_on_the_same_method_stay(install: Install) -> None:
         adapter.undo()
         multi.init_forward_metadata_out_graph(batch("DECODE", [9], [1]))
         assert calls == ["theirs"] * 2
-        assert CLASSES[0].__dict__[capabilities.OUT_GRAPH].__wrapped__ is original
+        assert CLASSES[0].__dict__[METHOD].__wrapped__ is original
     finally:
         HookRegistry._hooks.pop(TARGET, None)
         HookRegistry._patched.discard(TARGET)
-        setattr(CLASSES[0], capabilities.OUT_GRAPH, original)
+        setattr(CLASSES[0], METHOD, original)
 
 
 def test_a_missing_capability_leaves_sglang_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +148,7 @@ class Broken:
         self.seen.append(fallback)
 
 
-@pytest.mark.parametrize("strategy", ["share", "copy"])
+@pytest.mark.parametrize("strategy", ["graph", "share", "copy"])
 @pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2"])
 @pytest.mark.parametrize("working", [0, 1, 2])
 def test_an_error_of_ours_never_reaches_sglang(
@@ -171,7 +173,7 @@ def test_an_error_of_ours_never_reaches_sglang(
         for backend in backends:
             wrong = kit.differences(expected, backend.forward_metadata, backend, live, ours)
             assert set(wrong) <= ({"paged_mqa_schedule_metadata", "topk_v2_plan"} if shipped else set())
-    tried = (2 if strategy == "share" else 1) if working == 0 else 1
+    tried = {"graph": 3, "share": 2, "copy": 1}[strategy] if working == 0 else 1
     assert [fallback.stage for fallback in broken.seen] == ["capture" if working == 0 else "replay"] * tried
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == tried and all("planted" in line and "NSA_PLUGIN_STRATEGY=off" in line for line in errors)
@@ -185,8 +187,8 @@ def test_what_is_not_covered_is_left_alone_by_name(install: Install, caplog: pyt
     backend.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)  # decode without a draft
     pooled = kit.make_multi_step(CONFIG, TABLE, 3)
     pooled.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
-    served = [line for line in caplog.messages if "strategy share" in line]
-    assert served == ["nsa-plugin: draft decode: strategy share"]
+    served = [line for line in caplog.messages if "strategy" in line]
+    assert served == ["nsa-plugin: draft decode: strategy graph"]
     from nsa_plugin.adapters.sglang.paths import unsupported
 
     pooled.attn_backends[0].dsa_index_kpool = 4
@@ -245,7 +247,7 @@ class TestAutoload:
 
     def test_an_unknown_setting_patches_nothing_and_names_the_valid_ones(self) -> None:
         out = autoload(NSA_PLUGIN_STRATEGY="fast")
-        assert "hooked: False" in out and "expected auto|share|copy|off, got 'fast'" in out
+        assert "hooked: False" in out and "expected auto|graph|share|copy|off, got 'fast'" in out
         out = autoload(NSA_PLUGIN_STRATEGIE="off")
         assert "hooked: False" in out and "NSA_PLUGIN_STRATEGIE: expected one of NSA_PLUGIN_STRATEGY" in out
 
