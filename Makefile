@@ -7,7 +7,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 CORE = .venv
 SGLANG = .venv-sglang
 
-.PHONY: demo test lint conformance-sglang clean
+.PHONY: demo test lint readme conformance-sglang clean
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
@@ -19,6 +19,9 @@ lint: $(CORE)/ready
 	$(CORE)/bin/ruff check .
 	$(CORE)/bin/ruff format --check .
 	$(CORE)/bin/mypy
+
+readme: $(CORE)/ready
+	$(CORE)/bin/nsa-plugin readme-table README.md $(wildcard examples/results/bench_*.json)
 
 conformance-sglang: $(SGLANG)/ready
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang

@@ -102,6 +102,29 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata],
     return lambda: reference.fast_copy(source, destinations)
 
 
+def bind(
+    batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto"
+) -> tuple[BoundPrecompute, BoundCopy | None]:
+    """Bind a precompute into `out` and what must be called after it to fill `destinations` too.
+
+    With Triton one launch computes and writes all of them, and only derived planes are left to copy.
+    """
+    tables = out.steps[0].page_table_1 is None
+    fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)
+    if fusible and resolve_impl(impl, batch.seq_lens.device) == "triton":
+        return triton_impl.bind_precompute(batch, out, destinations), _bind_derived_copy(out, destinations)
+    copy = bind_copy(out, destinations, impl=impl) if destinations else None
+    return bind_precompute(batch, out, impl=impl), copy
+
+
+def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> BoundCopy | None:
+    pairs = [(source.steps[0].derived[name], plane) for step in destinations for name, plane in step.derived.items()]
+    if not pairs:
+        return None
+    origins, targets = (list(planes) for planes in zip(*pairs, strict=True))
+    return lambda: torch._foreach_copy_(targets, origins)  # one launch for all of them
+
+
 def resolve_impl(impl: Impl, device: torch.device) -> Literal["reference", "triton"]:
     """What `impl` means on `device`; raises `UnavailableError` if it can't be had."""
     if impl not in get_args(Impl):

@@ -132,7 +132,7 @@ class Geometry:
     index_topk : int
         Tokens that sparse attention keeps per query row.
     page_size : int
-        Tokens per page of the real page table; 1 makes it the same table as `page_table_1`.
+        Tokens per page of the real page table, a power of two; 1 makes it the same table as `page_table_1`.
     table_width : int
         Token positions per row of `page_table_1`.
     num_sms : int

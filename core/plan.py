@@ -14,16 +14,12 @@ from nsa_plugin.core.validation import check_batch, check_buffers, check_destina
 PlanStrategy = Literal["copy", "share"]
 
 
-class BindPrecompute(Protocol):
-    """Binds a precompute implementation to buffers."""
+class Bind(Protocol):
+    """Binds implementations to buffers: the precompute, and what fills the destinations after it (None if nothing must)."""
 
-    def __call__(self, batch: BatchDescriptor, out: PrecomputedMetadata) -> api.BoundPrecompute: ...
-
-
-class BindCopy(Protocol):
-    """Binds a copy implementation to buffers."""
-
-    def __call__(self, source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> api.BoundCopy: ...
+    def __call__(
+        self, batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata]
+    ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]: ...
 
 
 class ReplayPlan:
@@ -36,13 +32,13 @@ class ReplayPlan:
     geometry : Geometry
     consumers : sequence of StepMetadata
         The buffers that captured kernels read, one set per step.
-        `copy`: each has its own; the metadata is computed into the first and copied to the others.
+        `copy`: each has its own; the metadata is computed once and written to all.
         `share`: computed in place. Steps of equal lengths all read `consumers[0]`; others share the page tables.
     strategy : "copy" or "share"
     derive : callable, optional
         Computes the derived planes of `consumers[0]` after the rest of it is there (an engine's own functions).
-    bind_precompute, bind_copy : optional
-        Implementations other than the built-in ones.
+    bind : Bind, optional
+        Where implementations other than the built-in ones come from.
 
     Raises
     ------
@@ -58,8 +54,7 @@ class ReplayPlan:
         *,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None = None,
-        bind_precompute: BindPrecompute = api.bind_precompute,
-        bind_copy: BindCopy = api.bind_copy,
+        bind: Bind = api.bind,
     ) -> None:
         if strategy not in ("copy", "share"):
             reject("strategy", "'copy' or 'share'", repr(strategy))
@@ -68,7 +63,6 @@ class ReplayPlan:
         self.mode = batch.mode
         self.batch_size = batch.batch_size
         self._derive = derive
-        self._copy: api.BoundCopy | None = None
         planes = len(batch.offsets)
         if len(consumers) not in {1, batch.num_steps} or len(consumers) < planes:
             reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
@@ -79,10 +73,9 @@ class ReplayPlan:
             self.metadata = PrecomputedMetadata.allocate(batch, geometry)
             copies = consumers
         check_buffers(self.metadata, batch, geometry)
-        self._precompute = bind_precompute(batch, self.metadata)
         if copies:
             check_destinations(self.metadata, copies)
-            self._copy = bind_copy(self.metadata, copies)
+        self._precompute, self._copy = bind(batch, self.metadata, copies)
 
     def run(self, batch: BatchDescriptor) -> None:
         """Write the metadata of `batch` to where the captured kernels read it.

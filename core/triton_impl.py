@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nsa_plugin.core.batch import BatchDescriptor, TokenTable
+from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata
 
 TILE = 1024
 """Columns of a page table that a program handles at a time."""
-BLOCK = 1024
+BLOCK = 256
 """Requests or rows that a program scans at a time."""
 PROGRAMS_PER_SM = 4
+"""Programs that share the page tables, per multiprocessor."""
 NUM_WARPS = 4
 
 
@@ -36,25 +37,29 @@ def require(device: torch.device) -> None:
         raise UnavailableError(f"impl='triton': {problem}; use impl='reference' or 'auto'")
 
 
-def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> Callable[[BatchDescriptor], None]:
-    """Bind the metadata kernel to the buffers of `out`.
+def bind_precompute(
+    batch: BatchDescriptor, out: PrecomputedMetadata, copies: Sequence[StepMetadata] = ()
+) -> Callable[[BatchDescriptor], None]:
+    """Bind the metadata kernel to the buffers of `out`, and to those of further consumers of step 0.
 
-    The returned function takes any batch of the same mode, batch size and kind of slots.
+    The returned function takes any batch of the same mode, batch size and kind of slots. `copies` need the same page
+    tables as `out` has, and steps of equal lengths.
     """
     from nsa_plugin.core import triton_kernels as kernels
 
     geometry = out.geometry
-    records = _records(out.steps, batch.offsets, ())
-    wide, real, aligned = _layout(out.steps)
+    destinations = (*out.steps, *copies)
+    records = _records(destinations, (*batch.offsets, *[batch.offsets[0]] * len(copies)), ())
+    wide, real, aligned = _layout(destinations, geometry)
     token_table = isinstance(batch.slots, TokenTable)
     ragged = batch.extend_lens is not None
-    grid = (2 * len(out.steps) + geometry.num_sms * PROGRAMS_PER_SM,)
+    grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
         "TILE": TILE, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
-    rows_per_request = batch.rows_per_request
+    rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)
 
     def launch(batch: BatchDescriptor) -> None:
         slots, seq_lens = batch.slots, batch.seq_lens
@@ -64,14 +69,12 @@ def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> Callabl
         else:
             table, pool, block_size = slots.block_table, seq_lens, slots.block_size
         row_stride, column_stride = table.stride()
+        words = row_stride % 4 == 0 and column_stride == 1 and table.data_ptr() % 16 == 0
         kernels.metadata_kernel[grid](
             seq_lens, extend_lens, pool, table, records,
-            seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(out.steps), records.shape[1],
-            batch_size, added, longest, geometry.table_width, geometry.index_topk, rows_per_request,
-            block_size,
-            ALIGNED=aligned and geometry.table_width % 4 == 0 and row_stride % 4 == 0 and column_stride == 1
-            and table.data_ptr() % 16 == 0,
-            **fixed,
+            seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(destinations),
+            num_tables, records.shape[1], batch_size, added, longest, geometry.table_width, geometry.index_topk,
+            rows_per_request, block_size, ALIGNED=aligned and words, **fixed,
         )  # fmt: skip
 
     return launch
@@ -85,7 +88,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     planes = tuple(destinations[0].derived) if destinations else ()
     sources = _records(source.steps, batch.offsets, planes)
     targets = _records(destinations, (0,) * len(destinations), planes)
-    wide, real, aligned = _layout((*source.steps, *destinations))
+    wide, real, aligned = _layout((*source.steps, *destinations), geometry)
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens
     extend_lens = longest if batch.extend_lens is None else batch.extend_lens
     grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
@@ -96,7 +99,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
             page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real,
-            ALIGNED=aligned and geometry.table_width % 4 == 0, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     return launch
@@ -120,9 +123,10 @@ def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequ
     return torch.tensor(rows, dtype=torch.int64).to(steps[0].cache_seqlens.device)
 
 
-def _layout(steps: Sequence[StepMetadata]) -> tuple[bool, bool, bool]:
+def _layout(steps: Sequence[StepMetadata], geometry: Geometry) -> tuple[bool, bool, bool]:
     """Whether there is a wide table, whether there is a real one of its own, whether wide rows are 16-byte words."""
     tables = [step.page_table_1 for step in steps if step.page_table_1 is not None]
-    real = any(step.page_table_1 is None or not same_buffer(step.page_table_1, step.real_page_table) for step in steps)
-    aligned = all(table.data_ptr() % 16 == 0 and table.stride(0) % 4 == 0 and table.stride(1) == 1 for table in tables)
-    return bool(tables), real, bool(tables) and aligned
+    aligned = geometry.table_width % 4 == 0 and all(
+        table.data_ptr() % 16 == 0 and table.stride(0) % 4 == 0 and table.stride(1) == 1 for table in tables
+    )
+    return bool(tables), geometry.page_size > 1, bool(tables) and aligned

@@ -1,7 +1,7 @@
 """The two Triton kernels: one writes the metadata of a batch, one copies it to any number of consumers.
 
-Both take their destinations as a table of records (addresses and strides, see `RECORD`), so that their number and
-the batch's size and lengths are data: a kernel is compiled once per mode and set of dtypes, not per shape.
+Both take their destinations as a table of records (addresses and strides, see the constants below), so that their
+number and the batch's size and lengths are data: a kernel is compiled once per mode and set of dtypes, not per shape.
 
 Work on page tables is cut into tiles of live columns. Every program finds its equal share of all tiles from the
 lengths on the device, so the host reads nothing and no program looks at a dead column.
@@ -24,6 +24,8 @@ PAGE_TABLE_1: tl.constexpr = tl.constexpr(11)
 REAL_PAGE_TABLE: tl.constexpr = tl.constexpr(14)
 DERIVED: tl.constexpr = tl.constexpr(17)
 
+# fmt: off
+
 
 @triton.jit
 def _vector(record, field):
@@ -44,18 +46,8 @@ def _table(record, field, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _requests_at(
-    first,
-    lengths,
-    length_stride,
-    extend_lens,
-    extend_stride,
-    batch_size,
-    added,
-    limit,
-    unit,
-    TILE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    first, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
+    TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Tiles and rows of `BLOCK` requests from `first` on, 0 past the batch."""
     request = first + tl.arange(0, BLOCK)
@@ -72,38 +64,15 @@ def _requests_at(
 
 @triton.jit
 def _share_of_tiles(
-    worker,
-    num_workers,
-    lengths,
-    length_stride,
-    extend_lens,
-    extend_stride,
-    batch_size,
-    added,
-    limit,
-    unit,
-    rows_per_request,
-    TILE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    worker, num_workers, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
+    rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Where this worker's contiguous share of all tiles starts: request, tile, its first row; and how many tiles."""
     total = tl.full((), 0, tl.int64)
     start = 0
     while start < batch_size:
         tiles, rows = _requests_at(
-            start,
-            lengths,
-            length_stride,
-            extend_lens,
-            extend_stride,
-            batch_size,
-            added,
-            limit,
-            unit,
-            TILE,
-            RAGGED,
-            BLOCK,
+            start, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE, RAGGED, BLOCK
         )
         total += tl.sum(tiles, 0)
         start += BLOCK
@@ -116,18 +85,7 @@ def _share_of_tiles(
     start = 0
     while start < batch_size:
         tiles, rows = _requests_at(
-            start,
-            lengths,
-            length_stride,
-            extend_lens,
-            extend_stride,
-            batch_size,
-            added,
-            limit,
-            unit,
-            TILE,
-            RAGGED,
-            BLOCK,
+            start, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE, RAGGED, BLOCK
         )
         before = (seen + tl.cumsum(tiles, 0) <= first) & (start + tl.arange(0, BLOCK) < batch_size)
         request += tl.sum(before.to(tl.int32), 0)
@@ -139,6 +97,54 @@ def _share_of_tiles(
     if not RAGGED:
         first_row = request * rows_per_request
     return request, first - passed, first_row, count
+
+
+@triton.jit
+def _tiles_of_request(
+    request, tile, remaining, lengths, length_stride, extend_lens, extend_stride, added, table_width, unit,
+    rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr,
+):
+    """Live columns and rows of a request, and the tile before which this worker stops in it."""
+    length = tl.minimum(tl.load(lengths + request * length_stride).to(tl.int32) + added, table_width)
+    rows = rows_per_request
+    if RAGGED:
+        rows = tl.load(extend_lens + request * extend_stride).to(tl.int32)
+    num_tiles = tl.where((rows > 0) & (length > 0), tl.cdiv(tl.cdiv(length, unit), TILE), 0)
+    return length, rows, tl.minimum(tile + remaining, num_tiles)
+
+
+@triton.jit
+def _columns(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns of a tile of the wide table, and which of them may be written.
+
+    Aligned rows are whole 16-byte words, so the tail of the last live word may be written too.
+    """
+    if ALIGNED:
+        length = tl.multiple_of(tl.cdiv(length, 4) * 4, 4)
+    columns = tl.multiple_of((tile * TILE).to(tl.int32), TILE) + tl.arange(0, TILE)
+    return columns, columns < length
+
+
+@triton.jit
+def _pages(tile, TILE: tl.constexpr, page_size: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of the real page table that belong to a tile; a tile is one of them where there is no wide table."""
+    if WIDE and page_size <= TILE:
+        return (tile * (TILE // page_size)).to(tl.int32) + tl.arange(0, TILE // page_size)
+    elif WIDE:  # the pages that start in the tile: one or none
+        return tl.cdiv(tile * TILE, page_size).to(tl.int32) + tl.arange(0, 1)
+    else:
+        return (tile * TILE).to(tl.int32) + tl.arange(0, TILE)
+
+
+@triton.jit
+def _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE: tl.constexpr):
+    """KV slots of token positions of one request, from its row of the token or block table."""
+    if TOKEN_TABLE:
+        return tl.load(source + columns * column_stride, mask=live, other=0).to(tl.int32)
+    else:
+        block = columns // block_size
+        first = tl.load(source + block * column_stride, mask=live, other=0).to(tl.int32) * block_size
+        return first + columns - block * block_size
 
 
 @triton.jit
@@ -163,17 +169,8 @@ def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, BLOC
 
 @triton.jit
 def _write_row_vectors(
-    seq_lens,
-    seq_stride,
-    extend_lens,
-    extend_stride,
-    record,
-    batch_size,
-    added,
-    index_topk,
-    rows_per_request,
-    RAGGED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, index_topk, rows_per_request,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """seqlens_expanded, nsa_cache_seqlens and nsa_cu_seqlens_k of one destination."""
     expanded, expanded_stride = _vector(record, SEQLENS_EXPANDED)
@@ -207,73 +204,25 @@ def _write_row_vectors(
         start += BLOCK
 
 
-@triton.jit
-def _tiles_of_request(
-    request,
-    tile,
-    remaining,
-    lengths,
-    length_stride,
-    extend_lens,
-    extend_stride,
-    added,
-    table_width,
-    unit,
-    rows_per_request,
-    TILE: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """Live columns and rows of a request, and the tile before which this worker stops in it."""
-    length = tl.minimum(tl.load(lengths + request * length_stride).to(tl.int32) + added, table_width)
-    rows = rows_per_request
-    if RAGGED:
-        rows = tl.load(extend_lens + request * extend_stride).to(tl.int32)
-    num_tiles = tl.where((rows > 0) & (length > 0), tl.cdiv(tl.cdiv(length, unit), TILE), 0)
-    return length, rows, tl.minimum(tile + remaining, num_tiles)
-
-
-@triton.jit
-def _columns(tile, length, unit, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns of a tile, and which of them may be written.
-
-    Aligned rows are whole 16-byte words, so the tail of the last live word may be written too.
-    """
-    if ALIGNED:
-        length = tl.multiple_of(tl.cdiv(length, 4) * 4, 4)
-    columns = (tl.multiple_of((tile * TILE).to(tl.int32), TILE) + tl.arange(0, TILE)) * unit
-    return columns, columns < length
-
-
 @triton.jit(
     do_not_specialize=[
-        "seq_stride",
-        "extend_stride",
-        "pool_stride",
-        "table_row_stride",
-        "table_column_stride",
-        "num_destinations",
-        "record_words",
-        "batch_size",
-        "added",
-        "longest_added",
-        "table_width",
-        "index_topk",
-        "rows_per_request",
-        "block_size",
+        "seq_stride", "extend_stride", "pool_stride", "table_row_stride", "table_column_stride", "num_destinations",
+        "num_tables", "record_words", "batch_size", "added", "longest_added", "table_width", "index_topk",
+        "rows_per_request", "block_size",
     ],
     do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations"],
 )
 def metadata_kernel(
     seq_lens, extend_lens, req_pool_indices, table, destinations,
-    seq_stride, extend_stride, pool_stride, table_row_stride, table_column_stride, num_destinations,
+    seq_stride, extend_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
     record_words, batch_size, added, longest_added, table_width, index_topk, rows_per_request, block_size,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
     ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Metadata of one batch.
 
     Programs 0 … 2 * num_destinations - 1 write the vectors of a destination each (requests, then rows); the others
-    share the page tables, which all steps of a batch have in common: those of the first destination.
+    share the page tables of the first `num_tables` destinations: each tile is read once and written to all of them.
     """
     program = tl.program_id(0)
     if program < 2 * num_destinations:
@@ -284,7 +233,7 @@ def metadata_kernel(
             _write_row_vectors(
                 seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, index_topk, rows_per_request,
                 RAGGED, BLOCK,
-            )  # fmt: skip
+            )
         return
     # Without the wide table only the first column of each page is looked at.
     unit: tl.constexpr = 1 if WIDE else page_size
@@ -293,16 +242,15 @@ def metadata_kernel(
     request, tile, first_row, remaining = _share_of_tiles(
         worker, num_workers, seq_lens, seq_stride, extend_lens, extend_stride, batch_size, longest_added, table_width, unit,
         rows_per_request, TILE, RAGGED, BLOCK,
-    )  # fmt: skip
-    if WIDE:
-        wide, wide_row, wide_column = _table(destinations, PAGE_TABLE_1, ALIGNED)
-    if REAL:
-        real, real_row, real_column = _table(destinations, REAL_PAGE_TABLE, False)
+    )
+    column_stride = table_column_stride.to(tl.int64)
+    if ALIGNED:
+        column_stride = 1
     while remaining > 0:
         length, rows, stop = _tiles_of_request(
             request, tile, remaining, seq_lens, seq_stride, extend_lens, extend_stride, longest_added, table_width, unit,
             rows_per_request, TILE, RAGGED,
-        )  # fmt: skip
+        )
         remaining -= stop - tile
         table_row = request.to(tl.int64)
         if TOKEN_TABLE:
@@ -311,25 +259,30 @@ def metadata_kernel(
         if ALIGNED:
             source = table + tl.multiple_of(table_row * table_row_stride, 4)
         while tile < stop:
-            columns, live = _columns(tile, length, unit, TILE, ALIGNED)
-            if not TOKEN_TABLE:
-                block = columns // block_size
-                slots = tl.load(source + block * table_column_stride, mask=live, other=0).to(tl.int32)
-                slots = slots * block_size + columns - block * block_size
-            elif ALIGNED:
-                slots = tl.load(source + columns, mask=live, other=0).to(tl.int32)
-            else:
-                slots = tl.load(source + columns * table_column_stride, mask=live, other=0).to(tl.int32)
-            page = columns // page_size
-            k = 0
-            while k < rows:
-                row = (first_row + k).to(tl.int64)
+            if WIDE:
+                columns, live = _columns(tile, length, TILE, ALIGNED)
+                slots = _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE)
+            if REAL:
+                pages = _pages(tile, TILE, page_size, WIDE)
+                exist = pages * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
+                numbers = _slots(source, pages * page_size, exist, column_stride, block_size, TOKEN_TABLE) // page_size
+            record = destinations
+            t = 0
+            while t < num_tables:
                 if WIDE:
-                    tl.store(wide + row * wide_row + columns * wide_column, slots, mask=live)
+                    wide, wide_row, wide_column = _table(record, PAGE_TABLE_1, ALIGNED)
                 if REAL:
-                    starts_page = live & (columns == page * page_size)
-                    tl.store(real + row * real_row + page * real_column, slots // page_size, mask=starts_page)
-                k += 1
+                    real, real_row, real_column = _table(record, REAL_PAGE_TABLE, False)
+                k = 0
+                while k < rows:
+                    row = (first_row + k).to(tl.int64)
+                    if WIDE:
+                        tl.store(wide + row * wide_row + columns * wide_column, slots, mask=live)
+                    if REAL:
+                        tl.store(real + row * real_row + pages * real_column, numbers, mask=exist)
+                    k += 1
+                record += record_words
+                t += 1
             tile += 1
         first_row += rows
         request += 1
@@ -365,7 +318,9 @@ def _copy_derived(source, destination, num_derived, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _copy_tile(sources, destinations, num_destinations, record_words, field, row, columns, live, ALIGNED: tl.constexpr):
+def _copy_tile(
+    sources, destinations, num_destinations, record_words, field, row, columns, live, ALIGNED: tl.constexpr
+):
     """Read part of a row of a page table once and write it to every destination that has the table."""
     origin, row_stride, column_stride = _table(sources, field, ALIGNED)
     values = tl.load(origin + row * row_stride + columns * column_stride, mask=live)
@@ -381,16 +336,8 @@ def _copy_tile(sources, destinations, num_destinations, record_words, field, row
 
 @triton.jit(
     do_not_specialize=[
-        "live_stride",
-        "extend_stride",
-        "num_sources",
-        "num_destinations",
-        "record_words",
-        "num_derived",
-        "batch_size",
-        "num_rows",
-        "table_width",
-        "rows_per_request",
+        "live_stride", "extend_stride", "num_sources", "num_destinations", "record_words", "num_derived", "batch_size",
+        "num_rows", "table_width", "rows_per_request",
     ],
     do_not_specialize_on_alignment=["live_lengths", "extend_lens", "sources", "destinations"],
 )
@@ -400,7 +347,7 @@ def copy_kernel(
     table_width, rows_per_request,
     page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Copy every field of the sources to the destinations.
 
     Program d < num_destinations copies vectors and derived planes to destination d; the others share the page tables,
@@ -423,28 +370,30 @@ def copy_kernel(
     request, tile, first_row, remaining = _share_of_tiles(
         worker, num_workers, live_lengths, live_stride, extend_lens, extend_stride, batch_size, 0, table_width, unit,
         rows_per_request, TILE, RAGGED, BLOCK,
-    )  # fmt: skip
+    )
     while remaining > 0:
         length, rows, stop = _tiles_of_request(
             request, tile, remaining, live_lengths, live_stride, extend_lens, extend_stride, 0, table_width, unit,
             rows_per_request, TILE, RAGGED,
-        )  # fmt: skip
+        )
         remaining -= stop - tile
         while tile < stop:
-            columns, live = _columns(tile, length, unit, TILE, ALIGNED)
-            page = columns // page_size
-            starts_page = live & (columns == page * page_size)
+            if WIDE:
+                columns, live = _columns(tile, length, TILE, ALIGNED)
+            if REAL:
+                pages = _pages(tile, TILE, page_size, WIDE)
+                exist = pages * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
             k = 0
             while k < rows:
                 row = (first_row + k).to(tl.int64)
                 if WIDE:
                     _copy_tile(
                         sources, destinations, num_destinations, record_words, PAGE_TABLE_1, row, columns, live, ALIGNED
-                    )  # fmt: skip
+                    )
                 if REAL:
                     _copy_tile(
-                        sources, destinations, num_destinations, record_words, REAL_PAGE_TABLE, row, page, starts_page, False
-                    )  # fmt: skip
+                        sources, destinations, num_destinations, record_words, REAL_PAGE_TABLE, row, pages, exist, False
+                    )
                 k += 1
             tile += 1
         first_row += rows

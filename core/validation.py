@@ -22,6 +22,8 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
     _at_least("draft_tokens", batch.draft_tokens, 1)
     for name in ("index_topk", "page_size", "table_width", "num_sms"):
         _at_least(f"geometry.{name}", getattr(geometry, name), 1)
+    if geometry.page_size & (geometry.page_size - 1):
+        reject("geometry.page_size", "a power of two", geometry.page_size)
     device = batch.seq_lens.device
     _check_vector("seq_lens", batch.seq_lens, batch.batch_size, device, INTEGERS)
     _check_steps(batch)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--steps", type=_steps, nargs="+", default=[4, 8], help="numbers of draft steps (default: 4 8)")
     demo.add_argument("--trace", type=Path, help="a recorded trace instead of a generated one (JSON lines)")
     demo.add_argument("--seed", type=int, default=0)
+    bench = commands.add_parser("bench", help="measure every way to prepare a replay, in one run on the same inputs")
+    bench.add_argument("--engine", choices=("none", "sglang", "vllm"), default="none")
+    bench.add_argument("--mode", choices=("decode", "verify", "extend"), nargs="+", default=["decode"])
+    bench.add_argument("--bs", type=_positive, nargs="+", default=[1, 8, 32, 128], help="batch sizes")
+    bench.add_argument("--ctx", type=_positive, nargs="+", default=[4096, 16384, 131072], help="context lengths")
+    bench.add_argument("--steps", type=_steps, nargs="+", default=[4, 8], help="speculative steps")
+    bench.add_argument(
+        "--width", type=_positive, default=163840, help="columns of the token table (default: %(default)s)"
+    )
+    bench.add_argument("--decode-impl", default="flashmla_kv", help="sglang's decode kernel (default: %(default)s)")
+    bench.add_argument("--seed-wheel", type=Path, help="sglang 0.5.6.post2's wheel (default: fetched with pip)")
+    bench.add_argument("--json", type=Path, help="write the results here")
+    bench.add_argument("--plot", type=Path, help="draw the results here (PNG, SVG, PDF)")
+    readme = commands.add_parser("readme-table", help="make the README's table from result files")
+    readme.add_argument("readme", type=Path)
+    readme.add_argument("results", type=Path, nargs="+")
     commands.add_parser("plugins", help="list who provides what")
     options = parser.parse_args(arguments)
     console = Console()
@@ -32,12 +50,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plugins":
             console.print(_plugins())
             return 0
+        if options.command == "bench":
+            return _bench(options, console)
+        if options.command == "readme-table":
+            from nsa_plugin.bench.report import update_readme
+
+            options.readme.write_text(update_readme(options.readme, options.results, _load))
+            return 0
         from nsa_plugin.demo.run import demo as run_demo
 
         return run_demo(options.engine, options.rounds, options.steps, options.trace, options.seed, console)
     except (NsaPluginError, OSError) as error:
         console.print(f"[red]nsa-plugin: {error}[/red]")
         return 2
+
+
+def _bench(options: argparse.Namespace, console: Console) -> int:
+    from nsa_plugin.bench.report import plot, terminal
+    from nsa_plugin.bench.run import Options, bench
+
+    results = bench(
+        Options(
+            options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
+            options.decode_impl, options.seed_wheel,
+        ),
+        console,
+    )  # fmt: skip
+    console.print(terminal(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.plot is not None:
+        plot(results, options.plot)
+    ours = ("copy", "share", "graph")
+    wrong = any(
+        cell["contenders"][name]["differs"] for cell in results["cells"] for name in ours if name in cell["contenders"]
+    )
+    return 1 if wrong else 0
+
+
+def _load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
 
 
 def _plugins() -> Table:

@@ -83,8 +83,7 @@ class Host:
             consumers,
             strategy=strategy,
             derive=derive,
-            bind_precompute=self.manager.bind_precompute,
-            bind_copy=self.manager.bind_copy,
+            bind=self.manager.bind,
         ).run
 
     def observer(

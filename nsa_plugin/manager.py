@@ -96,17 +96,22 @@ class Manager:
         )
         return default if found is None else found
 
-    def bind_precompute(self, batch: BatchDescriptor, out: PrecomputedMetadata) -> api.BoundPrecompute:
-        """A precompute implementation bound to `out`."""
-        found: api.BoundPrecompute | None = self._relay.hook.nsa_plugin_bind_precompute(
+    def bind(
+        self, batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata]
+    ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]:
+        """Implementations bound to buffers: what plugins provide, the built-in ones (fused) for the rest."""
+        hook = self._relay.hook
+        precompute: api.BoundPrecompute | None = hook.nsa_plugin_bind_precompute(
             batch=batch, geometry=out.geometry, out=out
         )
-        return api.bind_precompute(batch, out) if found is None else found
-
-    def bind_copy(self, source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> api.BoundCopy:
-        """A copy implementation bound to `source` and `destinations`."""
-        found: api.BoundCopy | None = self._relay.hook.nsa_plugin_bind_copy(source=source, destinations=destinations)
-        return api.bind_copy(source, destinations) if found is None else found
+        copy: api.BoundCopy | None = (
+            hook.nsa_plugin_bind_copy(source=out, destinations=destinations) if destinations else None
+        )
+        if precompute is None and copy is None:
+            return api.bind(batch, out, destinations)
+        if copy is None and destinations:
+            copy = api.bind_copy(out, destinations)
+        return api.bind_precompute(batch, out) if precompute is None else precompute, copy
 
     def observers(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor

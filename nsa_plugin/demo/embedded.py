@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from nsa_plugin.bench.measure import synchronize
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, live_entries
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
@@ -137,9 +138,3 @@ class Harness:
         call()
         synchronize()
         self.seconds[name].append(time.perf_counter() - start)
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

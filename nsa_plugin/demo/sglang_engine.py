@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.bench.measure import synchronize
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.demo.embedded import synchronize
 from nsa_plugin.demo.trace import Round, Sizes
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings

@@ -88,7 +88,12 @@ class SeedBackend:
         return self._methods["_transform_table_1_to_real"](self, table)
 
     def replay(
-        self, mode: str, seq_lens: torch.Tensor, requests: torch.Tensor, accepted: torch.Tensor | None = None
+        self,
+        mode: str,
+        seq_lens: torch.Tensor,
+        requests: torch.Tensor,
+        accepted: torch.Tensor | None,
+        seq_lens_cpu: torch.Tensor,
     ) -> None:
         """Prepare a replay; `mode` is "decode_or_idle", "target_verify" or "draft_extend"."""
         names = ("decode_or_idle", "target_verify", "draft_extend")
@@ -96,5 +101,5 @@ class SeedBackend:
         self.decode_cuda_graph_metadata[seq_lens.numel()] = self.metadata
         self._methods["init_forward_metadata_replay_cuda_graph"](
             self, bs=seq_lens.numel(), req_pool_indices=requests, seq_lens=seq_lens, seq_lens_sum=-1, encoder_lens=None,
-            forward_mode=native, spec_info=SimpleNamespace(accept_length=accepted), seq_lens_cpu=seq_lens.cpu(),
+            forward_mode=native, spec_info=SimpleNamespace(accept_length=accepted), seq_lens_cpu=seq_lens_cpu,
         )  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from nsa_plugin import (
     fast_copy,
     precompute,
 )
+from nsa_plugin.core import api
 from tests.batches import Case, assert_equal_live, cases, poisoned
 
 
@@ -59,8 +63,8 @@ def decode(lengths: list[int], width: int = 256, num_steps: int = 1) -> tuple[Ba
 
 
 @settings(max_examples=60)
-@given(cases(), st.sampled_from(["copy", "share"]))
-def test_every_consumer_of_a_plan_gets_the_reference(case: Case, strategy: str) -> None:
+@given(cases(), st.sampled_from(["copy", "share"]), st.sampled_from(["reference", "reference", "triton"]))
+def test_every_consumer_of_a_plan_gets_the_reference(case: Case, strategy: str, impl: str) -> None:
     batch, geometry = case.batch, case.geometry
     want = precompute(batch, geometry, impl="reference")
     if strategy == "share":
@@ -68,7 +72,8 @@ def test_every_consumer_of_a_plan_gets_the_reference(case: Case, strategy: str) 
         consumers += consumers[:1] * (batch.num_steps - len(consumers))
     else:
         consumers = [made.steps[0] for made in poisoned(batch, geometry, batch.num_steps)]
-    plan = ReplayPlan(batch, geometry, consumers, strategy=strategy)  # type: ignore[arg-type]
+    bind = partial(api.bind, impl=impl)  # type: ignore[arg-type]
+    plan = ReplayPlan(batch, geometry, consumers, strategy=strategy, bind=bind)  # type: ignore[arg-type]
     addresses = [step.real_page_table.data_ptr() for step in consumers]
     for _ in range(2):
         plan.run(batch)
@@ -77,7 +82,8 @@ def test_every_consumer_of_a_plan_gets_the_reference(case: Case, strategy: str) 
     assert addresses == [step.real_page_table.data_ptr() for step in consumers]
 
 
-def test_a_plan_derives_once_and_copies_the_derived_plane() -> None:
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_plan_derives_once_and_copies_the_derived_plane(impl: str) -> None:
     batch, geometry = decode([5, 9], num_steps=3)
     consumers = [
         replace(made.steps[0], derived={"total": torch.zeros(1, dtype=torch.int32)})
@@ -89,7 +95,8 @@ def test_a_plan_derives_once_and_copies_the_derived_plane() -> None:
         calls.append(1)
         consumers[0].derived["total"].copy_(consumers[0].cache_seqlens.sum(0, keepdim=True))
 
-    ReplayPlan(batch, geometry, consumers, strategy="copy", derive=derive).run(batch)
+    bind = partial(api.bind, impl=impl)  # type: ignore[arg-type]
+    ReplayPlan(batch, geometry, consumers, strategy="copy", derive=derive, bind=bind).run(batch)
     assert calls == [1]
     assert [int(step.derived["total"]) for step in consumers] == [14, 14, 14]
 
@@ -114,18 +121,11 @@ def test_a_plan_uses_the_implementations_that_it_is_given() -> None:
     consumers = [made.steps[0] for made in poisoned(batch, geometry, 2)]
     seen: list[str] = []
 
-    def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata):  # type: ignore[no-untyped-def]
-        return lambda live: seen.append(f"precompute {live.batch_size} for {len(out.steps)}")
+    def bind(batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> Any:
+        return (
+            lambda live: seen.append(f"precompute {live.batch_size} for {len(out.steps)}"),
+            lambda: seen.append(f"copy to {len(destinations)}"),
+        )
 
-    def bind_copy(source: PrecomputedMetadata, destinations: list[StepMetadata]):  # type: ignore[no-untyped-def]
-        return lambda: seen.append(f"copy to {len(destinations)}")
-
-    ReplayPlan(
-        batch,
-        geometry,
-        consumers,
-        strategy="copy",
-        bind_precompute=bind_precompute,
-        bind_copy=bind_copy,  # type: ignore[arg-type]
-    ).run(batch)
+    ReplayPlan(batch, geometry, consumers, strategy="copy", bind=bind).run(batch)
     assert seen == ["precompute 2 for 1", "copy to 1"]

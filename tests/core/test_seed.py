@@ -70,7 +70,7 @@ def test_every_live_entry_is_that_of_the_original(wheel: Path, mode: str, data: 
         page_size=64, flashmla_metadata=None, **{theirs: getattr(buffers, ours) for ours, theirs in NAMES.items()}
     )
     backend = seed.SeedBackend(seed.load_methods(wheel), original, table, 100, 64, draft_tokens)
-    backend.replay(mode, seq_lens, requests, accepted)
+    backend.replay(mode, seq_lens, requests, accepted, seq_lens)
     if mode == "decode_or_idle":  # aliased at capture
         buffers.seqlens_expanded[:] = buffers.cache_seqlens
     want = PrecomputedMetadata(

@@ -34,8 +34,8 @@ def test_copy_kernel_equals_the_source(case: Case, count: int, stride: int) -> N
         assert_equal_live(source, destination, index)
 
 
-@settings(max_examples=6)
-@given(cases(max_batch_size=512, max_width=200), st.integers(2, 6))
+@settings(max_examples=5)
+@given(cases(max_batch_size=512, max_width=200), st.integers(5, 7))
 def test_large_batches_and_several_tiles(case: Case, block: int) -> None:
     """Small blocks make every loop of the kernels run several times."""
     batch, geometry = case.batch, case.geometry

@@ -97,6 +97,11 @@ def test_bad_geometry_is_refused(field: str) -> None:
         precompute(BATCH, replace(GEOMETRY, **{field: 0}))  # type: ignore[arg-type]
 
 
+def test_page_sizes_are_powers_of_two() -> None:
+    with pytest.raises(InvalidValueError, match=r"geometry.page_size: expected a power of two, got 48"):
+        precompute(BATCH, replace(GEOMETRY, page_size=48))
+
+
 BAD_BUFFERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"cache_seqlens": torch.zeros(1, dtype=torch.int32)},

@@ -143,7 +143,6 @@ def test_draft_backends_hold_one_page_table_and_give_the_others_back(
     caplog.set_level("INFO", "sglang.srt.plugins.nsa_plugin")
     install("auto")
     multi = kit.make_multi_step(CONFIG, TABLE, num_steps)
-    multi.init_cuda_graph_state(CONFIG.max_batch_size, CONFIG.max_batch_size)
     tables = {backend.decode_cuda_graph_metadata["page_table"].data_ptr() for backend in multi.attn_backends}
     assert len(tables) == 1
     size = CONFIG.max_batch_size * CONFIG.width * 4 / 2**20

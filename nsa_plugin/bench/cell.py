@@ -1,0 +1,143 @@
+"""One cell of the benchmark: a mode, a batch size, a context length and a number of steps, with fresh random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nsa_plugin.bench.measure import Call
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, live_entries
+
+INDEX_TOPK = 2048
+PAGE_SIZE = 64
+INPUTS = 4
+"""Different inputs that take turns, so that no figure is that of a cache that knows them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to prepare.
+
+    Attributes
+    ----------
+    mode : ForwardMode
+    batch_size, context : sequences of context / 2 to context tokens
+    steps : speculative steps; DECODE has steps - 1 consumers, the other modes steps rows per request
+    width : token positions per row of the token table
+    """
+
+    mode: ForwardMode
+    batch_size: int
+    context: int
+    steps: int
+    width: int
+
+    @property
+    def consumers(self) -> int:
+        """Sets of buffers to fill."""
+        return self.steps - 1 if self.mode is ForwardMode.DECODE else 1
+
+    @property
+    def draft_tokens(self) -> int:
+        """Rows per request outside DECODE."""
+        return 1 if self.mode is ForwardMode.DECODE else self.steps
+
+    def geometry(self, device: torch.device) -> Geometry:
+        """Model and cache constants of DeepSeek V3.2."""
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return Geometry(INDEX_TOPK, PAGE_SIZE, self.width, num_sms=sms)
+
+    def batches(self, table: torch.Tensor) -> list[BatchDescriptor]:
+        """`INPUTS` batches of fresh random lengths and requests over one token table."""
+        longest = min(self.context, self.width - self.draft_tokens)
+        shape = (self.batch_size,)
+        return [
+            BatchDescriptor(
+                self.mode,
+                self.batch_size,
+                torch.randint(max(longest // 2, self.draft_tokens), longest + 1, shape, device=table.device),
+                TokenTable(table, torch.randperm(table.shape[0], device=table.device)[: self.batch_size]),
+                self.consumers,
+                (),
+                self.draft_tokens,
+            )
+            for _ in range(INPUTS)
+        ]
+
+    def bytes_to_move(self, batches: Sequence[BatchDescriptor]) -> float:
+        """Bytes that one preparation must read and write at least, whatever the number of consumers.
+
+        Each live slot is read once and written once per row of its request, each live page number written once.
+        """
+        tokens = sum(int(batch.seq_lens.sum()) + self.batch_size * batch.added_tokens for batch in batches) / len(
+            batches
+        )
+        rows = batches[0].rows_per_request
+        return 4 * tokens * (1 + rows * (1 + 1 / PAGE_SIZE))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to prepare a cell.
+
+    Attributes
+    ----------
+    name : str
+    host : calls to measure the host with, one per input; None if there is nothing to call
+    gpu : calls to measure the GPU with
+    run : prepare input i completely
+    consumers : the buffers that are filled
+    """
+
+    name: str
+    host: Sequence[Call] | None
+    gpu: Sequence[Call]
+    run: Callable[[int], object]
+    consumers: Callable[[], Sequence[StepMetadata]]
+
+    @classmethod
+    def of_calls(cls, name: str, calls: Sequence[Call], consumers: Sequence[StepMetadata]) -> Contender:
+        """One whose host and GPU work are the same calls."""
+        return cls(name, calls, calls, lambda index: calls[index](), lambda: consumers)
+
+    @classmethod
+    def of_graph(
+        cls,
+        name: str,
+        graph: torch.cuda.CUDAGraph,
+        load: Callable[[int], object],
+        before: Sequence[Call] | None,
+        consumers: Sequence[StepMetadata],
+    ) -> Contender:
+        """One whose work is recorded in a graph: `load` puts input i where the graph reads, `before` is left to the host."""
+
+        def run(index: int) -> None:
+            load(index)
+            if before is not None:
+                before[index]()
+            graph.replay()
+
+        return cls(name, before, [graph.replay], run, lambda: consumers)
+
+
+def differences(
+    cell: Cell, batch: BatchDescriptor, geometry: Geometry, expected: PrecomputedMetadata, got: Sequence[StepMetadata]
+) -> list[str]:
+    """Names of the plain planes of any consumer that differ from `expected` in a live entry."""
+    want = live_entries(expected, expected.steps[0])
+    names = set()
+    for step in got:
+        have = live_entries(PrecomputedMetadata(expected.steps, batch, geometry), step)
+        names |= {name for name, values in have.items() if not torch.equal(values, want[name])}
+    return sorted(names)
+
+
+def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Record `work`, which has run before, in a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph

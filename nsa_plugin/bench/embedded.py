@@ -1,0 +1,111 @@
+"""Contenders that need no engine: the code this package starts from, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from nsa_plugin.bench.cell import Cell, Contender, capture
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
+from nsa_plugin.testing import seed
+
+SEED_FIELDS = {
+    "cache_seqlens": "cache_seqlens_int32",
+    "cu_seqlens_k": "cu_seqlens_k",
+    "seqlens_expanded": "nsa_seqlens_expanded",
+    "nsa_cache_seqlens": "nsa_cache_seqlens_int32",
+    "nsa_cu_seqlens_k": "nsa_cu_seqlens_k",
+    "page_table_1": "page_table_1",
+    "real_page_table": "real_page_table",
+}
+"""Field of `StepMetadata` to field of sglang 0.5.6.post2's `NSAMetadata`."""
+
+
+def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:
+    """Fresh buffers of one consumer."""
+    return PrecomputedMetadata.allocate(batch, geometry).steps[0]
+
+
+def contenders(
+    cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path | None
+) -> list[Contender]:
+    """The seed-era loop (if its wheel is at hand), then copy, share and graph."""
+    first = batches[0]
+    found = [] if wheel is None else [seed_loop(cell, batches, geometry, wheel)]
+    strategies: tuple[PlanStrategy, ...] = ("copy", "share")
+    for strategy in strategies:
+        count = cell.consumers if strategy == "copy" else 1
+        steps = [buffers(first, geometry) for _ in range(count)]
+        plan = ReplayPlan(first, geometry, steps, strategy=strategy)
+        calls = [lambda batch=batch, plan=plan: plan.run(batch) for batch in batches]
+        found.append(Contender.of_calls(strategy, calls, steps))
+    if first.seq_lens.device.type == "cuda":
+        found.append(graph(batches, geometry))
+    return found
+
+
+def graph(batches: Sequence[BatchDescriptor], geometry: Geometry) -> Contender:
+    """`share`, recorded: nothing is left for the host."""
+    first = batches[0]
+    assert isinstance(first.slots, TokenTable)
+    static = replace(
+        first,
+        seq_lens=first.seq_lens.clone(),
+        slots=TokenTable(first.slots.req_to_token, first.slots.req_pool_indices.clone()),
+    )
+    step = buffers(first, geometry)
+    plan = ReplayPlan(static, geometry, [step], strategy="share")
+    plan.run(static)
+
+    def load(index: int) -> None:
+        live = batches[index]
+        assert isinstance(live.slots, TokenTable) and isinstance(static.slots, TokenTable)
+        static.seq_lens.copy_(live.seq_lens)
+        static.slots.req_pool_indices.copy_(live.slots.req_pool_indices)
+
+    return Contender.of_graph("graph", capture(lambda: plan.run(static)), load, None, [step])
+
+
+def seed_loop(cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path) -> Contender:
+    """sglang 0.5.6.post2's method, once per consumer."""
+    methods = seed.load_methods(wheel)
+    first = batches[0]
+    assert isinstance(first.slots, TokenTable)
+    steps = [buffers(first, geometry) for _ in range(cell.consumers)]
+    backends = [
+        seed.SeedBackend(
+            methods,
+            SimpleNamespace(
+                page_size=geometry.page_size,
+                flashmla_metadata=None,
+                **{theirs: getattr(step, ours) for ours, theirs in SEED_FIELDS.items()},
+            ),
+            first.slots.req_to_token,
+            geometry.index_topk,
+            geometry.page_size,
+            cell.draft_tokens,
+        )
+        for step in steps
+    ]
+    mode = {
+        ForwardMode.DECODE: "decode_or_idle",
+        ForwardMode.TARGET_VERIFY: "target_verify",
+        ForwardMode.DRAFT_EXTEND: "draft_extend",
+    }[cell.mode]
+    widths = torch.full((cell.batch_size,), cell.draft_tokens, device=first.seq_lens.device)
+    lengths_on_host = [batch.seq_lens.cpu() for batch in batches]
+
+    def prepare(index: int) -> None:
+        batch = batches[index]
+        assert isinstance(batch.slots, TokenTable)
+        for backend in backends:
+            backend.replay(mode, batch.seq_lens, batch.slots.req_pool_indices, widths, lengths_on_host[index])
+
+    calls = [lambda index=index: prepare(index) for index in range(len(batches))]
+    return Contender.of_calls("seed loop (sglang 0.5.6.post2)", calls, steps)

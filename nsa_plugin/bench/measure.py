@@ -1,0 +1,85 @@
+"""Host time, GPU time and launches of a call. On a CPU there is one clock and both are the same."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call, and kernels launched; None where there is nothing to measure.
+
+    Attributes
+    ----------
+    host : time for which the Python thread is busy
+    gpu : sum of the times of its kernels
+    kernels : their number
+    """
+
+    host: float | None
+    gpu: float | None
+    kernels: float | None
+
+
+def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> float:
+    """Median over `repeats` of the mean host time of a call, without a sync in between; `calls` take turns.
+
+    Calls that take over 10 ms are measured once each.
+    """
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    if time.perf_counter() - start > 0.01 * len(calls):
+        repeats = rounds = 1
+    means = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        means.append((time.perf_counter() - start) / (rounds * len(calls)) * 1e6)
+    synchronize()
+    return statistics.median(means)
+
+
+def gpu_time(calls: Sequence[Call], rounds: int = 8) -> tuple[float | None, float | None]:
+    """Sum of kernel times and number of kernels of a call, means over `rounds` of `calls`, by torch's profiler."""
+    if not torch.cuda.is_available():
+        return None, None
+    from torch.profiler import ProfilerActivity, profile
+
+    for call in calls:
+        call()
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        synchronize()
+    events = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+    number = rounds * len(calls)
+    return sum(event.device_time for event in events) / number, len(events) / number
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read plus bytes written per microsecond by a device-to-device copy of 256 MiB (64 MiB on a CPU)."""
+    size = (64 if device.type == "cuda" else 16) << 20
+    source = torch.randint(0, 1 << 20, (size,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    gpu, _ = gpu_time([lambda: target.copy_(source)])
+    elapsed = host_time([lambda: target.copy_(source)], rounds=3) if gpu is None else gpu
+    return 2 * source.numel() * source.element_size() / elapsed
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

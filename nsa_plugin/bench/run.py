@@ -1,0 +1,140 @@
+"""Runs the benchmark: every contender of every cell, checked and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from nsa_plugin.bench import embedded
+from nsa_plugin.bench.cell import Cell, Contender, differences
+from nsa_plugin.bench.measure import copy_rate, gpu_time, host_time
+from nsa_plugin.core import api
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
+from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.testing import seed
+
+MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run; see `nsa-plugin bench --help`."""
+
+    engine: str
+    modes: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    contexts: tuple[int, ...]
+    steps: tuple[int, ...]
+    width: int
+    decode_impl: str
+    seed_wheel: Path | None
+
+
+def bench(options: Options, console: Console) -> dict[str, Any]:
+    """Run and return the results in the form of the JSON file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.ExitStack() as stack:
+        if options.engine == "sglang":
+            if device.type == "cpu":
+                os.environ["TRITON_INTERPRET"] = "1"
+            try:
+                import sglang  # noqa: F401
+            except ImportError as error:
+                raise UnavailableError(f"--engine sglang needs sglang installed: {error}") from error
+            from nsa_plugin.testing.sglang_backends import stand_ins
+
+            stack.enter_context(stand_ins())
+        elif options.engine == "vllm":
+            raise UnavailableError("--engine vllm: vLLM support is not there yet; use none or sglang")
+        rate = copy_rate(device)
+        wheel = _seed_wheel(options.seed_wheel, console)
+        cells = [
+            Cell(MODES[mode], batch_size, context, steps, options.width)
+            for mode in options.modes
+            for batch_size in options.batch_sizes
+            for context in options.contexts
+            for steps in options.steps
+        ]
+        results = [
+            _run_cell(cell, options, device, wheel, rate) for cell in track(cells, description="cells", console=console)
+        ]
+    return {**where(device), "engine": options.engine, "copy_bytes_per_us": rate, "cells": results}
+
+
+def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | None, rate: float) -> dict[str, Any]:
+    geometry = cell.geometry(device)
+    table = torch.randint(0, 1 << 30, (cell.batch_size + 8, cell.width), dtype=torch.int32, device=device)
+    table = table // geometry.page_size * geometry.page_size  # any values; pages must be whole for the seed's transform
+    batches = cell.batches(table)
+    floor = cell.bytes_to_move(batches) / rate
+    measured: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        contenders = embedded.contenders(cell, batches, geometry, wheel)
+        engine = None
+        if options.engine == "sglang":
+            from nsa_plugin.bench.sglang_engine import Sglang
+
+            engine = Sglang(cell, batches, geometry, options.decode_impl)
+            stack.callback(engine.close)
+            contenders = [entry for entry in contenders if entry.name.startswith("seed")] + engine.contenders
+        for contender in contenders:
+            wrong = _check(cell, batches, geometry, contender, engine)
+            host = None if contender.host is None else host_time(contender.host)
+            gpu, kernels = gpu_time(contender.gpu)
+            measured[contender.name] = {"host_us": host, "gpu_us": gpu, "kernels": kernels, "differs": wrong}
+    return {
+        "mode": cell.mode.value,
+        "batch_size": cell.batch_size,
+        "context": cell.context,
+        "steps": cell.steps,
+        "width": cell.width,
+        "bytes": cell.bytes_to_move(batches),
+        "floor_us": floor,
+        "contenders": measured,
+    }
+
+
+def _check(cell: Cell, batches: list[BatchDescriptor], geometry: Any, contender: Contender, engine: Any) -> list[str]:
+    """Run every input and compare with the reference, and with sglang's own per-backend values where it is there."""
+    wrong: set[str] = set()
+    for index, batch in enumerate(batches):
+        contender.run(index)
+        expected = api.precompute(batch, geometry, impl="reference")
+        wrong |= set(differences(cell, batch, geometry, expected, contender.consumers()))
+        if engine is not None and not contender.name.startswith("seed"):
+            wrong |= set(engine.stale(contender.name, index))
+    return sorted(wrong)
+
+
+def _seed_wheel(given: Path | None, console: Console) -> Path | None:
+    try:
+        return given if given is not None else seed.fetch_wheel(Path.home() / ".cache" / "nsa-plugin")
+    except UnavailableError as error:
+        console.print(f"[yellow]without the seed-era loop: {error}; give its wheel with --seed-wheel[/yellow]")
+        return None
+
+
+def where(device: torch.device) -> dict[str, Any]:
+    """Machine, versions, date and command, for a result file."""
+    versions = {"python": platform.python_version()}
+    for name in ("nsa-plugin", "torch", "triton", "sglang", "sgl-kernel", "sglang-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    versions["torch"] = torch.__version__
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "command": "nsa-plugin " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
+    }

@@ -1,0 +1,117 @@
+"""Contenders over the real sglang: its per-backend code, its shipped code, and this plugin in each strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.sglang.describe import consumer
+from nsa_plugin.bench.cell import Cell, Contender, capture
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.host import Host
+from nsa_plugin.settings import Settings
+from nsa_plugin.testing import sglang_backends as kit
+
+NATIVE = {
+    ForwardMode.DECODE: "DECODE",
+    ForwardMode.TARGET_VERIFY: "TARGET_VERIFY",
+    ForwardMode.DRAFT_EXTEND: "DRAFT_EXTEND_V2",
+}
+LOOP, SHIPPED = "sglang loop", "sglang shipped"
+
+
+class Sglang:
+    """The contenders of one cell, and what sglang's per-backend code says about each of their values."""
+
+    def __init__(self, cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, decode_impl: str) -> None:
+        first = batches[0]
+        assert isinstance(first.slots, TokenTable)
+        self._cell, self._table = cell, first.slots.req_to_token
+        self._native = NATIVE[cell.mode]
+        self._config = kit.Config(
+            width=cell.width, max_requests=self._table.shape[0], max_batch_size=cell.batch_size,
+            draft_tokens=cell.steps, index_topk=geometry.index_topk, page_size=geometry.page_size, decode_impl=decode_impl,
+        )  # fmt: skip
+        self._live = [self._batch(batch) for batch in batches]
+        self._views = [kit.replay_view(batch) for batch in self._live]
+        self._backends: dict[str, list[Any]] = {}
+        host = Host()
+        adapter = host.manager.adapter("sglang")
+        if adapter is None:
+            raise UnavailableError("no adapter for sglang")
+        self._adapter = adapter
+        self.contenders = [self._loop()]
+        if cell.mode is ForwardMode.DECODE:
+            self.contenders.append(self._prepared(SHIPPED))
+        for strategy in ("copy", "share", "graph") if torch.cuda.is_available() else ("copy", "share"):
+            host.settings = Settings(strategy=strategy)
+            if problems := adapter.install(host):
+                raise UnavailableError("; ".join(problems))
+            self.contenders.append(self._prepared(strategy))
+        if host.fallbacks:
+            raise UnavailableError(f"a strategy could not be had: {dict(host.fallbacks)}")
+
+    def stale(self, name: str, index: int) -> list[str]:
+        """Values of contender `name` after input `index` that differ from those of sglang's per-backend code."""
+        expected = kit.engine_metadata(self._backends[LOOP][0], self._live[index], self._native)
+        live = self._live[index]
+        return sorted(
+            {
+                field
+                for backend in self._backends[name]
+                for field in kit.differences(expected, backend.forward_metadata, backend, live, self._cell.mode)
+            }
+        )
+
+    def close(self) -> None:
+        """Leave sglang as it was found."""
+        self._adapter.undo()
+
+    def _batch(self, batch: BatchDescriptor) -> Any:
+        assert isinstance(batch.slots, TokenTable)
+        return kit.make_batch(self._native, batch.seq_lens, batch.slots.req_pool_indices, batch.num_rows)
+
+    def _owner(self, name: str) -> Any:
+        if self._cell.mode is ForwardMode.DECODE:
+            owner = kit.make_multi_step(self._config, self._table, self._cell.steps)
+            self._backends[name] = owner.attn_backends
+        else:
+            owner = kit.make_backend(self._config, self._table)
+            self._backends[name] = [owner]
+        return owner
+
+    def _static(self) -> Any:
+        fill = torch.ones(self._cell.batch_size, dtype=torch.int64, device=self._table.device)
+        return kit.make_batch(self._native, fill, fill - 1, self._cell.batch_size * self._cell.draft_tokens)
+
+    def _loop(self) -> Contender:
+        self._owner(LOOP)
+
+        def prepare(index: int) -> None:
+            for backend in self._backends[LOOP]:
+                kit.engine_metadata(backend, self._live[index], self._native)
+
+        calls = [lambda index=index: prepare(index) for index in range(len(self._live))]
+        prepare(0)
+        return Contender.of_calls(LOOP, calls, self._consumers(LOOP))
+
+    def _prepared(self, name: str) -> Contender:
+        owner, static = self._owner(name), self._static()
+        owner.init_forward_metadata_out_graph(static, in_capture=True)
+        before = [lambda view=view: owner.init_forward_metadata_out_graph(view) for view in self._views]
+        if name != "graph":
+            return Contender.of_calls(name, before, self._consumers(name))
+        owner.init_forward_metadata_in_graph(static)
+        recorded = capture(lambda: owner.init_forward_metadata_in_graph(static))
+
+        def load(index: int) -> None:
+            static.seq_lens.copy_(self._live[index].seq_lens)
+            static.req_pool_indices.copy_(self._live[index].req_pool_indices)
+
+        return Contender.of_graph(name, recorded, load, before, self._consumers(name))
+
+    def _consumers(self, name: str) -> list[Any]:
+        return [consumer(backend.forward_metadata) for backend in self._backends[name]]
