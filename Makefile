@@ -7,6 +7,8 @@ PIP = -m pip install --quiet --disable-pip-version-check
 CORE = .venv
 SGLANG = .venv-sglang
 
+README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
+
 .PHONY: demo test lint readme conformance-sglang clean
 
 demo: $(CORE)/ready
@@ -21,7 +23,7 @@ lint: $(CORE)/ready
 	$(CORE)/bin/mypy
 
 readme: $(CORE)/ready
-	$(CORE)/bin/nsa-plugin readme-table README.md $(wildcard examples/results/bench_*.json)
+	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 131072
 
 conformance-sglang: $(SGLANG)/ready
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang

@@ -44,6 +44,11 @@ class ReplayPlan:
     ------
     InvalidTypeError, InvalidValueError
         From the constructor, if anything does not fit.
+
+    Notes
+    -----
+    `run` may be recorded in a CUDA graph. Its kernels read tables that the plan owns: keep the plan for as long as the
+    graph. Making the plan and running it once compiles all that its replays need.
     """
 
     def __init__(

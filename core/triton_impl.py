@@ -11,7 +11,7 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata
 
-TILE = 1024
+TILE = 2048
 """Columns of a page table that a program handles at a time."""
 BLOCK = 256
 """Requests or rows that a program scans at a time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,11 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_argument("--decode-impl", default="flashmla_kv", help="sglang's decode kernel (default: %(default)s)")
     bench.add_argument("--seed-wheel", type=Path, help="sglang 0.5.6.post2's wheel (default: fetched with pip)")
+    bench.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one, which the results name)")
     bench.add_argument("--json", type=Path, help="write the results here")
     bench.add_argument("--plot", type=Path, help="draw the results here (PNG, SVG, PDF)")
     readme = commands.add_parser("readme-table", help="make the README's table from result files")
     readme.add_argument("readme", type=Path)
     readme.add_argument("results", type=Path, nargs="+")
+    readme.add_argument("--bs", type=_positive, nargs="+", help="batch sizes to show (default: all)")
+    readme.add_argument("--ctx", type=_positive, nargs="+", help="context lengths to show (default: all)")
     commands.add_parser("plugins", help="list who provides what")
     options = parser.parse_args(arguments)
     console = Console()
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "readme-table":
             from nsa_plugin.bench.report import update_readme
 
-            options.readme.write_text(update_readme(options.readme, options.results, _load))
+            results = [_load(path) for path in options.results]
+            options.readme.write_text(update_readme(options.readme, results, options.bs, options.ctx))
             return 0
         from nsa_plugin.demo.run import demo as run_demo
 
@@ -72,7 +77,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     results = bench(
         Options(
             options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
-            options.decode_impl, options.seed_wheel,
+            options.decode_impl, options.seed_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
         ),
         console,
     )  # fmt: skip

@@ -13,6 +13,8 @@ from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, live_ent
 
 INDEX_TOPK = 2048
 PAGE_SIZE = 64
+MAX_STEPS = 64
+"""Room that lengths leave in the table for draft tokens, whatever the number of steps."""
 INPUTS = 4
 """Different inputs that take turns, so that no figure is that of a cache that knows them."""
 
@@ -27,6 +29,7 @@ class Cell:
     batch_size, context : sequences of context / 2 to context tokens
     steps : speculative steps; DECODE has steps - 1 consumers, the other modes steps rows per request
     width : token positions per row of the token table
+    seed : of the inputs; cells of the same batch size and context get the same
     """
 
     mode: ForwardMode
@@ -34,6 +37,7 @@ class Cell:
     context: int
     steps: int
     width: int
+    seed: int
 
     @property
     def consumers(self) -> int:
@@ -52,20 +56,20 @@ class Cell:
 
     def batches(self, table: torch.Tensor) -> list[BatchDescriptor]:
         """`INPUTS` batches of fresh random lengths and requests over one token table."""
-        longest = min(self.context, self.width - self.draft_tokens)
-        shape = (self.batch_size,)
-        return [
-            BatchDescriptor(
-                self.mode,
-                self.batch_size,
-                torch.randint(max(longest // 2, self.draft_tokens), longest + 1, shape, device=table.device),
-                TokenTable(table, torch.randperm(table.shape[0], device=table.device)[: self.batch_size]),
-                self.consumers,
-                (),
-                self.draft_tokens,
+        longest = min(self.context, self.width - MAX_STEPS)
+        least = max(longest // 2, 1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_size * 7919 + self.context)
+        batches = []
+        for _ in range(INPUTS):
+            lengths = torch.randint(least, longest + 1, (self.batch_size,), generator=generator)
+            requests = torch.randperm(table.shape[0], generator=generator)[: self.batch_size]
+            slots = TokenTable(table, requests.to(table.device))
+            batches.append(
+                BatchDescriptor(
+                    self.mode, self.batch_size, lengths.to(table.device), slots, self.consumers, (), self.draft_tokens
+                )
             )
-            for _ in range(INPUTS)
-        ]
+        return batches
 
     def bytes_to_move(self, batches: Sequence[BatchDescriptor]) -> float:
         """Bytes that one preparation must read and write at least, whatever the number of consumers.
@@ -111,10 +115,14 @@ class Contender:
         load: Callable[[int], object],
         before: Sequence[Call] | None,
         consumers: Sequence[StepMetadata],
+        keep: object,
     ) -> Contender:
-        """One whose work is recorded in a graph: `load` puts input i where the graph reads, `before` is left to the host."""
+        """One whose work is recorded in a graph: `load` puts input i where the graph reads, `before` is left to the host.
 
-        def run(index: int) -> None:
+        `keep` is what the graph's kernels read and must outlive it.
+        """
+
+        def run(index: int, keep: object = keep) -> None:
             load(index)
             if before is not None:
                 before[index]()

@@ -69,7 +69,7 @@ def graph(batches: Sequence[BatchDescriptor], geometry: Geometry) -> Contender:
         static.seq_lens.copy_(live.seq_lens)
         static.slots.req_pool_indices.copy_(live.slots.req_pool_indices)
 
-    return Contender.of_graph("graph", capture(lambda: plan.run(static)), load, None, [step])
+    return Contender.of_graph("graph", capture(lambda: plan.run(static)), load, None, [step], plan)
 
 
 def seed_loop(cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path) -> Contender:

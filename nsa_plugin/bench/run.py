@@ -39,6 +39,7 @@ class Options:
     width: int
     decode_impl: str
     seed_wheel: Path | None
+    seed: int
 
 
 def bench(options: Options, console: Console) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def bench(options: Options, console: Console) -> dict[str, Any]:
         rate = copy_rate(device)
         wheel = _seed_wheel(options.seed_wheel, console)
         cells = [
-            Cell(MODES[mode], batch_size, context, steps, options.width)
+            Cell(MODES[mode], batch_size, context, steps, options.width, options.seed)
             for mode in options.modes
             for batch_size in options.batch_sizes
             for context in options.contexts
@@ -69,7 +70,13 @@ def bench(options: Options, console: Console) -> dict[str, Any]:
         results = [
             _run_cell(cell, options, device, wheel, rate) for cell in track(cells, description="cells", console=console)
         ]
-    return {**where(device), "engine": options.engine, "copy_bytes_per_us": rate, "cells": results}
+    return {
+        **where(device),
+        "engine": options.engine,
+        "seed": options.seed,
+        "copy_bytes_per_us": rate,
+        "cells": results,
+    }
 
 
 def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | None, rate: float) -> dict[str, Any]:

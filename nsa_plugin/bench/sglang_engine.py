@@ -111,7 +111,7 @@ class Sglang:
             static.seq_lens.copy_(self._live[index].seq_lens)
             static.req_pool_indices.copy_(self._live[index].req_pool_indices)
 
-        return Contender.of_graph(name, recorded, load, before, self._consumers(name))
+        return Contender.of_graph(name, recorded, load, before, self._consumers(name), owner)
 
     def _consumers(self, name: str) -> list[Any]:
         return [consumer(backend.forward_metadata) for backend in self._backends[name]]
