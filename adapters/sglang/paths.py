@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,6 +58,8 @@ class Preparation:
     native_mode : sglang ForwardMode
         What sglang's own code takes the batch for.
     strategy : "graph", "share" or "copy"
+    drop_wide_table : bool
+        Leave `page_table_1` out of shared metadata, because nothing reads it.
 
     Attributes
     ----------
@@ -65,26 +68,38 @@ class Preparation:
         Whether a captured graph does the work.
     failed : bool
         Whether sglang's own code does it.
+    note : str
+        What else there is to say about the strategy.
     """
 
-    def __init__(self, host: Host, backends: Sequence[Any], batch: Any, native_mode: Any, strategy: Strategy) -> None:
+    def __init__(
+        self,
+        host: Host,
+        backends: Sequence[Any],
+        batch: Any,
+        native_mode: Any,
+        strategy: Strategy,
+        drop_wide_table: bool,
+    ) -> None:
         first, mode = backends[0], MODES[native_mode.name]
         self.strategy = strategy
         self.recorded = self.failed = False
         self._backends = tuple(backends)
         self._batch_size = batch.batch_size
         self._own = tuple(backend.decode_cuda_graph_metadata[self._batch_size] for backend in backends)
-        self._used = self._own if strategy == "copy" else self._own[:1] * len(backends)
+        shared = replace(self._own[0], page_table_1=None) if drop_wide_table else self._own[0]
+        self._used = self._own if strategy == "copy" else (shared,) * len(backends)
+        self.note = ", without the wide page table, which nothing reads" if self._used[0].page_table_1 is None else ""
         self._describe = host.describe(
             ENGINE, batch, lambda batch: describe(batch, backend=first, mode=mode, num_steps=len(backends))
         )
         self._static = self._describe(batch)
         self._run = host.plan(
             self._static,
-            geometry(first, self._own[0]),
+            geometry(first, self._used[0]),
             [consumer(metadata) for metadata in self._used],
             "copy" if strategy == "copy" else "share",
-            derived.refresher(first, self._own[0], native_mode, self._batch_size),
+            derived.refresher(first, self._used[0], native_mode, self._batch_size),
         )
         self._observe = host.observer(ENGINE, PATHS[mode], strategy, self._static)
 
@@ -172,6 +187,10 @@ class Path:
         """sglang's ForwardMode for the metadata that `owner` makes of `batch`; None to leave it alone."""
         raise NotImplementedError
 
+    def wide_table_is_unread(self, backend: Any) -> bool:
+        """Whether nothing reads `page_table_1` in the forwards that the metadata is for."""
+        return False
+
     def out_graph(
         self, original: Callable[..., None], owner: Any, forward_batch: Any, in_capture: bool = False
     ) -> None:
@@ -232,13 +251,14 @@ class Path:
         known = prepared.pop(key, None)
         if known is not None and not known.is_current():
             known = None
+        drop_wide_table = known is None and self.wide_table_is_unread(backends[0])
         for strategy in self._host.strategies:
             if known is not None and known.strategy != strategy:
                 continue  # what the backends hold now was made for another strategy
             preparation = known
             try:
                 if preparation is None:
-                    preparation = Preparation(self._host, backends, batch, native_mode, strategy)
+                    preparation = Preparation(self._host, backends, batch, native_mode, strategy, drop_wide_table)
                     preparation.bind()
                 preparation.capture(batch)
                 if strategy == "graph":
@@ -251,7 +271,7 @@ class Path:
                 self._fell_back(native_mode, "capture", strategy, error)
             else:
                 prepared[key] = preparation
-                self._host.using(logger, ENGINE, path, strategy)
+                self._host.using(logger, ENGINE, path, strategy + preparation.note)
                 return
 
     def _fell_back(self, native_mode: Any, stage: str, strategy: str, error: Exception) -> None:
@@ -280,6 +300,17 @@ class MultiStepDraft(Path):
     def native_mode(self, owner: Any, batch: Any) -> Any:
         """DECODE, if there is a draft backend at all."""
         return self._decode if owner.attn_backends else None
+
+    def wide_table_is_unread(self, backend: Any) -> bool:
+        """What sglang's own `init_cuda_graph_state` decides for a decode without speculation.
+
+        Its attention then reads top-k indices and its indexer the real page table; what sglang keeps the wide table for
+        in a speculative run is its own multi-step preparation, and verify and extend, which other backends do.
+        """
+        probe: Any = object.__new__(type(backend))
+        vars(probe).update(vars(backend), speculative_num_draft_tokens=None)
+        probe.init_cuda_graph_state(1, 1)
+        return bool(getattr(probe, "dsa_drop_wide_page_table", False))
 
     def cuda_graph_state(self, original: Callable[..., None], owner: Any, max_bs: int, max_num_tokens: int) -> None:
         """Stand in for `init_cuda_graph_state`: one page table for all draft backends, which hold equal values always.

@@ -143,5 +143,8 @@ def where(device: torch.device) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": versions,
         "date": datetime.date.today().isoformat(),
-        "command": "nsa-plugin " + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
+        "command": " ".join(
+            Path(word).name if "/" in word else word
+            for word in ("nsa-plugin" if "__main__" in sys.argv[0] else sys.argv[0], *sys.argv[1:])
+        ),
     }

@@ -134,6 +134,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 5, 6, 9])
     parser.add_argument("--kv", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
     parser.add_argument("--impl", default="flashmla_kv")
+    strategies = ["without", "graph", "share", "copy"]
+    parser.add_argument("--strategies", nargs="+", default=strategies, choices=strategies)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     from sglang.srt.plugins import load_plugins
@@ -141,8 +143,8 @@ def main() -> int:
     watch = Watch()
     results = []
     bad = 0
-    for strategy in ("without", "graph", "share", "copy"):
-        if strategy == "graph":
+    for strategy in sorted(options.strategies, key=strategies.index):
+        if strategy != "without":
             load_plugins()
         host = entry._hosts.get("sglang")
         if strategy != "without":

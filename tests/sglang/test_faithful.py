@@ -177,9 +177,11 @@ def test_multi_step_draft(
     multi = kit.make_multi_step(config, TABLE, num_steps)
     multi.init_forward_metadata_out_graph(capture_batch("DECODE", 4), in_capture=True)
     buffers = [addresses(backend) for backend in multi.attn_backends]
-    assert len({backend.forward_metadata.page_table_1.data_ptr() for backend in multi.attn_backends}) == (
+    held = [backend.forward_metadata for backend in multi.attn_backends]
+    assert len({metadata.real_page_table.data_ptr() for metadata in held}) == (
         1 if strategy == "share" else num_steps - 1
     )
+    assert all((metadata.page_table_1 is None) == (strategy == "share") for metadata in held)
     for live in replays("DECODE", CONFIG.width):
         multi.init_forward_metadata_out_graph(kit.replay_view(live))
         expected = kit.engine_metadata(reference, live, "DECODE")
@@ -210,6 +212,7 @@ def test_target_verify_and_draft_extend(
         backend.init_forward_metadata_out_graph(kit.replay_view(live))
         expected = kit.engine_metadata(reference, live, mode)
         assert kit.differences(expected, backend.forward_metadata, backend, live, ours) == []
+        assert backend.forward_metadata.page_table_1 is not None
         assert addresses(backend) == buffers
     assert not host.fallbacks
 

@@ -1,0 +1,114 @@
+"""The benchmark runs anywhere, checks what it times, and its results make the README's table."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_plugin import UnavailableError
+from nsa_plugin.bench.report import BEGIN, END, update_readme
+from nsa_plugin.cli import main
+from nsa_plugin.core import reference
+from nsa_plugin.core.metadata import PrecomputedMetadata
+from nsa_plugin.testing import seed
+
+SMALL = [
+    "bench",
+    "--bs",
+    "1",
+    "3",
+    "--ctx",
+    "200",
+    "--steps",
+    "2",
+    "4",
+    "--width",
+    "512",
+    "--mode",
+    "decode",
+    "verify",
+    "extend",
+]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> Path:
+        raise UnavailableError("no network in this test")
+
+    monkeypatch.setattr(seed, "fetch_wheel", refuse)
+
+
+def test_it_writes_results_and_a_plot_and_says_that_a_cpu_is_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    data, picture = tmp_path / "b.json", tmp_path / "b.png"
+    assert main([*SMALL, "--json", str(data), "--plot", str(picture)]) == 0
+    results = json.loads(data.read_text())
+    assert len(results["cells"]) == 12 and picture.read_bytes().startswith(b"\x89PNG")
+    for cell in results["cells"]:
+        assert {"copy", "share"} <= cell["contenders"].keys()
+        assert all(row["differs"] == [] for row in cell["contenders"].values())
+    out = capsys.readouterr().out
+    assert "without the seed-era loop" in out
+    if not torch.cuda.is_available():
+        assert "the times say nothing about a GPU" in " ".join(out.split())
+
+
+def test_the_same_inputs_for_every_number_of_steps(tmp_path: Path) -> None:
+    data = tmp_path / "b.json"
+    assert main([*SMALL, "--seed", "5", "--json", str(data)]) == 0
+    cells = json.loads(data.read_text())["cells"]
+    decode = {(cell["batch_size"], cell["steps"]): cell["bytes"] for cell in cells if cell["mode"] == "decode"}
+    assert decode[1, 2] == decode[1, 4] and decode[3, 2] == decode[3, 4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plants the error in the reference, which a GPU does not use")
+def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right, calls = reference.precompute, []
+
+    def wrong(batch: Any, out: PrecomputedMetadata) -> None:
+        right(batch, out)
+        calls.append(1)
+        if len(calls) % 2:  # the contender, then the value that it is compared with
+            out.steps[0].nsa_cu_seqlens_k[1] += 1
+
+    monkeypatch.setattr(reference, "precompute", wrong)
+    assert main(["bench", "--bs", "2", "--ctx", "100", "--steps", "2", "--width", "256"]) == 1
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_that_is_not_there_is_named(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    if engine == "sglang":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(__import__("sys").modules, "sglang", None)
+            assert main(["bench", "--engine", engine]) == 2
+    else:
+        assert main(["bench", "--engine", engine]) == 2
+    assert f"--engine {engine}" in capsys.readouterr().out
+
+
+def test_the_readme_table_is_that_of_the_committed_results(pytestconfig: pytest.Config) -> None:
+    root = pytestconfig.rootpath
+    makefile = (root / "Makefile").read_text()
+    files = re.search(r"README_RESULTS = (.*)", makefile)
+    shown = re.search(r"readme-table README.md .* --bs ([\d ]+) --ctx ([\d ]+)", makefile)
+    assert files and shown
+    results = [json.loads((root / name).read_text()) for name in files[1].split()]
+    sizes, contexts = ([int(word) for word in shown[group].split()] for group in (1, 2))
+    assert update_readme(root / "README.md", results, sizes, contexts) == (root / "README.md").read_text()
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match=r"README\.md: expected the markers"):
+        update_readme(tmp_path / "README.md", [], None, None)
+    (tmp_path / "README.md").write_text(f"a{BEGIN}old{END}b")
+    assert update_readme(tmp_path / "README.md", [], None, None) == f"a{BEGIN}\n\n\n\n{END}b"
