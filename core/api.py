@@ -37,7 +37,7 @@ def precompute(
     impl : "auto", "reference" or "triton"
         "auto" is Triton on a CUDA device and the plain torch reference elsewhere. All give equal live entries.
     out : PrecomputedMetadata, optional
-        Buffers to write into; fresh ones are made without it. Entries that are not live keep their values.
+        Buffers to write into; fresh ones are made without it. What entries that are not live hold afterwards means nothing.
     checked : bool
         Also check every length and request index, which reads them on the host (a sync on a GPU).
 

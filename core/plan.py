@@ -9,7 +9,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
-from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations
+from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_shared
 
 PlanStrategy = Literal["copy", "share"]
 
@@ -78,6 +78,8 @@ class ReplayPlan:
             self.metadata = PrecomputedMetadata.allocate(batch, geometry)
             copies = consumers
         check_buffers(self.metadata, batch, geometry)
+        if strategy == "share" and planes == 1:
+            check_shared(consumers)
         if copies:
             check_destinations(self.metadata, copies)
         self._precompute, self._copy = bind(batch, self.metadata, copies)

@@ -63,6 +63,15 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
                 reject(f"out.steps[{index}].{name}", "the buffer of step 0", "another one", fix=fix)
 
 
+def check_shared(consumers: Sequence[StepMetadata]) -> None:
+    """Raise unless all consumers are the same buffers."""
+    for index, step in enumerate(consumers):
+        for name in VECTORS:
+            ours, theirs = getattr(step, name), getattr(consumers[0], name)
+            if ours is not theirs and not same_buffer(ours, theirs):
+                reject(f"consumers[{index}].{name}", "the buffer of consumers[0]", "another one", fix="use 'copy'")
+
+
 def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless the buffers of `step` can hold the metadata of one step of `batch`."""
     bs, rows = batch.batch_size, batch.num_rows
@@ -95,9 +104,12 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
     """Raise unless every destination can take a copy of its step of `source`."""
     if len(source.steps) > 1 and len(destinations) != len(source.steps):
         reject("destinations", f"{len(source.steps)} (one per step of the source)", len(destinations))
+    planes = sorted(destinations[0].derived) if destinations else []
     for index, destination in enumerate(destinations):
         name, step = f"destinations[{index}]", source.step(index)
         check_step(name, destination, source.batch, source.geometry)
+        if sorted(destination.derived) != planes:
+            reject(f"{name}.derived", f"the planes of destinations[0], {planes}", sorted(destination.derived))
         if source.geometry.page_size == 1 and not same_buffer(destination.real_page_table, _wide(destination)):
             reject(f"{name}.real_page_table", "page_table_1 itself with page size 1", "another buffer")
         if destination.page_table_1 is not None and step.page_table_1 is None:

@@ -87,6 +87,7 @@ class Harness:
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self._buffers: dict[tuple[str, int], list[StepMetadata]] = {}
         self._plans: dict[tuple[str, int], ReplayPlan] = {}
+        strategies: tuple[PlanStrategy, ...] = ("copy", "share")
         for size in sizes.captured:
             batch = describe(Round((1,) * size, (0,) * size, 0), table, self._num_consumers)
             for name in self.contenders:
@@ -96,12 +97,10 @@ class Harness:
                 if name == "share":
                     made = made[:1] * len(made)
                 self._buffers[name, size] = made
-            for name, strategy in zip(self.contenders[1:], ("copy", "share"), strict=True):
-                self._plans[name, size] = self._plan(batch, self._buffers[name, size], strategy)
-
-    def _plan(self, batch: BatchDescriptor, consumers: list[StepMetadata], strategy: str) -> ReplayPlan:
-        chosen: PlanStrategy = "copy" if strategy == "copy" else "share"
-        return ReplayPlan(batch, self._geometry, consumers, strategy=chosen)
+            for name, strategy in zip(self.contenders[1:], strategies, strict=True):
+                self._plans[name, size] = ReplayPlan(
+                    batch, self._geometry, self._buffers[name, size], strategy=strategy
+                )
 
     def run(self, entry: Round) -> list[str]:
         """Prepare a round with every contender; return the values that differ from the original's."""

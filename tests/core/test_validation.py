@@ -163,6 +163,10 @@ def test_destinations_must_fit_the_steps_and_derived_planes_of_the_source() -> N
     wants_plan = replace(poisoned(BATCH, GEOMETRY)[0].steps[0], derived=plane)
     with pytest.raises(InvalidValueError, match=r"derived\['plan'\]: .* got missing in the source"):
         fast_copy(precompute(BATCH, GEOMETRY), [wants_plan])
+    with pytest.raises(
+        InvalidValueError, match=r"destinations\[1\].derived: expected the planes of destinations\[0\], \[\]"
+    ):
+        fast_copy(precompute(BATCH, GEOMETRY), [poisoned(BATCH, GEOMETRY)[0].steps[0], wants_plan])
     narrow = precompute(BATCH, replace(GEOMETRY, wide_page_table=False))
     with pytest.raises(InvalidValueError, match="page_table_1: expected None, as in the source"):
         fast_copy(narrow, [poisoned(BATCH, GEOMETRY)[0].steps[0]])
@@ -219,6 +223,13 @@ def test_a_plan_refuses_unknown_strategies_and_too_few_consumers() -> None:
         ReplayPlan(BATCH, GEOMETRY, [step], strategy="fast")  # type: ignore[arg-type]
     with pytest.raises(InvalidValueError, match=r"consumers: expected 3 \(num_steps\), got 2"):
         ReplayPlan(replace(BATCH, num_steps=3), GEOMETRY, [step, step], strategy="copy")
+
+
+def test_sharing_consumers_must_be_the_same_buffers() -> None:
+    two = replace(BATCH, num_steps=2)
+    steps = [made.steps[0] for made in poisoned(two, GEOMETRY, 2)]
+    with pytest.raises(InvalidValueError, match=r"consumers\[1\].cache_seqlens: expected the buffer of consumers\[0\]"):
+        ReplayPlan(two, GEOMETRY, steps, strategy="share")
 
 
 def test_errors_are_also_the_builtin_kind() -> None:
