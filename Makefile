@@ -6,10 +6,11 @@ PIP = -m pip install --quiet --disable-pip-version-check
 
 CORE = .venv
 SGLANG = .venv-sglang
+VLLM = .venv-vllm
 
 README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
 
-.PHONY: demo test lint readme conformance-sglang clean
+.PHONY: demo test lint readme conformance-sglang conformance-vllm clean
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
@@ -29,6 +30,9 @@ conformance-sglang: $(SGLANG)/ready
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
 
+conformance-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest tests/vllm
+
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CORE)
 	$(CORE)/bin/python $(PIP) $(TORCH)
@@ -42,5 +46,12 @@ $(SGLANG)/ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/requi
 	$(SGLANG)/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
+$(VLLM)/ready: pyproject.toml tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) --requirement tests/vllm/requirements.txt
+	$(VLLM)/bin/python $(PIP) --no-deps vllm==0.33.0
+	$(VLLM)/bin/python $(PIP) --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(CORE) $(SGLANG) .venv-wheels build *.egg-info
+	rm -rf $(CORE) $(SGLANG) $(VLLM) .venv-wheels build *.egg-info

@@ -17,10 +17,8 @@ def register_sglang() -> None:
 
 
 def register_vllm() -> None:
-    """Say that vLLM is not supported yet (entry-point group `vllm.general_plugins`)."""
-    logging.getLogger("vllm.plugins.nsa_plugin").info(
-        "nsa-plugin %s: vLLM support is not there yet; vLLM is left as it is", __version__
-    )
+    """Install the vLLM adapter (entry-point group `vllm.general_plugins`)."""
+    _register("vllm", logging.getLogger("vllm.plugins.nsa_plugin"))
 
 
 def _register(engine: str, logger: logging.Logger) -> None:

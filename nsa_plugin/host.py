@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from nsa_plugin.adapters.base import Adapter, Fallback, Strategy
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
+from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
@@ -31,12 +32,12 @@ class BuiltIn:
     """What this package itself provides, as the plugin that is asked last."""
 
     def __init__(self) -> None:
-        self._sglang = SglangAdapter()
+        self._adapters = (SglangAdapter(), VllmAdapter())
 
     @hookimpl(trylast=True)
     def nsa_plugin_adapters(self) -> Sequence[Adapter]:
-        """The adapter for sglang."""
-        return (self._sglang,)
+        """The adapters for sglang and vLLM."""
+        return self._adapters
 
 
 class Host:

@@ -19,6 +19,7 @@ import pkgutil
 from typing import Any
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.probe import installed_version, missing
 from nsa_plugin.adapters.sglang import capabilities
 from nsa_plugin.adapters.sglang.paths import ENGINE, MultiStepDraft, Path, SingleBackend
 
@@ -47,8 +48,8 @@ class SglangAdapter:
             return problems
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType, _current_plugin_source
 
-        self._left_alone = capabilities.missing(capabilities.SINGLE_NEEDS)
-        version = capabilities.installed_version()
+        self._left_alone = missing(capabilities.SINGLE_NEEDS)
+        version = installed_version("sglang")
         if version not in capabilities.TESTED:
             logger.warning(
                 "nsa-plugin: sglang %s is not among the tested releases (%s); it has all that is needed and is used",
@@ -95,7 +96,7 @@ class SglangAdapter:
     def summary(self) -> str:
         """What is accelerated and what is left alone, for one log line."""
         served = ["the multi-step draft"] + ([] if self._left_alone else ["target verify", "draft extend"])
-        text = f"sglang {capabilities.installed_version()}: metadata of {', '.join(served)} is computed once"
+        text = f"sglang {installed_version('sglang')}: metadata of {', '.join(served)} is computed once"
         return text + (
             f"; target verify and draft extend are left alone: {self._left_alone[0]}" if self._left_alone else ""
         )

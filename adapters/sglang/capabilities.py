@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
-import pkgutil
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+
+from nsa_plugin.adapters.probe import Need, missing
 
 BACKEND_MODULE = "sglang.srt.layers.attention.dsa_backend"
 BACKEND = f"{BACKEND_MODULE}.DeepseekSparseAttnBackend"
@@ -22,25 +19,6 @@ PLAIN_FIELDS = (
     "paged_mqa_ctx_lens_2d",
 )  # fmt: skip
 FORWARD_ARGUMENTS = ("bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode", "spec_info")
-
-
-@dataclass(frozen=True)
-class Need:
-    """Something of sglang that must be there.
-
-    Attributes
-    ----------
-    path : str
-        Dotted path.
-    parameters : tuple of str
-        Parameters that the callable must accept, or fields that the dataclass must have.
-    why : str
-        What it is used for.
-    """
-
-    path: str
-    parameters: tuple[str, ...]
-    why: str
 
 
 NEEDS: tuple[Need, ...] = (
@@ -75,26 +53,6 @@ SINGLE_NEEDS: tuple[Need, ...] = (
 """For target verify and draft extend: 0.5.15 and later. Before, draft extend was ragged and read on the host."""
 
 
-def missing(needs: tuple[Need, ...]) -> list[str]:
-    """A line for each need that the installed sglang does not meet."""
-    problems = []
-    for need in needs:
-        try:
-            found = pkgutil.resolve_name(need.path)
-        except Exception as error:
-            problems.append(_line(need, f"{type(error).__name__}: {error}"))
-            continue
-        if dataclasses.is_dataclass(found):
-            names = {field.name for field in dataclasses.fields(found)}
-        elif need.parameters:
-            names = set(inspect.signature(found).parameters)
-        else:
-            continue
-        if absent := [name for name in need.parameters if name not in names]:
-            problems.append(_line(need, f"it without {', '.join(absent)}"))
-    return problems
-
-
 def probe() -> list[str]:
     """What the installed sglang lacks, one line each; empty if it fits. Imports sglang's DSA backend."""
     try:
@@ -105,16 +63,3 @@ def probe() -> list[str]:
             "install sglang 0.5.13 or later, complete"
         ]
     return missing(NEEDS)
-
-
-def installed_version() -> str:
-    """Version of the installed sglang, or "unknown"."""
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _line(need: Need, found: str) -> str:
-    wanted = need.path + (f"({', '.join(need.parameters)})" if need.parameters else "")
-    return f"looked for {wanted} ({need.why}), found {found}; use a release of sglang that has it, or of this plugin"

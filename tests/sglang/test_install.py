@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from nsa_plugin import ForwardMode, hookimpl
 from nsa_plugin.adapters.base import Fallback
+from nsa_plugin.adapters.probe import installed_version, missing
 from nsa_plugin.adapters.sglang import capabilities
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.host import Host
@@ -36,8 +37,8 @@ def methods() -> list[dict[str, Any]]:
 
 def test_probe_of_the_installed_release_is_clean() -> None:
     assert capabilities.probe() == []
-    assert capabilities.missing(capabilities.SINGLE_NEEDS) == []
-    assert capabilities.installed_version() in capabilities.TESTED
+    assert missing(capabilities.SINGLE_NEEDS) == []
+    assert installed_version("sglang") in capabilities.TESTED
 
 
 @pytest.mark.parametrize("strategy", ["graph", "share", "copy"])

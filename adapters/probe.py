@@ -1,0 +1,61 @@
+"""What an adapter needs of its engine, and the check that it is there: by capability, never by version alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something of an engine that must be there.
+
+    Attributes
+    ----------
+    path : str
+        Dotted path.
+    parameters : tuple of str
+        Parameters that the callable must accept, or fields that the dataclass must have.
+    why : str
+        What it is used for.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    why: str
+
+
+def missing(needs: tuple[Need, ...]) -> list[str]:
+    """A line for each need that the installed engine does not meet."""
+    problems = []
+    for need in needs:
+        try:
+            found = pkgutil.resolve_name(need.path)
+        except Exception as error:
+            problems.append(_line(need, f"{type(error).__name__}: {error}"))
+            continue
+        if dataclasses.is_dataclass(found):
+            names = {field.name for field in dataclasses.fields(found)}
+        elif need.parameters:
+            names = set(inspect.signature(found).parameters)
+        else:
+            continue
+        if absent := [name for name in need.parameters if name not in names]:
+            problems.append(_line(need, f"it without {', '.join(absent)}"))
+    return problems
+
+
+def installed_version(distribution: str) -> str:
+    """Version of an installed distribution, or "unknown"."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _line(need: Need, found: str) -> str:
+    wanted = need.path + (f"({', '.join(need.parameters)})" if need.parameters else "")
+    return f"looked for {wanted} ({need.why}), found {found}; use a release of the engine that has it, or another of this plugin"

@@ -1,0 +1,223 @@
+"""vLLM's real V2 speculator on a CPU: real MTPSpeculator, BlockTables, metadata builders and Triton kernels.
+
+The draft model is a stand-in that writes down the metadata that each draft step hands it. CUDA graphs are emulated: the
+metadata of the captured batch is built once, frozen, and every replay runs the captured Python body with it, so that
+only updates in place can make it right.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import (
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+    model_parallel_is_initialized,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
+from vllm.v1.worker.gpu import buffer_utils
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
+
+CPU = torch.device("cpu")
+CAPTURED = 4
+TARGET = ("model.layers.0.self_attn.attn", "model.layers.0.self_attn.indexer.k_cache")
+DRAFT = ("model.layers.2.mtp_block.self_attn.attn", "model.layers.2.mtp_block.self_attn.indexer.k_cache")
+
+
+class Layer(AttentionLayerBase):  # type: ignore[misc]
+    """An attention layer as far as metadata builders look at it."""
+
+    prefill_backend = None
+    num_heads = 4
+
+    def __init__(self, backend: Any, spec: Any) -> None:
+        self._backend, self._spec = backend, spec
+
+    def get_attn_backend(self) -> Any:
+        """Its backend."""
+        return self._backend
+
+    def get_kv_cache_spec(self, config: Any) -> Any:
+        """Its cache."""
+        return self._spec
+
+
+class DraftModel(torch.nn.Module):
+    """Writes down what a draft step's attention would read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def forward(self, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
+        """Record one step."""
+        context = get_forward_context()
+        attention, index = (context.attn_metadata[name] for name in DRAFT)
+        step = {
+            "request map": attention.req_id_per_token,
+            "lengths": attention.seq_lens,
+            "slots": attention.slot_mapping,
+            "blocks": attention.block_table[:, :16],
+            "indexer slots": index.slot_mapping,
+            "positions": positions,
+            "context slots": context.slot_mapping[DRAFT[0]],
+        }
+        if index.decode is not None:
+            step["indexer lengths"] = index.decode.seq_lens.flatten()
+            step["indexer blocks"] = index.decode.block_table[:, :16]
+        self.seen.append({name: value.clone() for name, value in step.items() if value is not None})
+        return hidden_states.clone(), hidden_states.clone()
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Always token 7."""
+        return torch.nn.functional.one_hot(torch.full((hidden.shape[0],), 7), 512).float()
+
+
+class Speculator(MTPSpeculator):  # type: ignore[misc]
+    """With the stand-in for the model."""
+
+    def load_draft_model(self, *arguments: Any) -> DraftModel:
+        """The stand-in."""
+        return DraftModel()
+
+
+class Graphs:
+    """Stands for the decode CUDA-graph manager, with one captured size."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        speculator, tables = draft.speculator, draft.tables
+        batch = InputBatch.make_dummy(CAPTURED, CAPTURED, speculator.input_buffers, max_query_len=1)
+        slots = tables.get_dummy_slot_mappings(CAPTURED)
+        self._slots = build_slot_mappings_by_layer(slots, draft.cache)
+        self._metadata = build_attn_metadata(
+            speculator.attn_groups, CAPTURED, CAPTURED, speculator.input_buffers.query_start_loc[: CAPTURED + 1],
+            torch.from_numpy(batch.query_start_loc_np), 1, batch.seq_lens, speculator.max_model_len,
+            tables.get_dummy_block_tables(CAPTURED), slots, draft.cache,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound, positions=batch.positions,
+            is_prefilling=torch.zeros(CAPTURED, dtype=torch.bool), for_cudagraph_capture=True,
+        )  # fmt: skip
+
+    def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: Any = None, **_: Any) -> Any:
+        """The captured size, if the batch fits."""
+        if num_reqs <= CAPTURED:
+            return BatchExecutionDescriptor(CUDAGraphMode.FULL, CAPTURED, CAPTURED, 1)
+        return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+
+    def specialize_spec_tokens(self, descriptor: Any, tokens: int) -> Any:
+        """Nothing to specialize."""
+        return descriptor
+
+    def run_fullgraph(self, descriptor: Any) -> None:
+        """What the captured graph does."""
+        speculator = self._draft.speculator
+        fused = speculator.supports_decode_metadata_update
+        body = speculator._generate_fused_drafts if fused else speculator._generate_draft
+        steps = speculator.num_speculative_steps
+        body(CAPTURED, CAPTURED, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
+
+
+class Draft:
+    """A speculator over a tiny DeepSeek-V3.2 with MTP.
+
+    Parameters
+    ----------
+    cache_dtype : "auto" (bf16) or "fp8_ds_mla"
+    heads : 4 (fp8: mixed batches) or 64 (fp8: separate prefill and decode)
+    tokens : speculative tokens
+    """
+
+    def __init__(self, cache_dtype: str, heads: int, tokens: int) -> None:
+        buffer_utils.is_uva_available = lambda: False  # no pinned memory here
+        if cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
+            sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
+            from vllm.third_party.flashmla import flash_mla_interface
+
+            flashmla_sparse.get_mla_metadata = flash_mla_interface.get_mla_metadata
+            flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
+        overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}
+        self.config = EngineArgs(
+            model=str(Path(__file__).parent / "tiny_dsv32"), skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=16,
+            max_num_batched_tokens=256, block_size=64, dtype="bfloat16", enforce_eager=True, load_format="dummy",
+            speculative_config={"method": "mtp", "num_speculative_tokens": tokens}, kv_cache_dtype=cache_dtype,
+            hf_overrides=overrides,
+        ).create_engine_config()  # fmt: skip
+        self.tokens = tokens
+        with set_current_vllm_config(self.config):
+            if not model_parallel_is_initialized():
+                init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
+                ensure_model_parallel_initialized(1, 1)
+            specs = [
+                MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
+                MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=132, dtype=torch.uint8),
+            ]
+            backends = (flashmla_sparse.FlashMLASparseBackend, indexer.DeepseekV32IndexerBackend)
+            layers = self.config.compilation_config.static_forward_context
+            for names in (TARGET, DRAFT):
+                for name, backend, spec in zip(names, backends, specs, strict=True):
+                    layers[name] = Layer(backend, spec)
+            every = [*TARGET, *DRAFT]
+            group = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs={name: layers[name]._spec for name in every})
+            self.cache = KVCacheConfig(
+                num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)]
+            )
+            self.speculator = Speculator(self.config, CPU)
+            self.speculator.model = self.model = DraftModel()
+            self.speculator.draft_attn_layer_names = set(DRAFT)
+            self.groups, _, _ = init_attn_backend(self.cache, self.config, CPU)
+            self.tables = BlockTables([64], 16, 256, [16], CPU)
+            self.buffers = InputBuffers(16, 256, CPU)
+            self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
+            self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+            self.speculator.decode_cudagraph_manager = Graphs(self)
+
+    @property
+    def builders(self) -> list[Any]:
+        """Metadata builders of the draft's groups."""
+        return [group.get_metadata_builder() for groups in self.speculator.attn_groups for group in groups]
+
+    def propose(self, lengths: list[int], rejected: list[int], first_block: int) -> list[dict[str, torch.Tensor]]:
+        """Draft for a batch whose target forward has run; what each draft decode step saw, real rows only."""
+        size, width = len(lengths), self.tokens + 1
+        for request in range(size):
+            self.tables.append_block_ids(request, ([first_block + request * 16 + block for block in range(16)],), True)
+        self.tables.apply_staged_writes()
+        batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width, is_padding=False)
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        self.buffers.seq_lens[:size] = seq_lens
+        self.buffers.positions[: size * width] = torch.cat([torch.arange(length - width, length) for length in lengths])
+        batch.seq_lens_cpu_upper_bound = seq_lens.clone()
+        blocks = self.tables.gather_block_tables(batch.idx_mapping, num_reqs_padded=size)
+        slots = self.tables.compute_slot_mappings(
+            batch.idx_mapping, batch.query_start_loc, batch.positions, size * width
+        )
+        metadata = build_attn_metadata(
+            self.groups, size, size * width, batch.query_start_loc, torch.from_numpy(batch.query_start_loc_np), width,
+            batch.seq_lens, max(lengths), blocks, slots, self.cache,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound, positions=batch.positions,
+            is_prefilling=torch.zeros(size, dtype=torch.bool),
+        )  # fmt: skip
+        self.speculator.model.seen.clear()
+        zeros = [torch.zeros(16, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.float32, torch.int64)]
+        with set_current_vllm_config(self.config):
+            self.speculator.propose(
+                batch, metadata, build_slot_mappings_by_layer(slots, self.cache), torch.randn(size * width, 128).bfloat16(), None,
+                torch.tensor([width - count for count in rejected], dtype=torch.int32),
+                torch.tensor(rejected, dtype=torch.int32), *zeros,
+            )  # fmt: skip
+        return [{name: value[:size] for name, value in step.items()} for step in self.speculator.model.seen[1:]]
