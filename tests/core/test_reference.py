@@ -12,6 +12,16 @@ from tests.batches import Case, cases, naive, poisoned
 @settings(max_examples=200)
 @given(cases())
 def test_every_live_entry_is_that_of_the_naive_loop(case: Case) -> None:
+    check_against_the_naive_loop(case)
+
+
+@settings(max_examples=5)
+@given(cases(max_batch_size=512, max_width=150))
+def test_large_batches_too(case: Case) -> None:
+    check_against_the_naive_loop(case)
+
+
+def check_against_the_naive_loop(case: Case) -> None:
     batch, geometry = case.batch, case.geometry
     out = precompute(batch, geometry, impl="reference", out=poisoned(batch, geometry)[0])
     for index, offset in enumerate(batch.offsets):
