@@ -6,7 +6,8 @@ PIP = -m pip install --quiet --disable-pip-version-check
 
 CORE = .venv
 SGLANG = .venv-sglang
-VLLM = .venv-vllm
+VLLM_RELEASE ?= 0.33.0
+VLLM = .venv-vllm-$(VLLM_RELEASE)
 
 README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
 
@@ -49,9 +50,9 @@ $(SGLANG)/ready: pyproject.toml tests/sglang/requirements.txt tests/sglang/requi
 $(VLLM)/ready: pyproject.toml tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) --requirement tests/vllm/requirements.txt
-	$(VLLM)/bin/python $(PIP) --no-deps vllm==0.33.0
+	$(VLLM)/bin/python $(PIP) --no-deps vllm==$(VLLM_RELEASE)
 	$(VLLM)/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf $(CORE) $(SGLANG) $(VLLM) .venv-wheels build *.egg-info
+	rm -rf $(CORE) $(SGLANG) .venv-vllm-* .venv-wheels build *.egg-info

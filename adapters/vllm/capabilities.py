@@ -7,7 +7,7 @@ from nsa_plugin.adapters.probe import Need
 MODULE = "vllm.v1.attention.backends.mla.flashmla_sparse"
 BUILDER = f"{MODULE}.FlashMLASparseMetadataBuilder"
 BASE = "vllm.v1.attention.backend.AttentionMetadataBuilder"
-TESTED = ("0.33.0",)
+TESTED = ("0.32.0", "0.33.0")
 """Releases against which the conformance tests run; others are used, with a warning, if the probe is clean."""
 
 NEEDS: tuple[Need, ...] = (
