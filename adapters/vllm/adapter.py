@@ -1,6 +1,6 @@
 """The vLLM adapter: probe, install, undo.
 
-One patch, to go when vLLM has it itself (issue 54369 and pull request 54790, both open):
+One patch, to go when vLLM has it itself (upstream report 54369 and pull request 54790, both open):
 
 - `FlashMLASparseMetadataBuilder`, what Hopper gets for DSA models, has no `update_draft_decode_metadata`. Model Runner V2
   then rebuilds the metadata of every group, and replays a graph, for each draft step. With the method, which only has to
