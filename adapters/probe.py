@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import pkgutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -54,6 +55,17 @@ def installed_version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "unknown"
+
+
+def warn_if_untested(logger: logging.Logger, distribution: str, tested: tuple[str, ...]) -> None:
+    """Say once that a release is used although the conformance tests do not run against it."""
+    if (release := installed_version(distribution)) not in tested:
+        logger.warning(
+            "nsa-plugin: %s %s is not among the tested releases (%s); it has all that is needed and is used",
+            distribution,
+            release,
+            ", ".join(tested),
+        )
 
 
 def _line(need: Need, found: str) -> str:

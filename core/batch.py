@@ -123,6 +123,11 @@ class BatchDescriptor:
         return offsets if len(set(offsets)) > 1 else offsets[:1]
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for any other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Constants of the model and its cache.

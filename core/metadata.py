@@ -109,6 +109,12 @@ class PrecomputedMetadata:
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
 
+def vector_sizes(batch: BatchDescriptor) -> dict[str, int]:
+    """Entries that each vector of a step needs."""
+    bs, rows = batch.batch_size, batch.num_rows
+    return dict(zip(VECTORS, (bs, bs + 1, rows, rows, rows + 1), strict=True))
+
+
 def same_buffer(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are views that start at the same element."""
     return a is b or (a.device == b.device and a.data_ptr() == b.data_ptr() and a.numel() > 0)
@@ -141,9 +147,8 @@ def live_entries(precomputed: PrecomputedMetadata, step: StepMetadata, index: in
     batch, geometry = precomputed.batch, precomputed.geometry
     bs, rows = batch.batch_size, batch.num_rows
     request, _, _, exists = live_rows(batch)
-    sizes = dict(zip(VECTORS, (bs, bs + 1, rows, rows, rows + 1), strict=True))
     live: dict[str, torch.Tensor] = {}
-    for name, size in sizes.items():
+    for name, size in vector_sizes(batch).items():
         values = getattr(step, name)[:size].clone()
         if name in ("seqlens_expanded", "nsa_cache_seqlens"):
             values[~exists] = -1
@@ -162,3 +167,9 @@ def live_entries(precomputed: PrecomputedMetadata, step: StepMetadata, index: in
         dead = (columns[None, :] >= lengths[:, None]) | ~exists[:, None]
         live[name] = table[:rows, :width].masked_fill(dead, -1)
     return live
+
+
+def differing_fields(expected: PrecomputedMetadata, step: StepMetadata, index: int = 0) -> list[str]:
+    """Fields of `step` that differ from step `index` of `expected` in a live entry; a table that it lacks can't."""
+    want, have = live_entries(expected, expected.step(index), index), live_entries(expected, step, index)
+    return [name for name, values in have.items() if not torch.equal(values, want[name])]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor
-from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, live_rows, same_buffer
+from nsa_plugin.core.metadata import TABLES, PrecomputedMetadata, StepMetadata, live_rows, same_buffer, vector_sizes
 
 
 def precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> None:
@@ -54,11 +54,10 @@ def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     bs, rows = batch.batch_size, batch.num_rows
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens[:bs]
     width = _live_width(longest, geometry.table_width)
-    sizes = dict(zip(VECTORS, (bs, bs + 1, rows, rows, rows + 1), strict=True))
     columns = dict(zip(TABLES, (width, -(-width // geometry.page_size)), strict=True))
     for index, destination in enumerate(destinations):
         step = source.step(index)
-        for name, size in sizes.items():
+        for name, size in vector_sizes(batch).items():
             _write(getattr(destination, name), getattr(step, name)[:size])
         for name, width in columns.items():
             origin, target = getattr(step, name), getattr(destination, name)

@@ -8,7 +8,7 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.errors import InvalidTypeError, reject
-from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer, vector_sizes
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -74,9 +74,8 @@ def check_shared(consumers: Sequence[StepMetadata]) -> None:
 
 def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless the buffers of `step` can hold the metadata of one step of `batch`."""
-    bs, rows = batch.batch_size, batch.num_rows
-    device = batch.seq_lens.device
-    for vector, size in zip(VECTORS, (bs, bs + 1, rows, rows, rows + 1), strict=True):
+    rows, device = batch.num_rows, batch.seq_lens.device
+    for vector, size in vector_sizes(batch).items():
         _check_vector(f"{name}.{vector}", getattr(step, vector), size, device, (torch.int32,))
     for table, width in zip(TABLES, (geometry.table_width, geometry.real_width), strict=True):
         value = getattr(step, table)

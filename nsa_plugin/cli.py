@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_demo(options.engine, options.rounds, options.steps, options.trace, options.seed, console)
     except (NsaPluginError, OSError) as error:
-        console.print(f"[red]nsa-plugin: {error}[/red]")
+        console.print(f"nsa-plugin: {error}", style="red", markup=False)
         return 2
 
 

@@ -19,7 +19,7 @@ import pkgutil
 from typing import Any
 
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.probe import installed_version, missing
+from nsa_plugin.adapters.probe import installed_version, missing, warn_if_untested
 from nsa_plugin.adapters.sglang import capabilities
 from nsa_plugin.adapters.sglang.paths import ENGINE, MultiStepDraft, Path, SingleBackend
 
@@ -49,13 +49,7 @@ class SglangAdapter:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType, _current_plugin_source
 
         self._left_alone = missing(capabilities.SINGLE_NEEDS)
-        version = installed_version("sglang")
-        if version not in capabilities.TESTED:
-            logger.warning(
-                "nsa-plugin: sglang %s is not among the tested releases (%s); it has all that is needed and is used",
-                version,
-                ", ".join(capabilities.TESTED),
-            )
+        warn_if_untested(logger, "sglang", capabilities.TESTED)
         paths: dict[str, Path] = {capabilities.MULTI_STEP: MultiStepDraft(host)}
         if not self._left_alone:
             paths[capabilities.BACKEND] = SingleBackend(host)

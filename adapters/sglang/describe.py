@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata, same_buffer
 
 FIELDS = {
@@ -48,13 +46,11 @@ def describe(batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1)
 def geometry(backend: Any, metadata: Any) -> Geometry:
     """Constants of a backend and of one of its captured `DSAMetadata`."""
     table, width = metadata.page_table_1, backend.req_to_token.shape[1]
-    device = backend.req_to_token.device
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return Geometry(
         index_topk=backend.dsa_index_topk,
         page_size=metadata.page_size,
         table_width=width if table is None else min(width, table.shape[1]),
-        num_sms=num_sms,
+        num_sms=multiprocessors(backend.req_to_token.device),
         wide_page_table=table is not None,
     )
 

@@ -251,13 +251,13 @@ class Path:
         known = prepared.pop(key, None)
         if known is not None and not known.is_current():
             known = None
-        drop_wide_table = known is None and self.wide_table_is_unread(backends[0])
         for strategy in self._host.strategies:
             if known is not None and known.strategy != strategy:
                 continue  # what the backends hold now was made for another strategy
             preparation = known
             try:
                 if preparation is None:
+                    drop_wide_table = strategy != "copy" and self.wide_table_is_unread(backends[0])
                     preparation = Preparation(self._host, backends, batch, native_mode, strategy, drop_wide_table)
                     preparation.bind()
                 preparation.capture(batch)

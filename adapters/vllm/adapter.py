@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.probe import installed_version, missing
+from nsa_plugin.adapters.probe import installed_version, missing, warn_if_untested
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 
@@ -83,12 +83,7 @@ class VllmAdapter:
                     "nsa-plugin: this vLLM updates FlashMLA-sparse metadata in place itself; it is left as it is"
                 )
                 return []
-            if (version := installed_version("vllm")) not in capabilities.TESTED:
-                logger.warning(
-                    "nsa-plugin: vllm %s is not among the tested releases (%s); it has all that is needed and is used",
-                    version,
-                    ", ".join(capabilities.TESTED),
-                )
+            warn_if_untested(logger, "vllm", capabilities.TESTED)
             self._original_init = builder.__init__
             builder.__init__ = _init(host, builder.__init__)
             setattr(builder, METHOD, _update(host))

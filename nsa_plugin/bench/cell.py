@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nsa_plugin.bench.measure import Call
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, live_entries
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
+from nsa_plugin.core.metadata import StepMetadata
 
 INDEX_TOPK = 2048
 PAGE_SIZE = 64
@@ -51,8 +51,7 @@ class Cell:
 
     def geometry(self, device: torch.device) -> Geometry:
         """Model and cache constants of DeepSeek V3.2."""
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        return Geometry(INDEX_TOPK, PAGE_SIZE, self.width, num_sms=sms)
+        return Geometry(INDEX_TOPK, PAGE_SIZE, self.width, num_sms=multiprocessors(device))
 
     def batches(self, table: torch.Tensor) -> list[BatchDescriptor]:
         """`INPUTS` batches of fresh random lengths and requests over one token table."""
@@ -100,12 +99,12 @@ class Contender:
     host: Sequence[Call] | None
     gpu: Sequence[Call]
     run: Callable[[int], object]
-    consumers: Callable[[], Sequence[StepMetadata]]
+    consumers: Sequence[StepMetadata]
 
     @classmethod
     def of_calls(cls, name: str, calls: Sequence[Call], consumers: Sequence[StepMetadata]) -> Contender:
         """One whose host and GPU work are the same calls."""
-        return cls(name, calls, calls, lambda index: calls[index](), lambda: consumers)
+        return cls(name, calls, calls, lambda index: calls[index](), consumers)
 
     @classmethod
     def of_graph(
@@ -128,19 +127,7 @@ class Contender:
                 before[index]()
             graph.replay()
 
-        return cls(name, before, [graph.replay], run, lambda: consumers)
-
-
-def differences(
-    cell: Cell, batch: BatchDescriptor, geometry: Geometry, expected: PrecomputedMetadata, got: Sequence[StepMetadata]
-) -> list[str]:
-    """Names of the plain planes of any consumer that differ from `expected` in a live entry."""
-    want = live_entries(expected, expected.steps[0])
-    names = set()
-    for step in got:
-        have = live_entries(PrecomputedMetadata(expected.steps, batch, geometry), step)
-        names |= {name for name, values in have.items() if not torch.equal(values, want[name])}
-    return sorted(names)
+        return cls(name, before, [graph.replay], run, consumers)
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -5,26 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from nsa_plugin.bench.cell import Cell, Contender, capture
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
 from nsa_plugin.testing import seed
-
-SEED_FIELDS = {
-    "cache_seqlens": "cache_seqlens_int32",
-    "cu_seqlens_k": "cu_seqlens_k",
-    "seqlens_expanded": "nsa_seqlens_expanded",
-    "nsa_cache_seqlens": "nsa_cache_seqlens_int32",
-    "nsa_cu_seqlens_k": "nsa_cu_seqlens_k",
-    "page_table_1": "page_table_1",
-    "real_page_table": "real_page_table",
-}
-"""Field of `StepMetadata` to field of sglang 0.5.6.post2's `NSAMetadata`."""
 
 
 def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:
@@ -78,26 +66,11 @@ def seed_loop(cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry
     first = batches[0]
     assert isinstance(first.slots, TokenTable)
     steps = [buffers(first, geometry) for _ in range(cell.consumers)]
+    table = first.slots.req_to_token
     backends = [
-        seed.SeedBackend(
-            methods,
-            SimpleNamespace(
-                page_size=geometry.page_size,
-                flashmla_metadata=None,
-                **{theirs: getattr(step, ours) for ours, theirs in SEED_FIELDS.items()},
-            ),
-            first.slots.req_to_token,
-            geometry.index_topk,
-            geometry.page_size,
-            cell.draft_tokens,
-        )
+        seed.SeedBackend(methods, step, table, geometry.index_topk, geometry.page_size, cell.draft_tokens)
         for step in steps
     ]
-    mode = {
-        ForwardMode.DECODE: "decode_or_idle",
-        ForwardMode.TARGET_VERIFY: "target_verify",
-        ForwardMode.DRAFT_EXTEND: "draft_extend",
-    }[cell.mode]
     widths = torch.full((cell.batch_size,), cell.draft_tokens, device=first.seq_lens.device)
     lengths_on_host = [batch.seq_lens.cpu() for batch in batches]
 
@@ -105,7 +78,7 @@ def seed_loop(cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry
         batch = batches[index]
         assert isinstance(batch.slots, TokenTable)
         for backend in backends:
-            backend.replay(mode, batch.seq_lens, batch.slots.req_pool_indices, widths, lengths_on_host[index])
+            backend.replay(cell.mode, batch.seq_lens, batch.slots.req_pool_indices, widths, lengths_on_host[index])
 
     calls = [lambda index=index: prepare(index) for index in range(len(batches))]
     return Contender.of_calls("seed loop (sglang 0.5.6.post2)", calls, steps)

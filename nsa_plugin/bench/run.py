@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from rich.console import Console
 from rich.progress import track
 
 from nsa_plugin.bench import embedded
-from nsa_plugin.bench.cell import Cell, Contender, differences
+from nsa_plugin.bench.cell import Cell, Contender
 from nsa_plugin.bench.measure import copy_rate, gpu_time, host_time
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.core.metadata import differing_fields
 from nsa_plugin.testing import seed
+from nsa_plugin.testing.sglang_backends import installed_sglang
 
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
 
@@ -47,15 +48,7 @@ def bench(options: Options, console: Console) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         if options.engine == "sglang":
-            if device.type == "cpu":
-                os.environ["TRITON_INTERPRET"] = "1"
-            try:
-                import sglang  # noqa: F401
-            except ImportError as error:
-                raise UnavailableError(f"--engine sglang needs sglang installed: {error}") from error
-            from nsa_plugin.testing.sglang_backends import stand_ins
-
-            stack.enter_context(stand_ins())
+            stack.enter_context(installed_sglang())
         elif options.engine == "vllm":
             raise UnavailableError("--engine vllm: vLLM support is not there yet; use none or sglang")
         rate = copy_rate(device)
@@ -96,7 +89,7 @@ def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | 
             stack.callback(engine.close)
             contenders = [entry for entry in contenders if entry.name.startswith("seed")] + engine.contenders
         for contender in contenders:
-            wrong = _check(cell, batches, geometry, contender, engine)
+            wrong = _check(batches, geometry, contender, engine)
             host = None if contender.host is None else host_time(contender.host)
             gpu, kernels = gpu_time(contender.gpu)
             measured[contender.name] = {"host_us": host, "gpu_us": gpu, "kernels": kernels, "differs": wrong}
@@ -112,13 +105,14 @@ def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | 
     }
 
 
-def _check(cell: Cell, batches: list[BatchDescriptor], geometry: Any, contender: Contender, engine: Any) -> list[str]:
+def _check(batches: list[BatchDescriptor], geometry: Any, contender: Contender, engine: Any) -> list[str]:
     """Run every input and compare with the reference, and with sglang's own per-backend values where it is there."""
     wrong: set[str] = set()
     for index, batch in enumerate(batches):
         contender.run(index)
         expected = api.precompute(batch, geometry, impl="reference")
-        wrong |= set(differences(cell, batch, geometry, expected, contender.consumers()))
+        for step in contender.consumers:
+            wrong |= set(differing_fields(expected, step))
         if engine is not None and not contender.name.startswith("seed"):
             wrong |= set(engine.stale(contender.name, index))
     return sorted(wrong)
@@ -128,7 +122,8 @@ def _seed_wheel(given: Path | None, console: Console) -> Path | None:
     try:
         return given if given is not None else seed.fetch_wheel(Path.home() / ".cache" / "nsa-plugin")
     except UnavailableError as error:
-        console.print(f"[yellow]without the seed-era loop: {error}; give its wheel with --seed-wheel[/yellow]")
+        message = f"without the seed-era loop: {error}; give its wheel with --seed-wheel"
+        console.print(message, style="yellow", markup=False)
         return None
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from nsa_plugin.bench.measure import synchronize
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, live_entries
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, differing_fields
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
 from nsa_plugin.demo.trace import Round, Sizes
 
@@ -78,9 +78,7 @@ class Harness:
     contenders: tuple[str, ...] = ("original, every step", "precompute + copy", "share")
 
     def __init__(self, sizes: Sizes, index_topk: int, num_steps: int, table: torch.Tensor) -> None:
-        device = table.device
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._geometry = Geometry(index_topk, sizes.page_size, sizes.width, num_sms=sms)
+        self._geometry = Geometry(index_topk, sizes.page_size, sizes.width, num_sms=multiprocessors(table.device))
         self._num_consumers = num_steps - 1
         self._table = table
         self.original = Original(self._geometry)
@@ -116,7 +114,9 @@ class Harness:
             f"{name}, draft step {index}: {field}"
             for name in others
             for index, step in enumerate(self._buffers[name, size])
-            for field in self._differences(batch, self._buffers[first, size][index], step)
+            for field in differing_fields(
+                PrecomputedMetadata((self._buffers[first, size][index],), batch, self._geometry), step
+            )
         ]
 
     def close(self) -> None:
@@ -125,11 +125,6 @@ class Harness:
     def _prepare_every_step(self, batch: BatchDescriptor, measured: bool) -> None:
         for step in self._buffers[self.contenders[0], batch.batch_size]:
             self.original.prepare(batch, step, measured)
-
-    def _differences(self, batch: BatchDescriptor, expected: StepMetadata, got: StepMetadata) -> list[str]:
-        precomputed = PrecomputedMetadata((expected,), batch, self._geometry)
-        want, have = live_entries(precomputed, expected), live_entries(precomputed, got)
-        return [name for name in want if not torch.equal(want[name], have[name])]
 
     def _time(self, name: str, call: Callable[[], object]) -> None:
         synchronize()

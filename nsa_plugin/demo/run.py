@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.demo.embedded import OPERATIONS, Harness, Original
+from nsa_plugin.demo.sglang_engine import SglangHarness
 from nsa_plugin.demo.trace import Round, Sizes, SlotTable, generate, load
+from nsa_plugin.testing.sglang_backends import installed_sglang
 
 INDEX_TOPK = 2048
 SGLANG_ON_CPU = Sizes(width=1024, max_requests=9, captured=(1, 2, 4, 8))
@@ -39,8 +39,6 @@ def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: i
     """Run the trace for each number of draft steps; return the exit status: 1 on any difference."""
     gpu = torch.cuda.is_available()
     interpreted = engine == "sglang" and not gpu
-    if interpreted:
-        os.environ["TRITON_INTERPRET"] = "1"
     sizes = SGLANG_ON_CPU if interpreted else Sizes()
     device = torch.device("cuda" if gpu else "cpu")
     where = torch.cuda.get_device_name(device) if gpu else "CPU (times say nothing about a GPU)"
@@ -51,11 +49,7 @@ def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: i
         totals.add_column(column, justify="right" if column != "preparation" else "left")
     for num_steps in steps:
         entries = load(trace, sizes) if trace else list(generate(rounds, num_steps, sizes, seed))
-        try:
-            contest, differences = _play(engine, num_steps, entries, sizes, device, console)
-        except UnavailableError as error:
-            console.print(f"[red]{error}[/red]")
-            return 2
+        contest, differences = _play(engine, num_steps, entries, sizes, device, console)
         if isinstance(contest, Harness):
             console.print(_operations(contest.original, num_steps - 1))
         baseline = statistics.median(contest.seconds[contest.contenders[0]])
@@ -71,7 +65,7 @@ def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: i
             )
         wrong += len(differences)
         for line in differences[:10]:
-            console.print(f"[red]{line}[/red]")
+            console.print(line, style="red", markup=False)
     console.print(totals)
     if interpreted:
         console.print("No times: without a GPU sglang's kernels run in an interpreter, here only values are compared.")
@@ -90,15 +84,7 @@ def _play(
     with contextlib.ExitStack() as stack:
         contest: Contest
         if engine == "sglang":
-            try:
-                from nsa_plugin.demo.sglang_engine import SglangHarness
-                from nsa_plugin.testing.sglang_backends import stand_ins
-
-                stack.enter_context(stand_ins())
-            except ImportError as error:
-                raise UnavailableError(
-                    f"--engine sglang needs sglang installed: {error}; pip install 'nsa-plugin[sglang]'"
-                ) from error
+            stack.enter_context(installed_sglang())
             contest = SglangHarness(sizes, INDEX_TOPK if device.type == "cuda" else 256, num_steps, slots.table)
         else:
             contest = Harness(sizes, INDEX_TOPK, num_steps, slots.table)

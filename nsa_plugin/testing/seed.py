@@ -13,10 +13,28 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.core.metadata import StepMetadata
 
 RELEASE = "0.5.6.post2"
 MEMBER = "sglang/srt/layers/attention/nsa_backend.py"
+MODES = {
+    ForwardMode.DECODE: "decode_or_idle",
+    ForwardMode.TARGET_VERIFY: "target_verify",
+    ForwardMode.DRAFT_EXTEND: "draft_extend",
+}
+"""That release's name of a forward mode."""
+FIELDS = {
+    "cache_seqlens": "cache_seqlens_int32",
+    "cu_seqlens_k": "cu_seqlens_k",
+    "seqlens_expanded": "nsa_seqlens_expanded",
+    "nsa_cache_seqlens": "nsa_cache_seqlens_int32",
+    "nsa_cu_seqlens_k": "nsa_cu_seqlens_k",
+    "page_table_1": "page_table_1",
+    "real_page_table": "real_page_table",
+}
+"""Field of `StepMetadata` to field of that release's `NSAMetadata`."""
 METHODS = ("init_forward_metadata_replay_cuda_graph", "_transform_table_1_to_real")
 
 
@@ -63,16 +81,21 @@ class SeedBackend:
     Parameters
     ----------
     methods : from `load_methods`
-    metadata : namespace with the fields of that release's `NSAMetadata`
+    step : StepMetadata
+        The buffers to fill.
     req_to_token, index_topk, page_size, draft_tokens : of the model and its cache
     """
 
     def __init__(
-        self, methods: dict[str, Callable[..., Any]], metadata: SimpleNamespace, req_to_token: torch.Tensor,
+        self, methods: dict[str, Callable[..., Any]], step: StepMetadata, req_to_token: torch.Tensor,
         index_topk: int, page_size: int, draft_tokens: int,
     ) -> None:  # fmt: skip
         self._methods = methods
-        self.metadata = metadata
+        self.metadata = SimpleNamespace(
+            page_size=page_size,
+            flashmla_metadata=None,
+            **{theirs: getattr(step, ours) for ours, theirs in FIELDS.items()},
+        )
         self.decode_cuda_graph_metadata: dict[int, SimpleNamespace] = {}
         self.req_to_token = req_to_token
         self.nsa_index_topk = index_topk
@@ -89,15 +112,14 @@ class SeedBackend:
 
     def replay(
         self,
-        mode: str,
+        mode: ForwardMode,
         seq_lens: torch.Tensor,
         requests: torch.Tensor,
         accepted: torch.Tensor | None,
         seq_lens_cpu: torch.Tensor,
     ) -> None:
-        """Prepare a replay; `mode` is "decode_or_idle", "target_verify" or "draft_extend"."""
-        names = ("decode_or_idle", "target_verify", "draft_extend")
-        native = SimpleNamespace(**{f"is_{name}": lambda name=name: name == mode for name in names})
+        """Prepare a replay."""
+        native = SimpleNamespace(**{f"is_{name}": lambda ours=ours: ours is mode for ours, name in MODES.items()})
         self.decode_cuda_graph_metadata[seq_lens.numel()] = self.metadata
         self._methods["init_forward_metadata_replay_cuda_graph"](
             self, bs=seq_lens.numel(), req_pool_indices=requests, seq_lens=seq_lens, seq_lens_sum=-1, encoder_lens=None,

@@ -9,6 +9,7 @@ plain functions of the same inputs; sglang's fused Triton kernels run as they ar
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.core.batch import ForwardMode
+from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
 
 
@@ -176,6 +178,27 @@ def _fused_copy_to_three(*arguments: Any) -> None:
         for fields in (source, target):
             fields.insert(4, None)
         _copy_fields(tuple(source), tuple(target), 0, bs, max_len, -1, rows)
+
+
+@contextlib.contextmanager
+def installed_sglang() -> Iterator[None]:
+    """For a command with `--engine sglang`: `stand_ins`, and Triton's interpreter where there is no GPU.
+
+    Raises
+    ------
+    UnavailableError
+        sglang is not installed.
+    """
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import sglang  # noqa: F401
+    except ImportError as error:
+        raise UnavailableError(
+            f"--engine sglang needs sglang installed: {error}; pip install 'nsa-plugin[sglang]'"
+        ) from error
+    with stand_ins():
+        yield
 
 
 @contextlib.contextmanager

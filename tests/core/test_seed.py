@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,24 +18,8 @@ from nsa_plugin import (
     UnavailableError,
     precompute,
 )
-from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.testing import seed
 from tests.batches import POISON, assert_equal_live, poisoned
-
-MODES = {
-    "decode_or_idle": ForwardMode.DECODE,
-    "target_verify": ForwardMode.TARGET_VERIFY,
-    "draft_extend": ForwardMode.DRAFT_EXTEND,
-}
-NAMES = {
-    "cache_seqlens": "cache_seqlens_int32",
-    "cu_seqlens_k": "cu_seqlens_k",
-    "seqlens_expanded": "nsa_seqlens_expanded",
-    "nsa_cache_seqlens": "nsa_cache_seqlens_int32",
-    "nsa_cu_seqlens_k": "nsa_cu_seqlens_k",
-    "page_table_1": "page_table_1",
-    "real_page_table": "real_page_table",
-}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +30,10 @@ def wheel(pytestconfig: pytest.Config) -> Path:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ForwardMode)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_every_live_entry_is_that_of_the_original(wheel: Path, mode: str, data: st.DataObject) -> None:
+def test_every_live_entry_is_that_of_the_original(wheel: Path, mode: ForwardMode, data: st.DataObject) -> None:
     draft_tokens, width = 4, 512
     lengths = data.draw(
         st.lists(st.sampled_from([4, 5, 63, 64, 65, 128, 300, width - draft_tokens]), min_size=1, max_size=8)
@@ -61,20 +44,15 @@ def test_every_live_entry_is_that_of_the_original(wheel: Path, mode: str, data: 
     seq_lens = torch.tensor(lengths)
     geometry = Geometry(index_topk=100, page_size=64, table_width=width)
     batch = BatchDescriptor(
-        MODES[mode], len(lengths), seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens,
-        extend_lens=accepted if mode == "draft_extend" else None,
+        mode, len(lengths), seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens,
+        extend_lens=accepted if mode is ForwardMode.DRAFT_EXTEND else None,
     )  # fmt: skip
     buffers = poisoned(batch, geometry)[0].steps[0]
     buffers.cu_seqlens_k[0] = buffers.nsa_cu_seqlens_k[0] = 0  # made so at capture, never written again
-    original = SimpleNamespace(
-        page_size=64, flashmla_metadata=None, **{theirs: getattr(buffers, ours) for ours, theirs in NAMES.items()}
-    )
-    backend = seed.SeedBackend(seed.load_methods(wheel), original, table, 100, 64, draft_tokens)
+    backend = seed.SeedBackend(seed.load_methods(wheel), buffers, table, 100, 64, draft_tokens)
     backend.replay(mode, seq_lens, requests, accepted, seq_lens)
-    if mode == "decode_or_idle":  # aliased at capture
+    if mode is ForwardMode.DECODE:  # aliased at capture
         buffers.seqlens_expanded[:] = buffers.cache_seqlens
-    want = PrecomputedMetadata(
-        (StepMetadata(**{name: getattr(original, NAMES[name]) for name in NAMES}),), batch, geometry
-    )
+    want = PrecomputedMetadata((buffers,), batch, geometry)
     assert (want.steps[0].cache_seqlens != POISON).all()
     assert_equal_live(want, precompute(batch, geometry, impl="reference").steps[0], 0)

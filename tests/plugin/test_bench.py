@@ -89,6 +89,9 @@ def test_an_engine_that_is_not_there_is_named(engine: str, capsys: pytest.Captur
     if engine == "sglang":
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(__import__("sys").modules, "sglang", None)
+            for command in ("bench", "demo"):
+                assert main([command, "--engine", engine]) == 2
+                assert "pip install 'nsa-plugin[sglang]'" in " ".join(capsys.readouterr().out.split())
             assert main(["bench", "--engine", engine]) == 2
     else:
         assert main(["bench", "--engine", engine]) == 2

@@ -9,8 +9,8 @@ import pytest
 
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.host import Host
-from nsa_plugin.settings import Settings
 from nsa_plugin.testing import sglang_backends
+from tests.installing import installer
 
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -26,19 +26,5 @@ def _stand_ins() -> Iterator[None]:
 
 @pytest.fixture
 def install() -> Iterator[Install]:
-    """Installs the adapter with a strategy and any plugins; undoes it after the test."""
-    adapters: list[SglangAdapter] = []
-
-    def install(strategy: str, *plugins: object) -> tuple[Host, SglangAdapter]:
-        host = Host(Settings(strategy=strategy))
-        for plugin in plugins:
-            host.manager.register(plugin)
-        adapter = host.manager.adapter("sglang")
-        assert isinstance(adapter, SglangAdapter)
-        adapters.append(adapter)
-        assert adapter.install(host) == []
-        return host, adapter
-
-    yield install
-    for adapter in adapters:
-        adapter.undo()
+    """Installs the adapter; undoes it after the test."""
+    yield from installer(SglangAdapter)

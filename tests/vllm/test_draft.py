@@ -21,6 +21,7 @@ from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
 from nsa_plugin.adapters.vllm.adapter import METHOD, VllmAdapter, request_map, unsupported
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
+from tests.installing import installer
 from tests.vllm.harness import Draft
 
 LAYOUTS = {"bf16": ("auto", 4), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
@@ -30,24 +31,13 @@ BATCHES = (
     ([300], [1], 140),
     ([1000, 1022, 1024, 12], [0, 1, 0, 2], 7),  # at the model's maximal length
 )
-Install = Callable[[], tuple[Host, VllmAdapter]]
+Install = Callable[..., tuple[Host, VllmAdapter]]
 
 
 @pytest.fixture
 def install() -> Iterator[Install]:
-    adapters = []
-
-    def install() -> tuple[Host, VllmAdapter]:
-        host = Host(Settings())
-        adapter = host.manager.adapter("vllm")
-        assert isinstance(adapter, VllmAdapter)
-        adapters.append(adapter)
-        assert adapter.install(host) == []
-        return host, adapter
-
-    yield install
-    for adapter in adapters:
-        adapter.undo()
+    """Installs the adapter; undoes it after the test."""
+    yield from installer(VllmAdapter)
 
 
 def drafts(layout: str, tokens: int, poison: bool = False) -> tuple[bool, list[dict[str, torch.Tensor]]]:

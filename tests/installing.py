@@ -1,0 +1,31 @@
+"""Installs an engine's adapter for a test, and undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from nsa_plugin.adapters.base import Adapter
+from nsa_plugin.host import Host
+from nsa_plugin.settings import Settings
+
+Kind = TypeVar("Kind", bound=Adapter)
+
+
+def installer(kind: type[Kind]) -> Iterator[Callable[..., tuple[Host, Kind]]]:
+    """The body of a fixture: yields `install(strategy="auto", *plugins)`, undoes every adapter of it afterwards."""
+    adapters: list[Kind] = []
+
+    def install(strategy: str = "auto", *plugins: object) -> tuple[Host, Kind]:
+        host = Host(Settings(strategy=strategy))
+        for plugin in plugins:
+            host.manager.register(plugin)
+        adapter = host.manager.adapter(kind.name)
+        assert isinstance(adapter, kind)
+        adapters.append(adapter)
+        assert adapter.install(host) == []
+        return host, adapter
+
+    yield install
+    for adapter in adapters:
+        adapter.undo()
