@@ -246,6 +246,8 @@ def metadata_kernel(
     column_stride = table_column_stride.to(tl.int64)
     if ALIGNED:
         column_stride = 1
+    wide, wide_row, wide_column = _table(destinations, PAGE_TABLE_1, ALIGNED)
+    real, real_row, real_column = _table(destinations, REAL_PAGE_TABLE, False)
     while remaining > 0:
         length, rows, stop = _tiles_of_request(
             request, tile, remaining, seq_lens, seq_stride, extend_lens, extend_stride, longest_added, table_width, unit,
@@ -266,23 +268,24 @@ def metadata_kernel(
                 pages = _pages(tile, TILE, page_size, WIDE)
                 exist = pages * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
                 numbers = _slots(source, pages * page_size, exist, column_stride, block_size, TOKEN_TABLE) // page_size
-            record = destinations
             t = 0
             while t < num_tables:
-                if WIDE:
-                    wide, wide_row, wide_column = _table(record, PAGE_TABLE_1, ALIGNED)
-                if REAL:
-                    real, real_row, real_column = _table(record, REAL_PAGE_TABLE, False)
                 k = 0
                 while k < rows:
                     row = (first_row + k).to(tl.int64)
                     if WIDE:
-                        tl.store(wide + row * wide_row + columns * wide_column, slots, mask=live)
+                        start = wide + row * wide_row
+                        if ALIGNED:
+                            start = tl.multiple_of(start, 16)
+                        tl.store(start + columns * wide_column, slots, mask=live)
                     if REAL:
                         tl.store(real + row * real_row + pages * real_column, numbers, mask=exist)
                     k += 1
-                record += record_words
                 t += 1
+                if num_tables > 1:  # on to the next, at last to the first again
+                    record = destinations + (t % num_tables) * record_words
+                    wide, wide_row, wide_column = _table(record, PAGE_TABLE_1, ALIGNED)
+                    real, real_row, real_column = _table(record, REAL_PAGE_TABLE, False)
             tile += 1
         first_row += rows
         request += 1

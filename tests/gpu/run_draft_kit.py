@@ -57,6 +57,7 @@ class Watch:
 
         self.stale: set[str] = set()
         self.replays = 0
+        self.wide_table = False
         self.host_us: list[float] = []
         replay = Runner._replay_graph
 
@@ -76,6 +77,7 @@ class Watch:
         self.replays += 1
         for index, backend in enumerate(multi.attn_backends):
             found = backend.forward_metadata
+            self.wide_table = self.wide_table or found.page_table_1 is not None
             spare: Any = object.__new__(type(backend))
             vars(spare).update(vars(backend), decode_cuda_graph_metadata={})
             spare.init_cuda_graph_state(size, size)
@@ -152,7 +154,7 @@ def main() -> int:
             host.settings = Settings(strategy=strategy)
         for kv in options.kv:
             for name, number, prefix, captured, context in cases(options.steps):
-                watch.stale, watch.replays, watch.host_us = set(), 0, []
+                watch.stale, watch.replays, watch.wide_table, watch.host_us = set(), 0, False, []
                 start, error = time.perf_counter(), ""
                 try:
                     run(number, prefix, captured, context, name, kv, options.impl)
@@ -165,15 +167,16 @@ def main() -> int:
                 host_us = statistics.median(watch.host_us) if watch.host_us else None
                 results.append(
                     {"strategy": strategy, "kv": kv, "case": name, "passed": not error, "stale": stale, "host_us": host_us,
-                     "error": error, "fallbacks": {str(key): value for key, value in fallbacks.items()}}
+                     "wide_table": watch.wide_table, "error": error, "fallbacks": {str(key): value for key, value in fallbacks.items()}}
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
                 print(
                     "FAIL" if error else "PASS", strategy, kv, name, f"{seconds:.1f} s, host {host_us or 0:.1f} µs",
                     f"stale: {stale}" if stale else "", error, fallbacks or "", flush=True,
                 )  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps({**where(torch.device("cuda")), "cases": results}, indent=1) + "\n")
+                if options.json:
+                    text = json.dumps({**where(torch.device("cuda")), "cases": results}, indent=1)
+                    options.json.write_text(text + "\n")
     passed = sum(entry["passed"] for entry in results)
     print(f"{passed} passed, {len(results) - passed} failed; {bad} not as they should be")
     return 1 if bad else 0

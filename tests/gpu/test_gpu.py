@@ -56,7 +56,9 @@ def random_case(rng: random.Random, width: int, batch_size: int, mode: ForwardMo
 @pytest.mark.parametrize("batch_size", [0, 1, 3, 32, 129, 512])
 @pytest.mark.parametrize("width", [4096, 40961])
 def test_compiled_kernels_equal_the_reference(mode: ForwardMode, batch_size: int, width: int) -> None:
-    rng = random.Random(hash((mode.value, batch_size, width)))
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
     for _ in range(2 if batch_size > 100 else 6):
         case = random_case(rng, width, batch_size, mode)
         batch, geometry = case.batch, case.geometry

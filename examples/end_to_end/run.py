@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""The complete engine generates the same prompts without the plugin, with it switched off, and with it, in one run.
+
+One engine per variant and number of steps is started on the same GPU, all stay up, and requests take turns, so that
+whatever the machine does happens to all. What is compared and measured: tokens, rounds (accept lengths), wall time of a
+request, and from the probe inside the engine's process the time from round to round and the host time of each part.
+
+    python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
+
+DIR is what `pip install --target DIR` made of the plugin's wheel (with its dependencies) and of `probe/`; both are put
+on PYTHONPATH, which is all that the variants differ in besides NSA_PLUGIN_STRATEGY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+VARIANTS: dict[str, dict[str, str]] = {
+    "no plugin": {},
+    "off": {"NSA_PLUGIN_STRATEGY": "off"},
+    "auto": {"NSA_PLUGIN_STRATEGY": "auto"},
+}
+RECORDING = "recording"
+"""An engine of its own, with the plugin and the recorder, that takes no part in what is measured."""
+TRACED = ((1, 300, 40), (3, 1500, 60), (6, 700, 60), (11, 2500, 40))
+"""Requests, tokens of the longest prompt, and new tokens of each batch that is recorded."""
+WARM_UP_TOKENS = 24
+LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|mem usage|Traceback|Error")
+
+
+class Engine:
+    """A worker process with an engine in it."""
+
+    def __init__(self, name: str, worker: Path, config: dict[str, Any], environment: dict[str, str], out: Path) -> None:
+        self.name = name
+        self.folder = out / name.replace(" ", "-")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.ready: dict[str, Any] | None = None
+        self._log = self.folder / "log.txt"
+        self._process = subprocess.Popen(
+            [sys.executable, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log.open("w"),
+            text=True, env={**environment, "E2E_CONFIG": json.dumps(config), "E2E_TIMES": str(self.folder)},
+        )  # fmt: skip
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is up; raise RuntimeError with the end of its log if it does not come up."""
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            self.ready = self._read()
+        finally:
+            timer.cancel()
+
+    def ask(self, request: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
+        """Send a request and wait for the answer."""
+        assert self._process.stdin is not None
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return self._read()
+        finally:
+            timer.cancel()
+
+    def quit(self) -> None:
+        """Let it end; kill it if it does not."""
+        with contextlib.suppress(Exception):
+            assert self._process.stdin is not None
+            self._process.stdin.write('{"op": "quit"}\n')
+            self._process.stdin.flush()
+            self._process.wait(30)
+        self._process.kill()
+
+    def times(self) -> dict[str, list[list[float]]]:
+        """What the probe wrote, of all processes of the engine."""
+        merged: dict[str, list[list[float]]] = {}
+        for path in self.folder.glob("times_*.json"):
+            for name, entries in json.loads(path.read_text()).items():
+                merged.setdefault(name, []).extend(entries)
+        return merged
+
+    def log_lines(self) -> list[str]:
+        """Lines of its log that say what was loaded, captured and allocated."""
+        lines = self._log.read_text(errors="replace").splitlines()
+        return [line[-300:] for line in lines if LOG_LINES.search(line)]
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
+        raise RuntimeError(f"engine {self.name} ended; the end of its log:\n{tail}")
+
+
+def start(options: argparse.Namespace, steps: int, variant: str, port: int) -> Engine:
+    """Start one engine; it is not up yet."""
+    path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
+    environment = {**os.environ, **VARIANTS.get(variant, {})}
+    if variant == RECORDING:
+        path.append(options.recorder)
+        environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    config = {
+        "model": str(options.model), "steps": steps, "max_batch_size": max(options.batch), "port": port,
+        "max_tokens": max(options.batch) * (max(options.prompt) + options.new_tokens + 1024),
+    }  # fmt: skip
+    return Engine(f"{steps} {variant}", HERE / f"{options.engine}_worker.py", config, environment, options.out)
+
+
+def start_all(options: argparse.Namespace) -> dict[str, Engine]:
+    """Start every engine: the first alone, because it compiles what the others then find in caches."""
+    wanted = [(steps, variant) for steps in options.steps for variant in reversed(VARIANTS)]
+    wanted += [(options.steps[0], RECORDING)] if options.recorder else []
+    engines: dict[str, Engine] = {}
+    waiting: list[Engine] = []
+    for index, (steps, variant) in enumerate(wanted):
+        engine = start(options, steps, variant, 30000 + 1000 * index)
+        waiting.append(engine)
+        if index not in (0, len(wanted) - 1):
+            continue
+        for engine in waiting:
+            try:
+                engine.wait(options.start_seconds)
+                engines[engine.name] = engine
+                say(f"{engine.name}: up after {engine.ready}")
+            except RuntimeError as error:
+                say(f"{engine.name}: {error}")
+        waiting = []
+    return engines
+
+
+def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
+    """Cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
+    rng = random.Random(options.seed)
+    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    for steps in options.steps:
+        present = [variant for variant in VARIANTS if f"{steps} {variant}" in engines]
+        for length in options.prompt:
+            for batch in options.batch:
+                prompts = [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for _ in range(batch)]
+                cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
+                one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
+                many = one | {"max_new_tokens": options.new_tokens}
+                for variant in present:
+                    engines[f"{steps} {variant}"].ask(one | {"max_new_tokens": WARM_UP_TOKENS})
+                    answer = engines[f"{steps} {variant}"].ask(one)
+                    cell["first"][variant] = answer["end"] - answer["start"]
+                started, turn = time.perf_counter(), 0
+                while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
+                    for variant in present[turn % len(present) :] + present[: turn % len(present)]:
+                        answer = engines[f"{steps} {variant}"].ask(many)
+                        cell["runs"].append({"variant": variant, "turn": turn, **answer})
+                    turn += 1
+                say(f"steps {steps}, prompt {length}, batch {batch}: {turn} turns")
+                yield cell
+
+
+def record(options: argparse.Namespace, engine: Engine) -> None:
+    """Have batches of unequal requests generated for the trace."""
+    rng = random.Random(options.seed)
+    for requests, longest, new_tokens in TRACED:
+        lengths = [longest] + [rng.randrange(1, longest) for _ in range(requests - 1)]
+        prompts = [[rng.randrange(10, 1000) for _ in range(length)] for length in lengths]
+        engine.ask({"op": "generate", "prompts": prompts, "max_new_tokens": new_tokens})
+
+
+def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> dict[str, Any]:
+    """What torch's profiler sees of some rounds of one request, engine by engine."""
+    rng = random.Random(options.seed)
+    prompt = [rng.randrange(10, 1000) for _ in range(options.prompt[0])]
+    found: dict[str, Any] = {}
+    for name, engine in engines.items():
+        if name.endswith(RECORDING):
+            continue
+        request = {"op": "profile", "prompts": [prompt], "max_new_tokens": 100, "folder": str(engine.folder / "trace")}
+        try:
+            found[name] = engine.ask(request, 60)
+        except Exception as error:
+            found[name] = {"error": str(error)[:300]}
+    return found
+
+
+def say(text: str) -> None:
+    """Print at once, with the seconds since the start."""
+    print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
+
+
+def main() -> None:
+    """Run, and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("sglang", "vllm"), default="sglang")
+    parser.add_argument("--plugin", type=Path, required=True, help="folder with the installed plugin")
+    parser.add_argument("--probe", type=Path, required=True, help="folder with the installed probe")
+    parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, nargs="+", default=[1024, 16384])
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--most", type=int, default=3, help="turns per cell at most")
+    parser.add_argument("--seconds-per-cell", type=float, default=30, help="no further turn after this time")
+    parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--wait-for", type=Path, help="measure only when this file is there")
+    options = parser.parse_args()
+    engines = start_all(options)
+    say(f"{len(engines)} engines are up")
+    while options.wait_for is not None and not options.wait_for.exists():
+        time.sleep(0.2)
+    results: dict[str, Any] = {
+        "engine": options.engine, "date": datetime.date.today().isoformat(), "command": "run.py " + " ".join(sys.argv[1:]),
+        "start_s": {name: engine.ready["start_s"] for name, engine in engines.items() if engine.ready}, "cells": [],
+    }  # fmt: skip
+    raw = options.json.with_suffix(".raw.json")
+    try:
+        for cell in measure(options, engines):
+            results["cells"].append(cell)
+            raw.write_text(json.dumps(results))
+        results["profiles"] = profiles(options, engines)
+        if recording := engines.get(f"{options.steps[0]} {RECORDING}"):
+            record(options, recording)
+    finally:
+        time.sleep(1.5)
+        results["logs"] = {name: engine.log_lines() for name, engine in engines.items()}
+        for engine in engines.values():
+            engine.quit()
+        results["times"] = {name: engine.times() for name, engine in engines.items()}
+        raw.write_text(json.dumps(results))
+    sys.path.append(str(options.plugin))
+    from report import reduce
+
+    options.json.write_text(json.dumps(reduce(results), indent=1) + "\n")
+    say("done")
+
+
+STARTED = time.perf_counter()
+if __name__ == "__main__":
+    main()

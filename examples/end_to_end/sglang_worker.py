@@ -1,0 +1,85 @@
+"""One complete sglang engine, served over JSON lines; see `run.py`, which starts it.
+
+`E2E_CONFIG` (environment, JSON): model (folder), steps (speculative_num_steps), max_batch_size, max_tokens (KV cache).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from trace_summary import summarise
+
+
+def engine(config: dict[str, Any]) -> Any:
+    """The engine: random weights, NEXTN with a chain of `steps` drafts, CUDA graphs, fp8 cache, no radix cache."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    return Engine(
+        model_path=config["model"], load_format="dummy", skip_tokenizer_init=True, random_seed=1,
+        speculative_algorithm="NEXTN", speculative_num_steps=config["steps"], speculative_eagle_topk=1,
+        speculative_num_draft_tokens=config["steps"] + 1, kv_cache_dtype="fp8_e4m3",
+        max_running_requests=config["max_batch_size"], cuda_graph_max_bs_decode=config["max_batch_size"],
+        disable_prefill_cuda_graph=True, chunked_prefill_size=8192, max_total_tokens=config["max_tokens"],
+        mem_fraction_static=0.88, disable_radix_cache=True, sampling_backend="pytorch", grammar_backend="none",
+        sleep_on_idle=True, watchdog_timeout=600, log_level="info", decode_log_interval=1000,
+        port=config.get("port", 30000),
+    )  # fmt: skip
+
+
+def generate(served: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of a batch of prompts, and when the call started and ended (perf_counter, seconds)."""
+    start = time.perf_counter()
+    answers = served.generate(
+        input_ids=request["prompts"],
+        sampling_params={"temperature": 0, "max_new_tokens": request["max_new_tokens"], "ignore_eos": True},
+    )
+    end = time.perf_counter()
+    return {
+        "start": start,
+        "end": end,
+        "tokens": [answer["output_ids"] for answer in answers],
+        "rounds": [answer["meta_info"].get("spec_verify_ct") for answer in answers],
+    }
+
+
+def profile(served: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """What torch's profiler sees of the scheduler process in some rounds of decoding."""
+    folder = Path(request["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    served.start_profile(output_dir=str(folder), num_steps=40, activities=["CPU", "GPU"])
+    generate(served, request)
+    for _ in range(40):
+        if found := list(folder.rglob("*.json.gz")):
+            time.sleep(1)
+            return summarise(found[0])
+        time.sleep(0.5)
+    return {"error": f"no trace in {folder}"}
+
+
+def main() -> None:
+    """Serve requests from stdin until it is told to quit."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # the engine's own output goes to stderr
+    started = time.perf_counter()
+    served = engine(json.loads(os.environ["E2E_CONFIG"]))
+    print(json.dumps({"ready": True, "start_s": time.perf_counter() - started}), file=out)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "quit":
+            break
+        answer = (generate if request["op"] == "generate" else profile)(served, request)
+        print(json.dumps(answer), file=out)
+    time.sleep(2)  # the probe writes when nothing happens
+    threading.Timer(10, os._exit, [0]).start()
+    served.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
