@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Every GPU test of the core under compute-sanitizer, several at a time; the outcome as JSON.
+"""Every GPU test of the core under compute-sanitizer, in several processes at a time; the outcome as JSON.
 
-    python tests/gpu/sanitize.py --json sanitizer.json [--tools memcheck racecheck] [--parallel 8]
+    python tests/gpu/sanitize.py --json sanitizer.json [--tools memcheck racecheck] [--groups 4]
 
-Exit status 1 if a tool reports an error, a test fails, or one does not end in time.
+Exit status 1 if a tool reports an error, a test fails, or a group does not end in time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 TESTS = "tests/gpu/test_gpu.py"
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
+PASSED = re.compile(r"(\d+) passed")
 
 
 def collect() -> list[str]:
@@ -29,17 +30,31 @@ def collect() -> list[str]:
     return [line for line in found.stdout.splitlines() if "::" in line]
 
 
-def run(tool: str, test: str, seconds: float) -> dict[str, Any]:
-    """One test under one tool."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", test]
+def run(tool: str, tests: list[str], seconds: float) -> dict[str, Any]:
+    """Some tests in one process under one tool."""
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *tests,
+    ]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result: dict[str, Any] = {"tool": tool, "tests": tests}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"tool": tool, "test": test, "outcome": f"not over after {seconds:.0f} s"}
-    summary = SUMMARY.search(done.stdout)
-    outcome = summary.group() if summary else done.stdout[-500:] + done.stderr[-500:]
-    return {"tool": tool, "test": test, "status": done.returncode, "outcome": outcome}
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else ""
+        return result | {"clean": False, "outcome": f"not over after {seconds:.0f} s: {said[-500:]}"}
+    summary, passed = SUMMARY.search(done.stdout), PASSED.search(done.stdout)
+    clean = done.returncode == 0 and passed is not None and int(passed.group(1)) == len(tests)
+    outcome = summary.group() if clean and summary else done.stdout[-2000:] + done.stderr[-500:]
+    return result | {"clean": clean, "outcome": outcome}
 
 
 def main() -> int:
@@ -47,18 +62,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"])
-    parser.add_argument("--parallel", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=300, help="limit for one test")
+    parser.add_argument("--groups", type=int, default=4, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=300, help="limit for one group")
     options = parser.parse_args()
-    jobs = [(tool, test) for tool in options.tools for test in collect()]
-    with ThreadPoolExecutor(options.parallel) as pool:
-        results = list(pool.map(lambda job: run(job[0], job[1], options.seconds), jobs))
+    tests = collect()
+    groups = [tests[first :: options.groups] for first in range(options.groups)]
+    with ThreadPoolExecutor(options.groups) as pool:
+        jobs = [pool.submit(run, tool, group, options.seconds) for tool in options.tools for group in groups if group]
+        results = [job.result() for job in jobs]
     options.json.write_text(json.dumps(results, indent=1) + "\n")
-    wrong = [result for result in results if result.get("status") != 0]
-    print(f"{len(jobs) - len(wrong)} of {len(jobs)} clean")
+    wrong = [result for result in results if not result["clean"]]
+    for tool in options.tools:
+        clean = sum(len(result["tests"]) for result in results if result["tool"] == tool and result["clean"])
+        print(f"{tool}: {clean} of {len(tests)} tests clean")
     for result in wrong:
-        print(result)
-    return 1 if wrong or not jobs else 0
+        print(result["tool"], result["outcome"])
+    return 1 if wrong or not tests else 0
 
 
 if __name__ == "__main__":
