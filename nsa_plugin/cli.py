@@ -74,16 +74,18 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     from nsa_plugin.bench.report import plot, terminal
     from nsa_plugin.bench.run import Options, bench
 
+    def save(results: dict[str, Any]) -> None:
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+
     results = bench(
         Options(
             options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
             options.decode_impl, options.seed_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
         ),
-        console,
+        console, save,
     )  # fmt: skip
     console.print(terminal(results))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot is not None:
         plot(results, options.plot)
     ours = ("copy", "share", "graph")

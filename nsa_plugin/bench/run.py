@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Options:
     seed: int
 
 
-def bench(options: Options, console: Console) -> dict[str, Any]:
-    """Run and return the results in the form of the JSON file."""
+def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Run and return the results in the form of the JSON file; `save` gets those so far after every cell."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         if options.engine == "sglang":
@@ -60,16 +61,17 @@ def bench(options: Options, console: Console) -> dict[str, Any]:
             for context in options.contexts
             for steps in options.steps
         ]
-        results = [
-            _run_cell(cell, options, device, wheel, rate) for cell in track(cells, description="cells", console=console)
-        ]
-    return {
-        **where(device),
-        "engine": options.engine,
-        "seed": options.seed,
-        "copy_bytes_per_us": rate,
-        "cells": results,
-    }
+        results = {
+            **where(device),
+            "engine": options.engine,
+            "seed": options.seed,
+            "copy_bytes_per_us": rate,
+            "cells": [],
+        }
+        for cell in track(cells, description="cells", console=console):
+            results["cells"].append(_run_cell(cell, options, device, wheel, rate))
+            save(results)
+    return results
 
 
 def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | None, rate: float) -> dict[str, Any]:

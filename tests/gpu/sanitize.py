@@ -44,7 +44,7 @@ def run(tool: str, tests: list[str], seconds: float) -> dict[str, Any]:
         "-q",
         *tests,
     ]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "GPU_TEST_CASES": "1"}
     result: dict[str, Any] = {"tool": tool, "tests": tests}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)

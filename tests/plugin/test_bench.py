@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsa_plugin import UnavailableError
+from nsa_plugin.bench import run
 from nsa_plugin.bench.report import BEGIN, END, update_readme
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
@@ -34,6 +35,8 @@ SMALL = [
     "verify",
     "extend",
 ]
+
+ONE_CELL = ["bench", "--bs", "1", "--ctx", "200", "--steps", "2", "--width", "512"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +118,20 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
         update_readme(tmp_path / "README.md", [], None, None)
     (tmp_path / "README.md").write_text(f"a{BEGIN}old{END}b")
     assert update_readme(tmp_path / "README.md", [], None, None) == f"a{BEGIN}\n\n\n\n{END}b"
+
+
+def test_cells_that_were_measured_are_kept_when_a_later_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "b.json"
+    run_cell, cells = run._run_cell, []
+
+    def second_fails(cell: Any, *rest: Any) -> Any:
+        cells.append(cell)
+        if len(cells) == 2:
+            raise UnavailableError("planted")
+        return run_cell(cell, *rest)
+
+    monkeypatch.setattr(run, "_run_cell", second_fails)
+    assert main([*ONE_CELL, "--mode", "decode", "verify", "--json", str(data)]) == 2
+    assert [cell["mode"] for cell in json.loads(data.read_text())["cells"]] == ["decode"]
