@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--decode-impl", default="flashmla_kv", help="sglang's decode kernel (default: %(default)s)")
     bench.add_argument("--seed-wheel", type=Path, help="sglang 0.5.6.post2's wheel (default: fetched with pip)")
     bench.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one, which the results name)")
+    bench.add_argument(
+        "--trace", type=Path, help="recorded batches (JSON lines) instead of random ones of --bs and --ctx"
+    )
     bench.add_argument("--json", type=Path, help="write the results here")
     bench.add_argument("--plot", type=Path, help="draw the results here (PNG, SVG, PDF)")
     readme = commands.add_parser("readme-table", help="make the README's table from result files")
@@ -82,6 +85,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         Options(
             options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
             options.decode_impl, options.seed_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
+            options.trace,
         ),
         console, save,
     )  # fmt: skip

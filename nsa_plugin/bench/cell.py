@@ -10,6 +10,7 @@ import torch
 from nsa_plugin.bench.measure import Call
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata
+from nsa_plugin.trace import Round, SlotTable, sizes_of
 
 INDEX_TOPK = 2048
 PAGE_SIZE = 64
@@ -17,6 +18,14 @@ MAX_STEPS = 64
 """Room that lengths leave in the table for draft tokens, whatever the number of steps."""
 INPUTS = 4
 """Different inputs that take turns, so that no figure is that of a cache that knows them."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Inputs from a recorded trace: `lengths[i]` are those of rows `i * bs …` of `table` [inputs * bs, tokens]."""
+
+    table: torch.Tensor
+    lengths: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Cell:
     steps : speculative steps; DECODE has steps - 1 consumers, the other modes steps rows per request
     width : token positions per row of the token table
     seed : of the inputs; cells of the same batch size and context get the same
+    recorded : the inputs, instead of random ones
     """
 
     mode: ForwardMode
@@ -38,6 +48,7 @@ class Cell:
     steps: int
     width: int
     seed: int
+    recorded: Recorded | None = None
 
     @property
     def consumers(self) -> int:
@@ -53,22 +64,36 @@ class Cell:
         """Model and cache constants of DeepSeek V3.2."""
         return Geometry(INDEX_TOPK, PAGE_SIZE, self.width, num_sms=multiprocessors(device))
 
-    def batches(self, table: torch.Tensor) -> list[BatchDescriptor]:
-        """`INPUTS` batches of fresh random lengths and requests over one token table."""
-        longest = min(self.context, self.width - MAX_STEPS)
-        least = max(longest // 2, 1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_size * 7919 + self.context)
-        batches = []
-        for _ in range(INPUTS):
-            lengths = torch.randint(least, longest + 1, (self.batch_size,), generator=generator)
-            requests = torch.randperm(table.shape[0], generator=generator)[: self.batch_size]
-            slots = TokenTable(table, requests.to(table.device))
-            batches.append(
-                BatchDescriptor(
-                    self.mode, self.batch_size, lengths.to(table.device), slots, self.consumers, (), self.draft_tokens
+    def batches(self, device: torch.device) -> list[BatchDescriptor]:
+        """Batches over one token table: the recorded ones, or `INPUTS` of fresh random lengths, requests and pages."""
+        if self.recorded is not None:
+            source = self.recorded.table
+            table = torch.zeros(len(source), self.width, dtype=torch.int32)
+            table[:, : source.shape[1]] = source[:, : self.width]
+            table = table.to(device)
+            chosen = [
+                (torch.tensor(lengths), torch.arange(self.batch_size) + index * self.batch_size)
+                for index, lengths in enumerate(self.recorded.lengths)
+            ]
+        else:
+            table = torch.randint(0, 1 << 30, (self.batch_size + 8, self.width), dtype=torch.int32, device=device)
+            table = table // PAGE_SIZE * PAGE_SIZE  # any values; pages must be whole for the seed's transform
+            longest = min(self.context, self.width - MAX_STEPS)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_size * 7919 + self.context)
+            chosen = [
+                (
+                    torch.randint(max(longest // 2, 1), longest + 1, (self.batch_size,), generator=generator),
+                    torch.randperm(table.shape[0], generator=generator)[: self.batch_size],
                 )
+                for _ in range(INPUTS)
+            ]
+        return [
+            BatchDescriptor(
+                self.mode, self.batch_size, lengths.to(device), TokenTable(table, requests.to(device)),
+                self.consumers, (), self.draft_tokens,
             )
-        return batches
+            for lengths, requests in chosen
+        ]  # fmt: skip
 
     def bytes_to_move(self, batches: Sequence[BatchDescriptor]) -> float:
         """Bytes that one preparation must read and write at least, whatever the number of consumers.
@@ -80,6 +105,29 @@ class Cell:
         )
         rows = batches[0].rows_per_request
         return 4 * tokens * (1 + rows * (1 + 1 / PAGE_SIZE))
+
+
+def recorded_cells(mode: ForwardMode, rounds: Sequence[Round], steps: Sequence[int], width: int) -> list[Cell]:
+    """A cell for each captured batch size of a trace and number of steps; its inputs are spread over the trace."""
+    sizes = sizes_of(rounds, MAX_STEPS)
+    chosen: dict[int, list[int]] = {}
+    for size in sizes.captured:
+        numbers = [number for number, entry in enumerate(rounds) if len(entry.seq_lens) == size and entry.live]
+        if numbers:
+            chosen[size] = [numbers[index * len(numbers) // INPUTS] for index in range(INPUTS)]
+    slots = SlotTable(sizes, torch.device("cpu"))
+    rows: dict[int, torch.Tensor] = {}
+    wanted = {number for numbers in chosen.values() for number in numbers}
+    for number, entry in enumerate(rounds):
+        slots.advance(entry)
+        if number in wanted:
+            rows[number] = slots.table[list(entry.requests)]
+    cells = []
+    for size, numbers in chosen.items():
+        lengths = tuple(rounds[number].seq_lens for number in numbers)
+        recorded = Recorded(torch.cat([rows[number] for number in numbers]), lengths)
+        cells += [Cell(mode, size, max(map(max, lengths)), count, width, 0, recorded) for count in steps]
+    return cells
 
 
 @dataclass(frozen=True)

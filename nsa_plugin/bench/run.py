@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nsa_plugin.bench import embedded
-from nsa_plugin.bench.cell import Cell, Contender
+from nsa_plugin.bench.cell import Cell, Contender, recorded_cells
 from nsa_plugin.bench.measure import copy_rate, gpu_time, host_time
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
@@ -25,8 +25,11 @@ from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import differing_fields
 from nsa_plugin.testing import seed
 from nsa_plugin.testing.sglang_backends import installed_sglang
+from nsa_plugin.trace import load
 
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
+PATHS = {"decode": "draft decode", "verify": "target verify", "extend": "draft extend"}
+"""What a recorded trace calls the modes."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Options:
     decode_impl: str
     seed_wheel: Path | None
     seed: int
+    trace: Path | None = None
 
 
 def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -54,13 +58,7 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
             raise UnavailableError("--engine vllm: vLLM support is not there yet; use none or sglang")
         rate = copy_rate(device)
         wheel = _seed_wheel(options.seed_wheel, console)
-        cells = [
-            Cell(MODES[mode], batch_size, context, steps, options.width, options.seed)
-            for mode in options.modes
-            for batch_size in options.batch_sizes
-            for context in options.contexts
-            for steps in options.steps
-        ]
+        cells = _cells(options)
         results = {
             **where(device),
             "engine": options.engine,
@@ -74,11 +72,25 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
     return results
 
 
+def _cells(options: Options) -> list[Cell]:
+    if options.trace is None:
+        return [
+            Cell(MODES[mode], batch_size, context, steps, options.width, options.seed)
+            for mode in options.modes
+            for batch_size in options.batch_sizes
+            for context in options.contexts
+            for steps in options.steps
+        ]
+    return [
+        cell
+        for mode in options.modes
+        for cell in recorded_cells(MODES[mode], load(options.trace, PATHS[mode]), options.steps, options.width)
+    ]
+
+
 def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | None, rate: float) -> dict[str, Any]:
     geometry = cell.geometry(device)
-    table = torch.randint(0, 1 << 30, (cell.batch_size + 8, cell.width), dtype=torch.int32, device=device)
-    table = table // geometry.page_size * geometry.page_size  # any values; pages must be whole for the seed's transform
-    batches = cell.batches(table)
+    batches = cell.batches(device)
     floor = cell.bytes_to_move(batches) / rate
     measured: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from nsa_plugin.bench.measure import synchronize
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, differing_fields
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
-from nsa_plugin.demo.trace import Round, Sizes
+from nsa_plugin.trace import Round, Sizes
 
 OPERATIONS = ("cumsum", "top-k lengths", "page lookup", "table transform", "concatenation")
 """The operations of the original preparation, in the order of the table that the demo prints."""

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from nsa_plugin.demo.embedded import OPERATIONS, Harness, Original
 from nsa_plugin.demo.sglang_engine import SglangHarness
-from nsa_plugin.demo.trace import Round, Sizes, SlotTable, generate, load
 from nsa_plugin.testing.sglang_backends import installed_sglang
+from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, sizes_of
 
 INDEX_TOPK = 2048
 SGLANG_ON_CPU = Sizes(width=1024, max_requests=9, captured=(1, 2, 4, 8))
@@ -39,7 +39,8 @@ def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: i
     """Run the trace for each number of draft steps; return the exit status: 1 on any difference."""
     gpu = torch.cuda.is_available()
     interpreted = engine == "sglang" and not gpu
-    sizes = SGLANG_ON_CPU if interpreted else Sizes()
+    recorded = load(trace) if trace else None
+    sizes = sizes_of(recorded) if recorded else SGLANG_ON_CPU if interpreted else Sizes()
     device = torch.device("cuda" if gpu else "cpu")
     where = torch.cuda.get_device_name(device) if gpu else "CPU (times say nothing about a GPU)"
     console.print(f"[bold]nsa-plugin demo[/bold] on {where}, torch {torch.__version__}")
@@ -48,7 +49,7 @@ def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: i
     for column in ("draft steps", "preparation", "µs", "against the first", "rounds", "values that differ"):
         totals.add_column(column, justify="right" if column != "preparation" else "left")
     for num_steps in steps:
-        entries = load(trace, sizes) if trace else list(generate(rounds, num_steps, sizes, seed))
+        entries = recorded or list(generate(rounds, num_steps, sizes, seed))
         contest, differences = _play(engine, num_steps, entries, sizes, device, console)
         if isinstance(contest, Harness):
             console.print(_operations(contest.original, num_steps - 1))

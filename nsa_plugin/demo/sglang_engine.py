@@ -11,10 +11,10 @@ import torch
 from nsa_plugin.bench.measure import synchronize
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.demo.trace import Round, Sizes
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.trace import Round, Sizes
 
 
 class SglangHarness:

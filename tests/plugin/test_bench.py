@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin import UnavailableError
+from nsa_plugin import ForwardMode, TokenTable, UnavailableError
 from nsa_plugin.bench import run
+from nsa_plugin.bench.cell import recorded_cells
 from nsa_plugin.bench.report import BEGIN, END, update_readme
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata
 from nsa_plugin.testing import seed
+from nsa_plugin.trace import Round, load, save
 
 SMALL = [
     "bench",
@@ -135,3 +137,26 @@ def test_cells_that_were_measured_are_kept_when_a_later_one_fails(
     monkeypatch.setattr(run, "_run_cell", second_fails)
     assert main([*ONE_CELL, "--mode", "decode", "verify", "--json", str(data)]) == 2
     assert [cell["mode"] for cell in json.loads(data.read_text())["cells"]] == ["decode"]
+
+
+def test_a_recorded_trace_gives_the_inputs(tmp_path: Path) -> None:
+    trace, data = tmp_path / "trace.jsonl", tmp_path / "b.json"
+    save(
+        trace,
+        [
+            Round((70, 1), (2, 0), 1, "draft decode", {2: (0, (9, 4))}),
+            Round((71, 65), (2, 1), 2, "draft decode", {1: (0, (7, 8))}),
+            Round((90,), (1,), 1, "draft decode", {1: (1, (30,))}),
+            Round((73, 66), (2, 1), 2, "target verify", {2: (0, (9, 4)), 1: (0, (7, 30))}),
+        ],
+    )
+    assert main([*ONE_CELL, "--trace", str(trace), "--mode", "decode", "verify", "--json", str(data)]) == 0
+    cells = json.loads(data.read_text())["cells"]
+    assert [(cell["mode"], cell["batch_size"], cell["context"]) for cell in cells] == [
+        ("decode", 1, 90), ("decode", 2, 71), ("target_verify", 2, 73),
+    ]  # fmt: skip
+    recorded = recorded_cells(ForwardMode.DECODE, load(trace), [2], 512)
+    table = recorded[1].batches(torch.device("cpu"))[-1].slots
+    assert isinstance(table, TokenTable)
+    assert (table.lookup(8, 128, 64)[-2:] // 64).tolist() == [[9, 4], [7, 8]]
+    assert main([*ONE_CELL, "--trace", str(trace), "--mode", "extend"]) == 2

@@ -11,7 +11,7 @@ import torch
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata
-from nsa_plugin.demo.trace import Sizes, SlotTable, generate, load, save
+from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, save, sizes_of
 
 
 def test_demo_is_green(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,17 +67,34 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     rounds = list(generate(20, 4, Sizes()))
     save(path, rounds)
-    assert load(path, Sizes()) == rounds
+    assert load(path) == rounds
     assert main(["demo", "--trace", str(path), "--steps", "4"]) == 0
+
+
+def test_recorded_pages_are_used_as_they_were_recorded() -> None:
+    rounds = [
+        Round((70, 1), (2, 0), 1, pages={2: (0, (9, 4))}),
+        Round((71, 1), (2, 0), 1),
+        Round((130, 1), (2, 0), 1, pages={2: (1, (5, 6))}),
+    ]
+    slots = SlotTable(sizes_of(rounds), torch.device("cpu"))
+    pages = []
+    for entry in rounds:
+        slots.advance(entry)
+        pages.append((slots.table[2, : entry.seq_lens[0] : 64] // 64).tolist())
+    assert pages == [[9, 4], [9, 4], [9, 5, 6]]
+    assert slots.table[2, 65] == 5 * 64 + 1
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 1: expected an object with seq_lens"),
-        ('{"seq_lens": [1, 2, 3], "req_pool_indices": [1, 2, 3], "live": 3}', "as many lengths as requests, one of"),
-        ('{"seq_lens": [9000], "req_pool_indices": [1], "live": 1}', "lengths of 0 to 8192"),
-        ('{"seq_lens": [90], "req_pool_indices": [99], "live": 1}', "requests 0 to 12"),
+        ('{"seq_lens": [1, 2, 3], "req_pool_indices": [1, 2], "live": 3}', "as many lengths as requests"),
+        ('{"seq_lens": [1], "req_pool_indices": [1], "live": 2}', "no more that are live"),
+        ('{"seq_lens": [-1], "req_pool_indices": [1], "live": 1}', "lengths of 0 to 1048576"),
+        ('{"seq_lens": [90], "req_pool_indices": [99999], "live": 1}', "requests of 0 to 65536"),
+        ('{"path": "target verify", "seq_lens": [9], "req_pool_indices": [1], "live": 1}', "rounds of draft decode"),
     ],
 )
 def test_a_bad_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:

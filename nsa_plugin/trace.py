@@ -1,21 +1,27 @@
-"""Traces of draft rounds: generated or recorded, with the KV slots that a paged allocator would hand out."""
+"""Traces of speculative rounds: generated, with the KV slots that a paged allocator would hand out, or recorded.
+
+`examples/end_to_end/recorder` records them from a running engine.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from nsa_plugin.core.errors import reject
 
+MAX_LENGTH, MAX_REQUEST = 1 << 20, 1 << 16
+"""Beyond these a recorded line is taken for damaged."""
+
 
 @dataclass(frozen=True)
 class Round:
-    """One draft round: real requests first, then padding to a captured batch size.
+    """One replay: real requests first, then padding to a captured batch size.
 
     Attributes
     ----------
@@ -25,11 +31,17 @@ class Round:
         Pooled request (row of the token table) of each, 0 for padding.
     live : int
         How many are real.
+    path : str
+        What was prepared, in the adapters' words: "draft decode", "target verify" or "draft extend".
+    pages : mapping of request to (index of its first page that is not as before, page numbers from there on)
+        As recorded; empty in a generated trace, whose pages `SlotTable` hands out.
     """
 
     seq_lens: tuple[int, ...]
     requests: tuple[int, ...]
     live: int
+    path: str = "draft decode"
+    pages: Mapping[int, tuple[int, Sequence[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,47 +84,61 @@ def generate(rounds: int, accept: int, sizes: Sizes, seed: int = 0) -> Iterator[
                 free.append(request)
 
 
-def load(path: Path, sizes: Sizes) -> list[Round]:
-    """Read a recorded trace: JSON lines with `seq_lens`, `req_pool_indices` and `live`.
+def load(path: Path, kind: str = "draft decode") -> list[Round]:
+    """Read the rounds of one path from a recorded trace: JSON lines with `seq_lens`, `req_pool_indices` and `live`.
 
     Raises
     ------
     InvalidValueError
-        A line is not of that form or does not fit `sizes`; it is named.
+        A line is not of that form; it is named. Or no line is of that path.
     """
     rounds = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-            found = Round(tuple(entry["seq_lens"]), tuple(entry["req_pool_indices"]), int(entry["live"]))
-        except (ValueError, KeyError, TypeError) as error:
+            pages = {int(request): (int(at), tuple(new)) for request, (at, new) in entry.get("pages", {}).items()}
+            found = Round(
+                tuple(map(int, entry["seq_lens"])), tuple(map(int, entry["req_pool_indices"])), int(entry["live"]),
+                entry.get("path", "draft decode"), pages,
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reject(where, "an object with seq_lens, req_pool_indices and live", f"{type(error).__name__}: {error}")
-        if len(found.seq_lens) not in sizes.captured or len(found.requests) != len(found.seq_lens):
+        if len(found.requests) != len(found.seq_lens) or not 0 <= found.live <= len(found.seq_lens):
             reject(
                 where,
-                f"as many lengths as requests, one of {sizes.captured}",
-                f"{len(found.seq_lens)} and {len(found.requests)}",
+                "as many lengths as requests, and no more that are live",
+                f"{len(found.seq_lens)} lengths, {len(found.requests)} requests, {found.live} live",
             )
-        if not all(0 <= length <= sizes.width for length in found.seq_lens):
-            reject(where, f"lengths of 0 to {sizes.width}", found.seq_lens)
-        if not all(0 <= request < sizes.max_requests for request in found.requests):
-            reject(where, f"requests 0 to {sizes.max_requests - 1}", found.requests)
-        rounds.append(found)
+        for name, values, limit in (("lengths", found.seq_lens, MAX_LENGTH), ("requests", found.requests, MAX_REQUEST)):
+            if not all(0 <= value <= limit for value in values):
+                reject(where, f"{name} of 0 to {limit}", values)
+        if found.path == kind:
+            rounds.append(found)
+    if not rounds:
+        reject(str(path), f"rounds of {kind}", "none")
     return rounds
+
+
+def sizes_of(rounds: Sequence[Round], added_tokens: int = 0) -> Sizes:
+    """Sizes that hold a recorded trace, with room for `added_tokens` after the longest request."""
+    longest = max(length for entry in rounds for length in entry.seq_lens) + added_tokens
+    return Sizes(
+        width=-(-longest // Sizes.page_size) * Sizes.page_size,
+        max_requests=max(request for entry in rounds for request in entry.requests) + 1,
+        captured=tuple(sorted({len(entry.seq_lens) for entry in rounds})),
+    )
 
 
 def save(path: Path, rounds: Sequence[Round]) -> None:
     """Write a trace that `load` reads."""
-    lines = [
-        json.dumps({"seq_lens": entry.seq_lens, "req_pool_indices": entry.requests, "live": entry.live})
-        for entry in rounds
-    ]
+    fields = {"path": "path", "seq_lens": "seq_lens", "req_pool_indices": "requests", "live": "live", "pages": "pages"}
+    lines = [json.dumps({name: getattr(entry, ours) for name, ours in fields.items()}) for entry in rounds]
     path.write_text("".join(line + "\n" for line in lines))
 
 
 class SlotTable:
-    """The token table that an engine's paged allocator would keep while a trace runs.
+    """The token table that an engine keeps while a trace runs: with the pages that were recorded, else handed out.
 
     Attributes
     ----------
@@ -126,12 +152,21 @@ class SlotTable:
         self._free = list(range(sizes.max_requests * per_request))
         random.Random(seed).shuffle(self._free)
         self._held: dict[int, list[int]] = {}
+        self._recorded = False
         self._within = torch.arange(sizes.page_size, dtype=torch.int32)
         self.table = torch.zeros(sizes.max_requests, per_request * sizes.page_size, dtype=torch.int32, device=device)
 
     def advance(self, entry: Round) -> None:
         """Give the requests of a round the pages that they need; take back those of requests that are gone."""
         size = self._sizes.page_size
+        if entry.pages:
+            for request, (at, numbers) in entry.pages.items():
+                slots = torch.tensor(numbers, dtype=torch.int32)[:, None] * size + self._within
+                row = self.table[request, at * size :]
+                row[: slots.numel()] = slots.flatten()[: row.numel()]
+            self._recorded = True
+        if self._recorded:
+            return
         present = dict(zip(entry.requests[: entry.live], entry.seq_lens, strict=False))
         for request in [request for request in self._held if request not in present]:
             self._free.extend(self._held.pop(request))
