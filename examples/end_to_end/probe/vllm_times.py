@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def _watch(module: ModuleType) -> None:
-    runner: Any = module.GPUModelRunner  # type: ignore[attr-defined]
+    runner: Any = module.GPUModelRunner
     execute_model = runner.execute_model
 
     def first(*arguments: Any, **named: Any) -> Any:
