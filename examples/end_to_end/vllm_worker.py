@@ -110,7 +110,11 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
 
+    # LLM would configure logging only after it has loaded the plugins, and lose their lines.
+    configure_logging_if_needed(LoggingConfig())
     served = LLM(**arguments(json.loads(os.environ["E2E_CONFIG"])))
     print(json.dumps({"ready": True, "start_s": time.perf_counter() - started}), file=out)
     for line in sys.stdin:
