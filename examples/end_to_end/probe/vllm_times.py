@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import pkgutil
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
-
-from host_times import measure, write_when_idle
+from host_times import from_first_call
 
 WORKER = "vllm.v1.worker.gpu.model_runner"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator.TargetDependentARSpeculator"
@@ -29,44 +19,5 @@ TARGETS = (
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: time things as soon as the first batch runs, when all plugins are in place."""
-    if "E2E_TIMES" not in os.environ:
-        return
-    if WORKER in sys.modules:
-        _watch(sys.modules[WORKER])
-    elif not any(isinstance(finder, _WhenWorkerIsImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenWorkerIsImported())
-
-
-def _watch(module: ModuleType) -> None:
-    runner: Any = module.GPUModelRunner
-    execute_model = runner.execute_model
-
-    def first(*arguments: Any, **named: Any) -> Any:
-        runner.execute_model = execute_model
-        for owner, method, name in TARGETS:
-            measure(pkgutil.resolve_name(owner), method, name)
-        measure(runner, "execute_model", "round")
-        write_when_idle()
-        return runner.execute_model(*arguments, **named)
-
-    runner.execute_model = first
-
-
-class _WhenWorkerIsImported(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != WORKER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute: Any = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _watch(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    """Entry point of `vllm.general_plugins`."""
+    from_first_call(WORKER, "GPUModelRunner", "execute_model", TARGETS)
