@@ -16,6 +16,11 @@ from typing import Any
 from trace_summary import summarise
 
 
+def captured_sizes(largest: int) -> list[int]:
+    """Batch sizes that CUDA graphs are captured for: powers of two, and the largest."""
+    return sorted({*(1 << exponent for exponent in range(largest.bit_length())), largest} - {1 << largest.bit_length()})
+
+
 def engine(config: dict[str, Any]) -> Any:
     """The engine: random weights, NEXTN with a chain of `steps` drafts, CUDA graphs, fp8 cache, no radix cache."""
     from sglang.srt.entrypoints.engine import Engine
@@ -24,7 +29,7 @@ def engine(config: dict[str, Any]) -> Any:
         model_path=config["model"], load_format="dummy", skip_tokenizer_init=True, random_seed=1,
         speculative_algorithm="NEXTN", speculative_num_steps=config["steps"], speculative_eagle_topk=1,
         speculative_num_draft_tokens=config["steps"] + 1, kv_cache_dtype="fp8_e4m3",
-        max_running_requests=config["max_batch_size"], cuda_graph_max_bs_decode=config["max_batch_size"],
+        max_running_requests=config["max_batch_size"], cuda_graph_bs_decode=captured_sizes(config["max_batch_size"]),
         disable_prefill_cuda_graph=True, chunked_prefill_size=8192, max_total_tokens=config["max_tokens"],
         mem_fraction_static=0.88, disable_radix_cache=True, sampling_backend="pytorch", grammar_backend="none",
         sleep_on_idle=True, watchdog_timeout=600, log_level="info", decode_log_interval=1000,
