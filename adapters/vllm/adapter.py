@@ -1,11 +1,13 @@
 """The vLLM adapter: probe, install, undo.
 
-One patch, to go when vLLM has it itself (upstream report 54369 and pull request 54790, both open):
+One patch of Model Runner V2, to go when vLLM has it itself (upstream report 54369 and pull request 54790, both open):
 
 - `FlashMLASparseMetadataBuilder`, what Hopper gets for DSA models, has no `update_draft_decode_metadata`. Model Runner V2
   then rebuilds the metadata of every group, and replays a graph, for each draft step. With the method, which only has to
   recompute the request map of the captured metadata, the whole draft becomes one CUDA graph. Everything else in that
   metadata is a view of the runner's persistent buffers, a constant of the captured size, or depends on shapes alone.
+
+Model Runner V1's draft is patched by `v1_proposer`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import installed_version, missing, warn_if_untested
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.adapters.vllm.lazy import WhenImported
+from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -37,6 +40,7 @@ class VllmAdapter:
     def __init__(self) -> None:
         self._watch: WhenImported | None = None
         self._original_init: Callable[..., None] | None = None
+        self._v1 = V1Draft()
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks; empty if it fits. Imports the FlashMLA-sparse backend."""
@@ -52,10 +56,12 @@ class VllmAdapter:
             return ["looked for vLLM, found no such distribution; install vllm 0.32 or later"]
         problems: list[str] = []
         self._watch = WhenImported(capabilities.MODULE, lambda: problems.extend(self._patch(host)))
+        self._v1.install(host)
         return problems
 
     def undo(self) -> None:
-        """Put back the builder's attributes, by identity."""
+        """Put back the builder's attributes, by identity, and those of Model Runner V1's proposer."""
+        self._v1.undo()
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -69,7 +75,7 @@ class VllmAdapter:
         """What is accelerated and what is left alone, for one log line."""
         return (
             f"vllm {installed_version('vllm')}: FlashMLA-sparse joins the fused multi-step draft of Model Runner V2; "
-            "Model Runner V1 and other backends are left alone"
+            "Model Runner V1's draft steps are computed at once; other backends are left alone"
         )
 
     def _patch(self, host: Host) -> list[str]:

@@ -1,0 +1,231 @@
+"""What the draft metadata of Model Runner V1 keeps from step to step, builder by builder.
+
+A draft step has one query token per request, whatever came before. For the builders in `KEPT`, all that then changes
+from step to step are the sequence lengths, and the indexer's DeepGEMM schedule that follows from them; all that changes
+from draft to draft are values in buffers that keep their addresses. So vLLM's own builder is asked once per batch size,
+and its answer is kept, with every buffer that it writes for other batches too replaced by one that only draft steps use.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.probe import Need, missing
+
+INDEXER = "vllm.v1.attention.backends.mla.indexer"
+FLASHMLA_SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """A batch of one query token per request, as kept metadata refers to it.
+
+    Attributes
+    ----------
+    size : int
+        Requests.
+    seq_lens : sequence of int32 tensor [size]
+        Lengths at each draft step, each in a place of its own.
+    block_table : int32 tensor [size, blocks]
+    request_map, ones : int32 tensors [size]
+        0, 1, 2, …: the request of each token; and the query length of each request.
+    """
+
+    size: int
+    seq_lens: Sequence[torch.Tensor]
+    block_table: torch.Tensor
+    request_map: torch.Tensor
+    ones: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KeptSteps:
+    """The metadata of every draft step of one attention group."""
+
+    steps: Sequence[Any]
+    refresh: Callable[[Any], None] | None
+
+    def at(self, step: int, max_seq_len: int) -> Any:
+        """The metadata of a draft step, right for the lengths that are there now."""
+        metadata = self.steps[step]
+        metadata.max_seq_len = max_seq_len
+        if self.refresh is not None:
+            self.refresh(metadata)
+        return metadata
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """How one builder's metadata is kept.
+
+    Attributes
+    ----------
+    needs : tuple of Need
+        What it takes for granted.
+    fields : mapping of str to frozenset of str
+        Every field that the metadata may have, by class name: one that is not known here may change from step to step.
+    refused : callable
+        `refused(builder)`: empty, or why this one is left to vLLM.
+    keep : callable
+        `keep(builder, built, batch)`: the steps, from what vLLM built for the first one; None if they can't be kept.
+    """
+
+    needs: tuple[Need, ...]
+    fields: dict[str, frozenset[str]]
+    refused: Callable[[Any], str]
+    keep: Callable[[Any, Any, DecodeBatch], KeptSteps | None]
+
+
+def keeper_of(group: Any) -> tuple[Keeper | None, str]:
+    """The keeper of an attention group, or None and why vLLM rebuilds its metadata at each draft step."""
+    builder = group.get_metadata_builder()
+    kind = type(builder)
+    keeper = KEPT.get(f"{kind.__module__}.{kind.__qualname__}")
+    if keeper is None:
+        return None, f"{kind.__name__}: {REBUILT.get(kind.__name__, 'not examined')}"
+    if problems := missing(keeper.needs):
+        return None, f"{kind.__name__}: {'; '.join(problems)}"
+    if getattr(group, "kernel_block_size", None) is not None:
+        return None, f"{kind.__name__}: its block table is mapped to kernel blocks anew for every build"
+    problem = keeper.refused(builder) or _unknown_fields(kind.__module__, keeper.fields)
+    return (None, f"{kind.__name__}: {problem}") if problem else (keeper, "")
+
+
+def _unknown_fields(module: str, fields: dict[str, frozenset[str]]) -> str:
+    for path, known in fields.items():
+        owner: Any = importlib.import_module(module)
+        for name in path.split("."):
+            owner = getattr(owner, name)
+        if unknown := sorted({field.name for field in dataclasses.fields(owner)} - known):
+            return f"{path} has fields that are not known here: {', '.join(unknown)}"
+    return ""
+
+
+def _parallel(builder: Any) -> str:
+    for name, meaning in (
+        ("dcp_world_size", "decode context parallelism"),
+        ("pcp_world_size", "prefill context parallelism"),
+    ):
+        if getattr(builder, name, 1) > 1:
+            return f"{meaning} is not covered"
+    return ""
+
+
+def _flashmla_refused(builder: Any) -> str:
+    return _parallel(builder) or ("HiSparse is not covered" if getattr(builder, "use_hisparse", False) else "")
+
+
+def _keep_flashmla(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
+    """Kept: counts, views of the proposer's buffers, the block table, constants, `FlashMLASchedMeta` (shapes alone)."""
+    if built.num_prefills or built.num_decode_tokens != batch.size or built.prefill is not None:
+        return None
+    steps = []
+    for seq_lens in batch.seq_lens:
+        step = copy.copy(built)
+        step.seq_lens = seq_lens
+        step.req_id_per_token = batch.request_map
+        decode = getattr(built.fp8_extra_metadata, "decode", None)
+        if decode is not None:  # separate prefill and decode
+            step.fp8_extra_metadata = copy.copy(built.fp8_extra_metadata)
+            step.fp8_extra_metadata.decode = dataclasses.replace(decode, seq_lens=seq_lens)
+        steps.append(step)
+    return KeptSteps(steps, None)
+
+
+def _indexer_refused(builder: Any) -> str:
+    if builder.compress_ratio > 1:
+        return "a compressed indexer cache has slots of its own, computed anew for every step"
+    return _parallel(builder)
+
+
+def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
+    """Kept: all but lengths and schedule. The block table is the batch's, of which flattening makes a copy."""
+    decode = built.decode
+    if built.prefill is not None or decode is None or built.num_decode_tokens != batch.size:
+        return None
+    if decode.global_seq_lens is not None or decode.block_table.shape != batch.block_table.shape:
+        return None
+    steps = []
+    for seq_lens in batch.seq_lens:
+        step = copy.copy(built)
+        step.seq_lens = seq_lens
+        step.decode = dataclasses.replace(
+            decode,
+            seq_lens=seq_lens.unsqueeze(-1),
+            block_table=batch.block_table,
+            decode_lens=batch.ones,
+            per_req_decode_lens=None if decode.per_req_decode_lens is None else batch.ones,
+            indices=None if decode.indices is None else batch.request_map,
+        )
+        steps.append(step)
+    return KeptSteps(steps, _schedule(builder))
+
+
+def _schedule(builder: Any) -> Callable[[Any], None] | None:
+    """Recomputes DeepGEMM's schedule where the builder has one: it depends on the lengths of each step."""
+    module = importlib.import_module(INDEXER)
+    if not (module.current_platform.is_cuda() and module.has_deep_gemm()):
+        return None
+    block_size, num_sms = builder.kv_cache_spec.num_states, builder.num_sms
+
+    def refresh(metadata: Any) -> None:
+        decode = metadata.decode
+        decode.schedule_metadata = module.get_paged_mqa_logits_metadata(
+            decode.seq_lens, block_size, num_sms, indices=decode.indices
+        )
+
+    return refresh
+
+
+def _names(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+KEPT: dict[str, Keeper] = {
+    f"{FLASHMLA_SPARSE}.FlashMLASparseMetadataBuilder": Keeper(
+        (Need(f"{FLASHMLA_SPARSE}.FlashMLASparseMetadata",
+              ("seq_lens", "req_id_per_token", "max_seq_len", "num_prefills", "num_decode_tokens", "prefill",
+               "fp8_extra_metadata"), "lengths and request map of a draft step"),),
+        {"FlashMLASparseMetadata": _names(
+            "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes num_decode_tokens "
+            "num_prefills causal head_dim prefill decode block_table req_id_per_token seq_lens block_size topk_tokens "
+            "decode_max_query_len prefill_max_seq_len cp_kv_cache_interleave_size fp8_extra_metadata fp8_use_mixed_batch"),
+         "FlashMLASparseMetadata.FP8KernelMetadata": _names("scheduler_metadata dummy_block_table cache_lens"),
+         "FlashMLASparseMetadata.FP8SeparatePrefillDecode": _names(
+             "num_prefills num_decodes num_prefill_tokens num_decode_tokens decode prefill"),
+         "FlashMLASparseMetadata.FP8SeparatePrefillDecode.Decode": _names("seq_lens kernel_metadata decode_query_len")},
+        _flashmla_refused, _keep_flashmla),
+    f"{INDEXER}.DeepseekV32IndexerMetadataBuilder": Keeper(
+        (Need(f"{INDEXER}.DeepseekV32IndexerMetadata", ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"),
+              "lengths of a draft step"),
+         Need(f"{INDEXER}.DeepSeekV32IndexerDecodeMetadata",
+              ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "per_req_decode_lens", "indices",
+               "global_seq_lens"), "lengths and schedule of a draft step"),
+         Need(f"{INDEXER}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
+              "DeepGEMM's schedule of a draft step")),
+        {"DeepseekV32IndexerMetadata": _names(
+            "seq_lens max_seq_len slot_mapping num_decodes num_decode_tokens num_prefills num_prefill_tokens decode prefill "
+            "positions block_table"),
+         "DeepSeekV32IndexerDecodeMetadata": _names(
+             "block_table seq_lens decode_lens requires_padding schedule_metadata global_seq_lens per_req_decode_lens "
+             "decode_is_uniform write_max_decode_len indices")},
+        _indexer_refused, _keep_indexer),
+}  # fmt: skip
+"""Builders (their exact classes) whose metadata is kept."""
+
+REBUILT: dict[str, str] = {
+    "DeepseekV4IndexerMetadataBuilder": "a compressed indexer cache has slots of its own, computed anew for every step",
+    "KpoolTailMetadataBuilder": "its slots come from positions that every step computes anew",
+    "FlashAttentionMetadataBuilder": "its schedule depends on each step's lengths",
+    "FlashInferMetadataBuilder": "it plans on the host from each step's lengths",
+    "FlashMLAMetadataBuilder": "its tile schedule depends on each step's lengths",
+    "TritonMLAMetadataBuilder": "dense MLA metadata takes lengths from the host",
+}
+"""Builders that vLLM asks again at every draft step, and why."""

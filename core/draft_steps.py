@@ -1,0 +1,168 @@
+"""Where the draft steps of a batch are: position, KV slot and sequence length of every request at every step.
+
+They follow from where the requests are now and from their block table, so that one launch gives those of all steps.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nsa_plugin.core.api import Impl, resolve_impl
+from nsa_plugin.core.batch import BlockTable
+from nsa_plugin.core.errors import InvalidTypeError, reject
+from nsa_plugin.core.validation import INTEGERS
+
+BLOCK = 128
+"""Rows that a program of the kernel takes through all steps."""
+
+
+class PastEnd(enum.Enum):
+    """What becomes of a request whose next position would be `max_model_len` or more."""
+
+    PAD = "pad"
+    """Position 0, length 1 and the padding slot; the step after goes on from there (vLLM's Model Runner V1)."""
+    CLAMP = "clamp"
+    """It stays at the last position, with the length and the slot that go with it (vLLM's Model Runner V2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """How far a draft goes.
+
+    Parameters
+    ----------
+    max_model_len : int >= 1
+        Positions that a request can have; also the longest length.
+    past_end : PastEnd
+    padding_slot : int
+        The slot that means "write nowhere".
+    """
+
+    max_model_len: int
+    past_end: PastEnd
+    padding_slot: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStep:
+    """Destination of one draft step.
+
+    Parameters
+    ----------
+    positions : int64 tensor [>= batch_size], contiguous
+    slots : int64 tensor [>= num_rows], contiguous
+        Rows from `batch_size` to `num_rows` (padding of a CUDA graph) get the padding slot.
+    seq_lens : int32 tensor [>= batch_size], contiguous
+        Tokens that the step's query sees, itself included.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+FillDraftSteps = Callable[[torch.Tensor, torch.Tensor, BlockTable, int, int], None]
+"""`fill(positions, seq_lens, table, batch_size, num_rows)`, see `bind_draft_steps`."""
+
+
+def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: Impl = "auto") -> FillDraftSteps:
+    """Bind the destinations of consecutive draft steps; the result fills all of them, with Triton in one launch.
+
+    The returned `fill(positions, seq_lens, table, batch_size, num_rows)` takes positions (int32 or int64
+    [>= batch_size], any stride) and lengths (the same) of the step before the first, and the block table of the batch.
+    Step i is step i - 1 moved on by one token. It checks nothing, syncs nothing and allocates nothing with Triton.
+    Sources may be destinations of a single step (an update in place).
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        A destination has another dtype, device or layout than `DraftStep` says, or `limits` make no sense.
+    UnavailableError
+        `impl` can't run here.
+    """
+    _check(steps, limits)
+    device = steps[0].positions.device
+    if resolve_impl(impl, device) == "reference":
+        return lambda *batch: fill_reference(steps, limits, *batch)
+    from nsa_plugin.core.draft_kernels import draft_steps_kernel
+
+    addresses = [[step.positions.data_ptr(), step.slots.data_ptr(), step.seq_lens.data_ptr()] for step in steps]
+    records = torch.tensor(addresses, dtype=torch.int64).to(device)
+    pad = limits.past_end is PastEnd.PAD
+
+    def fill(
+        positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int, num_rows: int
+    ) -> None:
+        blocks = table.block_table
+        draft_steps_kernel[(-(-num_rows // BLOCK),)](
+            positions, seq_lens, blocks, records,
+            positions.stride(0), seq_lens.stride(0), *blocks.stride(), len(steps), batch_size, num_rows, blocks.shape[1],
+            table.block_size, limits.max_model_len, limits.padding_slot, PAD=pad, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    return fill
+
+
+def fill_reference(
+    steps: Sequence[DraftStep],
+    limits: DraftLimits,
+    positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+    table: BlockTable,
+    batch_size: int,
+    num_rows: int,
+) -> None:
+    """The definition, in plain torch. See `bind_draft_steps`."""
+    position, length = positions[:batch_size].long(), seq_lens[:batch_size].long()
+    blocks, block_size = table.block_table[:batch_size], table.block_size
+    for step in steps:
+        position = position + 1
+        length = (length + 1).clamp(max=limits.max_model_len)
+        past = position >= limits.max_model_len
+        pad = past if limits.past_end is PastEnd.PAD else torch.zeros_like(past)
+        position = torch.where(pad, 0, position.clamp(max=limits.max_model_len - 1))
+        length = torch.where(pad, 1, length)
+        column = (position // block_size).clamp(max=blocks.shape[1] - 1)
+        block = blocks.gather(1, column[:, None])[:, 0].long()
+        slot = torch.where(pad, limits.padding_slot, block * block_size + position % block_size)
+        step.positions[:batch_size] = position
+        step.slots[:batch_size] = slot
+        step.slots[batch_size:num_rows] = limits.padding_slot
+        step.seq_lens[:batch_size] = length
+
+
+def check_source(positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int) -> None:
+    """Raise unless `fill` can read a batch of `batch_size` requests from these tensors (shapes and dtypes, no values)."""
+    for name, tensor, dims in (
+        ("positions", positions, 1),
+        ("seq_lens", seq_lens, 1),
+        ("block_table", table.block_table, 2),
+    ):
+        if tensor.dtype not in INTEGERS:
+            reject(name, "int32 or int64", tensor.dtype, error=InvalidTypeError)
+        if tensor.dim() != dims or tensor.shape[0] < batch_size:
+            reject(name, f"{dims} dimension(s), the first >= batch_size ({batch_size})", tuple(tensor.shape))
+    if table.block_table.shape[1] < 1 or table.block_size < 1:
+        reject("block_table", "at least one block of at least one token", tuple(table.block_table.shape))
+
+
+def _check(steps: Sequence[DraftStep], limits: DraftLimits) -> None:
+    if not steps:
+        reject("steps", "at least one draft step", "none")
+    if limits.max_model_len < 1:
+        reject("limits.max_model_len", "at least 1", limits.max_model_len)
+    device = steps[0].positions.device
+    for index, step in enumerate(steps):
+        for name, dtype in (("positions", torch.int64), ("slots", torch.int64), ("seq_lens", torch.int32)):
+            tensor: torch.Tensor = getattr(step, name)
+            field = f"steps[{index}].{name}"
+            if tensor.dtype != dtype:
+                reject(field, dtype, tensor.dtype, error=InvalidTypeError)
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                reject(field, "a contiguous vector", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+            if tensor.device != device:
+                reject(field, f"a tensor on {device}", tensor.device)
