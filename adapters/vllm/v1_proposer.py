@@ -302,7 +302,9 @@ class DraftSteps:
         self._bound.clear()
         self._capacity = -(-num_rows // ROUND) * ROUND
         with torch.inference_mode(False):  # they are written in and outside of it
-            self._rows = [DraftStep(*map(self._zeros, (torch.int64, torch.int64, torch.int32))) for _ in range(self._most_steps)]
+            self._rows = [
+                DraftStep(*map(self._zeros, (torch.int64, torch.int64, torch.int32))) for _ in range(self._most_steps)
+            ]
             self._ones = self._zeros(torch.int32) + 1
         self._rows[0] = DraftStep(self._positions, self._slots, self._rows[0].seq_lens)
 

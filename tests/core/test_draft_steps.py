@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps, check_source
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError
@@ -32,7 +35,7 @@ class Case:
     num_steps: int
     limits: DraftLimits
 
-    def filled(self, impl: str) -> list[DraftStep]:
+    def filled(self, impl: Impl) -> list[DraftStep]:
         """The steps, in buffers that were poisoned and are longer than need be."""
         size = self.num_rows + 2
         steps = [
@@ -40,7 +43,7 @@ class Case:
             for _ in range(self.num_steps)
         ]
         check_source(self.positions, self.seq_lens, self.table, self.batch_size)
-        fill = bind_draft_steps(steps, self.limits, impl=impl)  # type: ignore[arg-type]
+        fill = bind_draft_steps(steps, self.limits, impl=impl)
         fill(self.positions, self.seq_lens, self.table, self.batch_size, self.num_rows)
         return steps
 
@@ -64,7 +67,9 @@ class Case:
                 if padded:
                     position, length = 0, 1
                 position = min(position, longest - 1)
-                block = int(self.table.block_table[row, min(position // block_size, self.table.block_table.shape[1] - 1)])
+                block = int(
+                    self.table.block_table[row, min(position // block_size, self.table.block_table.shape[1] - 1)]
+                )
                 slot = block * block_size + position % block_size
                 step.positions[row], step.seq_lens[row] = position, length
                 step.slots[row] = self.limits.padding_slot if padded else slot
@@ -79,7 +84,7 @@ def strided(values: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 @st.composite
-def cases(draw: Callable[..., int]) -> Case:
+def cases(draw: Callable[..., Any]) -> Case:
     """Any lengths, block sizes and strides; near and past the end often."""
     batch_size, padding = draw(st.integers(0, 9)), draw(st.integers(0, 5))
     longest = draw(st.sampled_from([1, 2, 7, 64, 1000]))
@@ -140,12 +145,12 @@ def test_more_rows_than_a_program_takes() -> None:
 def test_past_the_end() -> None:
     """In words: V1 starts again at the front and writes nowhere, once; V2 stays at the last position."""
     table = BlockTable(torch.tensor([[5, 6]]), 4)
-    at_end = (torch.tensor([7]), torch.tensor([8]), table, 1, 1, 3)
-    first, second, third = Case(*at_end, DraftLimits(8, PastEnd.PAD)).filled("reference")
+    at_end = partial(Case, torch.tensor([7]), torch.tensor([8]), table, 1, 1, 3)
+    first, second, third = at_end(DraftLimits(8, PastEnd.PAD)).filled("reference")
     assert [int(first.positions[0]), int(first.slots[0]), int(first.seq_lens[0])] == [0, -1, 1]
     assert [int(second.positions[0]), int(second.slots[0]), int(second.seq_lens[0])] == [1, 21, 2]
     assert [int(third.positions[0]), int(third.slots[0]), int(third.seq_lens[0])] == [2, 22, 3]
-    for step in Case(*at_end, DraftLimits(8, PastEnd.CLAMP)).filled("reference"):
+    for step in at_end(DraftLimits(8, PastEnd.CLAMP)).filled("reference"):
         assert [int(step.positions[0]), int(step.slots[0]), int(step.seq_lens[0])] == [7, 27, 8]
 
 

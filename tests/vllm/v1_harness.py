@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton.runtime import interpreter
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context
@@ -43,7 +44,9 @@ class DraftModel(torch.nn.Module):
         """Record one step."""
         if self.watch:
             context = get_forward_context()
-            step: Step = {"positions": positions.clone(), "context slots": context.slot_mapping[ATTENTION].clone()}
+            slots = context.slot_mapping[ATTENTION]
+            step: Step = {"positions": positions.clone(), "context slots": slots.clone()}
+            step["addresses that a CUDA graph reads"] = (positions.data_ptr(), slots.data_ptr())
             step["layers"] = sorted(context.attn_metadata)
             for name in (ATTENTION, INDEX):
                 step.update(fields(name.rsplit(".", 1)[1], context.attn_metadata[name]))
@@ -53,6 +56,17 @@ class DraftModel(torch.nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Always token 7."""
         return torch.nn.functional.one_hot(torch.full((hidden.shape[0],), 7, device=hidden.device), 512).float()
+
+
+class Unpinned:
+    """`torch`, for a module that asks for pinned memory, which a machine without a GPU has not."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *size: Any, pin_memory: bool = False, **keywords: Any) -> torch.Tensor:
+        """Not pinned."""
+        return torch.zeros(*size, **keywords)
 
 
 def fields(prefix: str, value: Any) -> Step:
@@ -94,13 +108,19 @@ class V1Draft:
 
     def __init__(self, cache_dtype: str, heads: int, tokens: int, device: str = "cpu", **settings: Any) -> None:
         self.device = torch.device(device)
-        if cache_dtype != "auto" and device == "cpu":  # the compiled FlashMLA is absent: its scheduler object does without
+        if (
+            cache_dtype != "auto" and device == "cpu"
+        ):  # the compiled FlashMLA is absent: its scheduler object does without
             sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
             from vllm.third_party.flashmla import flash_mla_interface
 
             flashmla_sparse.get_mla_metadata = flash_mla_interface.get_mla_metadata
             flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
-        overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}
+            flashmla_sparse.torch = Unpinned()
+        overrides = {
+            "num_attention_heads": heads, "num_key_value_heads": heads,
+            "max_position_embeddings": settings.get("max_model_len", 1024),
+        }  # fmt: skip
         arguments: dict[str, Any] = {
             "model": str(Path(__file__).parent / "tiny_dsv32"), "skip_tokenizer_init": True, "max_model_len": 1024,
             "max_num_seqs": 64, "max_num_batched_tokens": 1024, "block_size": BLOCK_SIZE, "dtype": "bfloat16",
@@ -151,34 +171,45 @@ class V1Draft:
             is_prefilling=torch.zeros(size, dtype=torch.bool), seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
         )  # fmt: skip
 
-    def propose(
+    def proposal(
         self,
         lengths: Sequence[int],
         rejected: Sequence[int] | None,
         first_block: int,
         queries: Sequence[int] | None = None,
         tokens: int | None = None,
-    ) -> list[Step]:
-        """Draft for a batch whose target forward has run; what each draft step after the first forward saw.
+    ) -> Callable[[], torch.Tensor]:
+        """The proposer's call for a batch whose target forward has run; to be made once.
 
         `rejected` None stands for an unpadded drafter batch.
         """
         size = len(lengths)
-        queries = [self.tokens + 1] * size if queries is None else queries
-        batch = self.batch(lengths, first_block, queries)
-        self.last_batch = batch
-        total = batch.num_actual_tokens
+        batch = self.batch(lengths, first_block, [self.tokens + 1] * size if queries is None else queries)
+        self.last_batch, total = batch, batch.num_actual_tokens
+        for buffer in (self.proposer.positions, self.proposer._slot_mapping_buffer):
+            buffer.zero_()  # rows that pad a CUDA graph keep what earlier batches left
         dropped = None if rejected is None else torch.tensor(rejected, dtype=torch.int32, device=self.device)
-        to_sample = None if dropped is None else batch.query_start_loc[1:] - 1 - dropped
+        arguments = (
+            self.tokens if tokens is None else tokens, torch.zeros(total, dtype=torch.int32, device=self.device),
+            batch.positions, torch.randn(total, HIDDEN, device=self.device).bfloat16(),
+            torch.zeros(size, dtype=torch.int32, device=self.device),
+            None if dropped is None else batch.query_start_loc[1:] - 1 - dropped, batch,
+            SimpleNamespace(all_greedy=True, temperature=None),
+        )  # fmt: skip
+
+        def propose() -> torch.Tensor:
+            with set_current_vllm_config(self.config):
+                drafted: torch.Tensor = self.proposer.propose(*arguments, num_rejected_tokens_gpu=dropped)
+            return drafted
+
+        return propose
+
+    def propose(self, lengths: Sequence[int], *arguments: Any, **keywords: Any) -> list[Step]:
+        """Make a `proposal`; what each draft step after the first forward saw."""
+        propose = self.proposal(lengths, *arguments, **keywords)
         self.model.seen.clear()
-        with set_current_vllm_config(self.config):
-            drafted = self.proposer.propose(
-                self.tokens if tokens is None else tokens,
-                torch.zeros(total, dtype=torch.int32, device=self.device), batch.positions,
-                torch.randn(total, HIDDEN, device=self.device).bfloat16(), torch.zeros(size, dtype=torch.int32, device=self.device),
-                to_sample, batch, SimpleNamespace(all_greedy=True, temperature=None), num_rejected_tokens_gpu=dropped,
-            )  # fmt: skip
-        assert drafted.shape == (size, self.tokens if tokens is None else tokens)
+        drafted = propose()
+        assert drafted.shape == (len(lengths), self.proposer.num_speculative_tokens)
         return self.model.seen[1:]
 
 
@@ -226,3 +257,20 @@ def emulate_cuda(setattr_: Callable[..., None], family: int) -> None:
     setattr_(indexer, "has_deep_gemm", lambda: True)
     setattr_(indexer, "get_paged_mqa_logits_metadata", fake_schedule)
     setattr_(indexer, "native_next_n_supported", lambda n: n in (1, 2, 4) if family == 90 else True)
+    if family == 100:
+        _accept_splatted_masks(setattr_)
+
+
+def _accept_splatted_masks(setattr_: Callable[..., None]) -> None:
+    """Triton's interpreter splats a scalar bool to bytes, and then refuses masks that a kernel makes of it."""
+    builder = interpreter.InterpreterBuilder
+
+    def accepting(original: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def access(self: Any, *arguments: Any) -> Any:
+            arguments[at].data = arguments[at].data.astype(bool)
+            return original(self, *arguments)
+
+        return access
+
+    setattr_(builder, "create_masked_load", accepting(builder.create_masked_load, 1))
+    setattr_(builder, "create_masked_store", accepting(builder.create_masked_store, 2))
