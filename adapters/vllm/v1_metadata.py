@@ -20,6 +20,7 @@ import torch
 from nsa_plugin.adapters.probe import Need, missing
 
 INDEXER = "vllm.v1.attention.backends.mla.indexer"
+FLASHINFER_SPARSE = "vllm.v1.attention.backends.mla.flashinfer_mla_sparse"
 FLASHMLA_SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
 
 
@@ -118,11 +119,13 @@ def _parallel(builder: Any) -> str:
     return ""
 
 
-def _flashmla_refused(builder: Any) -> str:
-    return _parallel(builder) or ("HiSparse is not covered" if getattr(builder, "use_hisparse", False) else "")
+def _sparse_refused(builder: Any) -> str:
+    settings = builder.vllm_config.attention_config
+    hisparse = getattr(settings, "hisparse_config", None) is not None
+    return _parallel(builder) or ("HiSparse is not covered" if hisparse else "")
 
 
-def _keep_flashmla(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
+def _keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
     """Kept: counts, views of the proposer's buffers, the block table, constants, `FlashMLASchedMeta` (shapes alone)."""
     if built.num_prefills or built.num_decode_tokens != batch.size or built.prefill is not None:
         return None
@@ -131,8 +134,8 @@ def _keep_flashmla(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | 
         step = copy.copy(built)
         step.seq_lens = seq_lens
         step.req_id_per_token = batch.request_map
-        decode = getattr(built.fp8_extra_metadata, "decode", None)
-        if decode is not None:  # separate prefill and decode
+        decode = getattr(getattr(built, "fp8_extra_metadata", None), "decode", None)
+        if decode is not None:  # FlashMLA with separate prefill and decode
             step.fp8_extra_metadata = copy.copy(built.fp8_extra_metadata)
             step.fp8_extra_metadata.decode = dataclasses.replace(decode, seq_lens=seq_lens)
         steps.append(step)
@@ -188,20 +191,35 @@ def _names(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+SPARSE_FIELDS = _names(
+    "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes num_decode_tokens num_prefills "
+    "causal head_dim prefill decode block_table req_id_per_token seq_lens block_size topk_tokens decode_max_query_len "
+    "prefill_max_seq_len cp_kv_cache_interleave_size"
+)
+"""Of `SparseMLACommonMetadata`."""
+
+
+def _sparse(metadata: str, fields: dict[str, frozenset[str]]) -> Keeper:
+    needs = ("seq_lens", "req_id_per_token", "max_seq_len", "num_prefills", "num_decode_tokens", "prefill")
+    return Keeper(
+        (Need(metadata, needs, "lengths and request map of a draft step"),), fields, _sparse_refused, _keep_sparse
+    )
+
+
+_flashinfer = _sparse(
+    f"{FLASHINFER_SPARSE}.FlashInferMLASparseMetadata", {"FlashInferMLASparseMetadata": SPARSE_FIELDS}
+)
+
 KEPT: dict[str, Keeper] = {
-    f"{FLASHMLA_SPARSE}.FlashMLASparseMetadataBuilder": Keeper(
-        (Need(f"{FLASHMLA_SPARSE}.FlashMLASparseMetadata",
-              ("seq_lens", "req_id_per_token", "max_seq_len", "num_prefills", "num_decode_tokens", "prefill",
-               "fp8_extra_metadata"), "lengths and request map of a draft step"),),
-        {"FlashMLASparseMetadata": _names(
-            "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes num_decode_tokens "
-            "num_prefills causal head_dim prefill decode block_table req_id_per_token seq_lens block_size topk_tokens "
-            "decode_max_query_len prefill_max_seq_len cp_kv_cache_interleave_size fp8_extra_metadata fp8_use_mixed_batch"),
+    f"{FLASHMLA_SPARSE}.FlashMLASparseMetadataBuilder": _sparse(
+        f"{FLASHMLA_SPARSE}.FlashMLASparseMetadata",
+        {"FlashMLASparseMetadata": SPARSE_FIELDS | {"fp8_extra_metadata", "fp8_use_mixed_batch"},
          "FlashMLASparseMetadata.FP8KernelMetadata": _names("scheduler_metadata dummy_block_table cache_lens"),
          "FlashMLASparseMetadata.FP8SeparatePrefillDecode": _names(
              "num_prefills num_decodes num_prefill_tokens num_decode_tokens decode prefill"),
-         "FlashMLASparseMetadata.FP8SeparatePrefillDecode.Decode": _names("seq_lens kernel_metadata decode_query_len")},
-        _flashmla_refused, _keep_flashmla),
+         "FlashMLASparseMetadata.FP8SeparatePrefillDecode.Decode": _names("seq_lens kernel_metadata decode_query_len")}),
+    f"{FLASHINFER_SPARSE}.FlashInferMLASparseMetadataBuilder": _flashinfer,
+    f"{FLASHINFER_SPARSE}.FlashInferMLASparseTRTLLMMetadataBuilder": _flashinfer,
     f"{INDEXER}.DeepseekV32IndexerMetadataBuilder": Keeper(
         (Need(f"{INDEXER}.DeepseekV32IndexerMetadata", ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"),
               "lengths of a draft step"),
@@ -221,11 +239,11 @@ KEPT: dict[str, Keeper] = {
 """Builders (their exact classes) whose metadata is kept."""
 
 REBUILT: dict[str, str] = {
-    "DeepseekV4IndexerMetadataBuilder": "a compressed indexer cache has slots of its own, computed anew for every step",
+    "FlashAttnMLASparseMetadataBuilder": "not shown right: it needs compiled kernels to be imported",
+    "FlashInferMLASparseSM90Builder": "it plans on the host from each step's lengths",
     "KpoolTailMetadataBuilder": "its slots come from positions that every step computes anew",
     "FlashAttentionMetadataBuilder": "its schedule depends on each step's lengths",
     "FlashInferMetadataBuilder": "it plans on the host from each step's lengths",
     "FlashMLAMetadataBuilder": "its tile schedule depends on each step's lengths",
-    "TritonMLAMetadataBuilder": "dense MLA metadata takes lengths from the host",
 }
-"""Builders that vLLM asks again at every draft step, and why."""
+"""Builders that vLLM asks again at every draft step, and why; those in neither table have not been examined."""

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
+from vllm.v1.attention.backends.mla import flashinfer_mla_sparse, flashmla_sparse, indexer
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
@@ -107,6 +107,16 @@ def test_every_step_equals_a_rebuild(install: Install, family: int, layout: str,
     assert_same(want, proposals(draft))
     assert_same(want, proposals(draft))  # from what was kept
     assert not host.fallbacks
+
+
+@pytest.mark.parametrize("backend", ["FlashInferMLASparseSM120Backend", "FlashInferMLASparseTRTLLMBackend"])
+def test_flashinfers_sparse_attention(install: Install, family: int, backend: str) -> None:
+    draft = V1Draft("auto", 4, 3, attention=getattr(flashinfer_mla_sparse, backend))
+    want = reference(draft)
+    host = install()
+    assert_same(want, proposals(draft))
+    assert_same(want, proposals(draft))
+    assert all(keeper_of(group)[0] is not None for group in draft.proposer.draft_attn_groups) and not host.fallbacks
 
 
 def test_stock_vllm_is_wrong_and_is_no_reference(install: Install, hopper: None) -> None:
@@ -429,7 +439,7 @@ def test_a_proposer_with_methods_of_its_own_is_left_alone(install: Install) -> N
     ("group", "attributes", "reason"),
     [
         (0, {"dcp_world_size": 2}, "decode context parallelism"),
-        (0, {"use_hisparse": True}, "HiSparse"),
+        (0, {"vllm_config": SimpleNamespace(attention_config=SimpleNamespace(hisparse_config=object()))}, "HiSparse"),
         (1, {"pcp_world_size": 2}, "prefill context parallelism"),
         (1, {"compress_ratio": 4}, "compressed indexer cache"),
     ],

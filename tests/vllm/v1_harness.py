@@ -103,10 +103,19 @@ class V1Draft:
     heads : 4 (fp8: mixed batches) or 64 (fp8: separate prefill and decode)
     tokens : speculative tokens
     device : where its tensors are
+    attention : attention backend
     settings : further engine arguments
     """
 
-    def __init__(self, cache_dtype: str, heads: int, tokens: int, device: str = "cpu", **settings: Any) -> None:
+    def __init__(
+        self,
+        cache_dtype: str,
+        heads: int,
+        tokens: int,
+        device: str = "cpu",
+        attention: Any = flashmla_sparse.FlashMLASparseBackend,
+        **settings: Any,
+    ) -> None:
         self.device = torch.device(device)
         if (
             cache_dtype != "auto" and device == "cpu"
@@ -139,7 +148,7 @@ class V1Draft:
             groups = [
                 AttentionGroup(backend, [name], MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=size, dtype=dtype), 0)
                 for backend, name, size, dtype in (
-                    (flashmla_sparse.FlashMLASparseBackend, ATTENTION, 576, torch.bfloat16),
+                    (attention, ATTENTION, 576, torch.bfloat16),
                     (indexer.DeepseekV32IndexerBackend, INDEX, 132, torch.uint8),
                 )
             ]  # fmt: skip
