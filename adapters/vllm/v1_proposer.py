@@ -235,6 +235,8 @@ class DraftSteps:
         self._most_steps = max(1, proposer.speculative_config.num_speculative_tokens - 1)
         self._positions, self._slots = proposer.positions, proposer._slot_mapping_buffer
         self._request_map = proposer.arange
+        self._keepers = [keeper_of(group)[0] for group in proposer.draft_attn_groups]
+        self._fills: dict[int, FillDraftSteps] = {}
         self._bound: dict[tuple[Any, ...], _Bound] = {}
         self._current: _Bound | None = None
         self._step = 0
@@ -285,7 +287,10 @@ class DraftSteps:
         built: list[Any] = [None] * len(groups)
         if current.groups is None:
             built = [_build(group, batch, draft_index) for group in groups]
-            current.groups = [_keep(group, made, current.batch) for group, made in zip(groups, built, strict=True)]
+            current.groups = [
+                None if keeper is None else keeper.keep(group.get_metadata_builder(), made, current.batch)
+                for keeper, group, made in zip(self._keepers, groups, built, strict=True)
+            ]
             current.rebuilds = None in current.groups
         per_group, per_layer = [], {}
         for group, kept, made in zip(groups, current.groups, built, strict=True):
@@ -300,6 +305,7 @@ class DraftSteps:
     def _allocate(self, num_rows: int) -> None:
         """Rows for every step, and what kept metadata refers to beside them."""
         self._bound.clear()
+        self._fills.clear()
         self._capacity = -(-num_rows // ROUND) * ROUND
         with torch.inference_mode(False):  # they are written in and outside of it
             self._rows = [
@@ -338,18 +344,15 @@ class DraftSteps:
         parts = DecodeBatch(
             batch_size, seq_lens, blocks[:batch_size], self._request_map[:batch_size], self._ones[:batch_size]
         )
-        fill, slots = bind_draft_steps(rows, self._limits), self._slots[:batch_size]
-        self._bound[key] = bound = _Bound(fill, seq_lens, sources[0], sources, slots, parts)
+        if num_steps not in self._fills:
+            self._fills[num_steps] = bind_draft_steps(rows, self._limits)
+        bound = _Bound(self._fills[num_steps], seq_lens, sources[0], sources, self._slots[:batch_size], parts)
+        self._bound[key] = bound
         return bound
 
 
 def _build(group: Any, batch: Any, draft_index: int) -> Any:
     return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
-
-
-def _keep(group: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
-    keeper, _ = keeper_of(group)
-    return None if keeper is None else keeper.keep(group.get_metadata_builder(), built, batch)
 
 
 def _padding_slot() -> int:

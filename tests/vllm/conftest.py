@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
+    from nsa_plugin.host import Host
 
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -13,3 +21,39 @@ os.environ["VLLM_PLUGINS"] = ""  # the tests themselves say when the plugin is i
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def install_v1() -> Iterator[Callable[[], Host]]:
+    """Patches Model Runner V1's proposer; undoes it after the test."""
+    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
+    from nsa_plugin.host import Host
+
+    patches: list[V1Draft] = []
+
+    def install() -> Host:
+        host = Host()
+        patches.append(V1Draft())
+        patches[-1].install(host)
+        return host
+
+    yield install
+    for patch in patches:
+        patch.undo()
+
+
+@pytest.fixture(params=[90, 100])
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The indexer builder's branches for Hopper or Blackwell, with a stand-in for DeepGEMM."""
+    from tests.vllm.v1_harness import emulate_cuda
+
+    emulate_cuda(monkeypatch.setattr, request.param)
+    return int(request.param)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The indexer builder's branches for Hopper."""
+    from tests.vllm.v1_harness import emulate_cuda
+
+    emulate_cuda(monkeypatch.setattr, 90)

@@ -29,6 +29,16 @@ ATTENTION = "model.layers.2.mtp_block.self_attn.attn"
 INDEX = "model.layers.2.mtp_block.self_attn.indexer.k_cache"
 BLOCK_SIZE, BLOCKS, HIDDEN = 64, 16, 128
 Step = dict[str, Any]
+LAYOUTS = {"bf16": ("auto", 4), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
+BATCHES: tuple[tuple[Any, ...], ...] = (
+    ([100, 107, 126], [1, 0, 2], 1),
+    ([63, 64, 700], [0, 0, 0], 70),  # the same shape, other blocks
+    ([300], [1], 140),
+    ([1000, 1019, 1024, 12], [0, 1, 0, 2], 7),  # past the model's maximal length, at different steps
+    ([1022, 1023, 1024], [0, 0, 0], 7),
+    ([200, 64, 90], None, 11, [1, 4, 2]),  # unpadded drafter batch
+    ([200, 64, 90, 333], [0, 0, 0, 0], 11, [1, 3, 64, 333]),  # two requests are in prefill
+)
 
 
 class DraftModel(torch.nn.Module):
@@ -238,6 +248,27 @@ def caches_cleared() -> Iterator[None]:
         yield
     finally:
         owner.build_per_group_and_layer_attn_metadata = original
+
+
+def proposals(draft: V1Draft, batches: Any = BATCHES) -> list[Step]:
+    """What every draft step of every batch saw; no more tokens are rejected than there are."""
+    seen = []
+    for lengths, rejected, *rest in batches:
+        fewer = None if rejected is None else [min(count, draft.tokens) for count in rejected]
+        seen += draft.propose(lengths, fewer, *rest)
+    return seen
+
+
+def reference(draft: V1Draft, batches: Any = BATCHES) -> list[Step]:
+    """vLLM's own rebuild at every step."""
+    with caches_cleared():
+        return proposals(draft, batches)
+
+
+def assert_same(want: list[Step], have: list[Step]) -> None:
+    """Every field of every draft step."""
+    for index, (theirs, ours) in enumerate(zip(want, have, strict=True)):
+        assert not (wrong := differing(theirs, ours)), f"step {index}: {wrong}"
 
 
 def fake_schedule(context_lens: torch.Tensor, block_size: int, num_sms: int, indices: Any = None) -> torch.Tensor:
