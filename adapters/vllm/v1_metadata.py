@@ -126,7 +126,11 @@ def _sparse_refused(builder: Any) -> str:
 
 
 def _keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
-    """Kept: counts, views of the proposer's buffers, the block table, constants, `FlashMLASchedMeta` (shapes alone)."""
+    """Kept: counts, views of the proposer's buffers, the block table, constants, and FlashMLA's scheduler object.
+
+    FlashMLA lets that object be reused while shapes, `cache_seqlens` and `topk_length` stay the same: vLLM passes a
+    constant for the one and nothing for the other.
+    """
     if built.num_prefills or built.num_decode_tokens != batch.size or built.prefill is not None:
         return None
     steps = []

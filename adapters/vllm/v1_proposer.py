@@ -1,6 +1,7 @@
 """Model Runner V1's draft: positions, slots and lengths of all steps in one launch, metadata kept instead of rebuilt.
 
-One patch, of two methods of `SpecDecodeBaseProposer`, to go with Model Runner V1 (upstream has no report of either):
+One patch, of two methods of `SpecDecodeBaseProposer`, to go with Model Runner V1. (Upstream pull request 39632 proposed
+to keep metadata across draft steps and was closed; a report of the stale request map was not found.)
 
 - `_update_positions_dependent_metadata`, once per draft step, launches a kernel that moves positions, slots and lengths
   on by one token. They are known from the start: here the first step computes those of all, and the others copy theirs
