@@ -56,7 +56,8 @@ class VllmAdapter:
             return ["looked for vLLM, found no such distribution; install vllm 0.32 or later"]
         problems: list[str] = []
         self._watch = WhenImported(capabilities.MODULE, lambda: problems.extend(self._patch(host)))
-        self._v1.install(host)
+        if not problems:
+            self._v1.install(host)
         return problems
 
     def undo(self) -> None:
