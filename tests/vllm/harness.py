@@ -80,6 +80,11 @@ class DraftModel(torch.nn.Module):
         if index.decode is not None:
             step["indexer lengths"] = index.decode.seq_lens.flatten()
             step["indexer blocks"] = index.decode.block_table[:, :16]
+            step["query tokens"] = index.decode.decode_lens
+            step["query tokens per request"] = index.decode.per_req_decode_lens
+            step["indices"] = index.decode.indices
+            if indexer.has_deep_gemm() and indexer.current_platform.is_cuda():
+                step["schedule"] = index.decode.schedule_metadata[None]  # whole in every row
         self.seen.append({name: value.clone() for name, value in step.items() if value is not None})
         return hidden_states.clone(), hidden_states.clone()
 
