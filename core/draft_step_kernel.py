@@ -26,10 +26,11 @@ def draft_step_kernel(
     actual = tl.load(query_start_loc + num_rows)
     if row >= num_rows:
         chunks = tl.cdiv(capacity, BLOCK)
-        group = (row - num_rows) // chunks
-        slot = (row - num_rows - group * chunks) * BLOCK + tl.arange(0, BLOCK)
-        padding = (slot >= actual) & (slot < capacity)
-        tl.store(slot_mapping + group.to(tl.int64) * slot_stride + slot, PAD, mask=padding)
+        padded = (row - num_rows) // chunks
+        tail = (row - num_rows - padded * chunks) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(
+            slot_mapping + padded.to(tl.int64) * slot_stride + tail, PAD, mask=(tail >= actual) & (tail < capacity)
+        )
         return
     if SLOTS:
         exists = row < actual

@@ -63,10 +63,9 @@ class Step:
         if not request_maps and not indexers:
             raise Uncovered("no attention group that this update knows")
         buffers = speculator.input_buffers
-        rows = DraftRows(
-            num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping
-        )
-        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"  # interpreted too, as vLLM's own kernels
+        rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
+        # On a CPU too where Triton interprets, as vLLM's own kernels then do.
+        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
         self._update = DraftStepUpdate(rows, slot_groups(speculator.block_tables), request_maps, indexers, impl=impl)
 
     def run(self) -> None:
@@ -184,8 +183,9 @@ def _schedule(builder: Any, decode: Any) -> Callable[[], None]:
             decode.seq_lens, builder.kv_cache_spec.num_states, builder.num_sms, indices=decode.indices
         )
         if schedule.shape != decode.schedule_metadata.shape:
-            raise RuntimeError(f"a schedule of shape {tuple(schedule.shape)}, not {tuple(decode.schedule_metadata.shape)}")
+            raise RuntimeError(
+                f"a schedule of shape {tuple(schedule.shape)}, not {tuple(decode.schedule_metadata.shape)}"
+            )
         decode.schedule_metadata = schedule
 
     return compute
-

@@ -98,7 +98,9 @@ def test_an_error_of_ours_leaves_vllms_results_right(
     def planted(query_start_loc: Any, out: Any, num_mapped_tokens: int, num_tokens: int) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(capabilities, "uncovered_speculator", lambda speculator: "the builder's own update is tested here")
+    monkeypatch.setattr(
+        capabilities, "uncovered_speculator", lambda speculator: "the builder's own update is tested here"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(metadata, "compute_token_to_req_indices", planted)
         host, _ = install()
