@@ -8,7 +8,7 @@ Patches, each to go when vLLM has it itself:
   metadata is a view of the runner's persistent buffers, a constant of the captured size, or depends on shapes alone.
   (Upstream report 54369 and pull request 54790, both open.)
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
-  in place of one launch for the slots and one to six for each attention group (see `draft_step`; not proposed upstream).
+  in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import capabilities, draft_step
+from nsa_plugin.adapters.vllm import capabilities, v2_step
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 
@@ -104,7 +104,7 @@ class VllmAdapter:
 
     def _patch_step(self, host: Host) -> None:
         speculator = pkgutil.resolve_name(capabilities.SPECULATOR)
-        for name, replacement in draft_step.hooks(host, speculator).items():
+        for name, replacement in v2_step.hooks(host, speculator).items():
             self._patches.set(speculator, name, replacement)
 
 

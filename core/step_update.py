@@ -98,7 +98,7 @@ class IndexerRows:
     table: torch.Tensor
 
 
-class DraftStepUpdate:
+class StepUpdate:
     """Bound to the buffers of one captured size; `run` is called at the start of each draft step.
 
     Parameters
@@ -148,7 +148,7 @@ class DraftStepUpdate:
 def _bind(
     rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
 ) -> list[Callable[[bool], None]]:
-    from nsa_plugin.core.draft_step_kernel import draft_step_kernel
+    from nsa_plugin.core.step_update_kernel import step_update_kernel
 
     groups, capacity = slots.slot_mapping.shape
     padding_programs = groups * -(-capacity // BLOCK)
@@ -179,7 +179,7 @@ def _bind(
             if not first and number > 0 and indexer is None:
                 return
             extra = padding_programs if first and number == 0 else 0
-            draft_step_kernel[(rows.num_rows + extra,)](*tensors, *sizes, FIRST=first, **fixed)
+            step_update_kernel[(rows.num_rows + extra,)](*tensors, *sizes, FIRST=first, **fixed)
 
         return launch
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_plugin.core.api import Impl
-from nsa_plugin.core.draft_step import DraftRows, DraftStepUpdate, IndexerRows, SlotGroups
+from nsa_plugin.core.step_update import DraftRows, StepUpdate, IndexerRows, SlotGroups
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError
 
 POISON = -77
@@ -20,7 +20,7 @@ REQUESTS = 7
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a `DraftStepUpdate` is bound to."""
+    """Everything that a `StepUpdate` is bound to."""
 
     rows: DraftRows
     slots: SlotGroups
@@ -51,9 +51,9 @@ class Case:
         slots = replace(self.slots, slot_mapping=fresh(self.slots.slot_mapping))
         return Case(self.rows, slots, list(map(fresh, self.request_maps)), indexers)
 
-    def update(self, impl: Impl) -> DraftStepUpdate:
+    def update(self, impl: Impl) -> StepUpdate:
         """Bound."""
-        return DraftStepUpdate(self.rows, self.slots, self.request_maps, self.indexers, impl=impl)
+        return StepUpdate(self.rows, self.slots, self.request_maps, self.indexers, impl=impl)
 
 
 def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -184,13 +184,13 @@ def test_what_does_not_fit_is_refused(part: str, field: str, value: Any, message
     else:
         indexer = replace(indexer, **{field: value})
     with pytest.raises((InvalidTypeError, InvalidValueError), match=message):
-        DraftStepUpdate(rows, slots, case.request_maps, [indexer])
+        StepUpdate(rows, slots, case.request_maps, [indexer])
 
 
 @pytest.mark.parametrize(("maps", "indexers", "first", "later"), [(0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 2, 1), (1, 3, 3, 3)])
 def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from nsa_plugin.core import draft_step_kernel
+    from nsa_plugin.core import step_update_kernel
 
     launched = []
 
@@ -198,9 +198,9 @@ def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: launched.append(grid)
 
-    monkeypatch.setattr(draft_step_kernel, "draft_step_kernel", Kernel())
+    monkeypatch.setattr(step_update_kernel, "step_update_kernel", Kernel())
     case = _plain()
-    update = DraftStepUpdate(case.rows, case.slots, case.request_maps * maps, case.indexers * indexers, impl="triton")
+    update = StepUpdate(case.rows, case.slots, case.request_maps * maps, case.indexers * indexers, impl="triton")
     update.run(first=True)
     assert len(launched) == first and launched[0] == (2 + 1,)  # two rows, and one program that pads the slots
     update.run(first=False)

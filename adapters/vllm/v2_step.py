@@ -2,7 +2,7 @@
 
 `TargetDependentARSpeculator._generate_fused_drafts` (Eagle and MTP) does two things for the metadata at the start of each step:
 `BlockTables.compute_slot_mappings`, and `_update_draft_decode_metadata`, which asks the builder of every attention
-group. Here the first is put off until the second, and the second is one launch of `DraftStepUpdate` for the slots of
+group. Here the first is put off until the second, and the second is one launch of `StepUpdate` for the slots of
 all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule, then the other groups' own updates.
 Whatever is not understood leaves the step as vLLM has it; an error hands the rest of the draft back to vLLM's own code.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.core.api import Impl
-from nsa_plugin.core.draft_step import DraftRows, DraftStepUpdate, IndexerRows, SlotGroups
+from nsa_plugin.core.step_update import DraftRows, StepUpdate, IndexerRows, SlotGroups
 from nsa_plugin.core.triton_impl import is_available
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
@@ -66,7 +66,7 @@ class Step:
         rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
         # On a CPU too where Triton interprets, as vLLM's own kernels then do.
         impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
-        self._update = DraftStepUpdate(rows, slot_groups(speculator.block_tables), request_maps, indexers, impl=impl)
+        self._update = StepUpdate(rows, slot_groups(speculator.block_tables), request_maps, indexers, impl=impl)
 
     def run(self) -> None:
         """Write the metadata of the step that begins now."""

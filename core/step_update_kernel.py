@@ -1,4 +1,4 @@
-"""The Triton kernel of `DraftStepUpdate`: a program per row, and in the first step programs that pad the slots."""
+"""The Triton kernel of `StepUpdate`: a program per row, and in the first step programs that pad the slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton.language as tl
         "num_rows", "num_groups", "capacity", "slot_stride", "source_stride", "table_stride", "width",
     ],
 )
-def draft_step_kernel(
+def step_update_kernel(
     positions, seq_lens, query_start_loc, table_rows,
     addresses, row_strides, block_sizes, enabled, slot_mapping,
     request_map, lengths, ones, more_ones, indices, source, table,
@@ -21,7 +21,7 @@ def draft_step_kernel(
     FIRST: tl.constexpr, SLOTS: tl.constexpr, MAP: tl.constexpr, INDEXER: tl.constexpr, INDICES: tl.constexpr,
     TABLE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One step; see `DraftStepUpdate` for the arguments, `_reference` for what is written."""
+    """One step; see `StepUpdate` for the arguments, `_reference` for what is written."""
     row = tl.program_id(0)
     actual = tl.load(query_start_loc + num_rows)
     if row >= num_rows:
