@@ -8,7 +8,15 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.errors import InvalidTypeError, reject
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer, vector_sizes
+from nsa_plugin.core.metadata import (
+    TABLES,
+    TOKENS,
+    VECTORS,
+    PrecomputedMetadata,
+    StepMetadata,
+    same_buffer,
+    vector_sizes,
+)
 
 INTEGERS = (torch.int32, torch.int64)
 

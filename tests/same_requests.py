@@ -34,7 +34,9 @@ def expected(offset: int, rows: int = 1) -> Planes:
     """The planes of requests `offset` tokens longer than `LENGTHS`, whose last `rows` tokens are query rows."""
     planes: Planes = {}
     lengths = [min(length + offset, GEOMETRY.table_width) for length in LENGTHS]
-    slots = [[BLOCKS[row][t // BLOCK] * BLOCK + t % BLOCK for t in range(n)] for row, n in zip(ROWS, lengths, strict=True)]
+    slots = [
+        [BLOCKS[row][t // BLOCK] * BLOCK + t % BLOCK for t in range(n)] for row, n in zip(ROWS, lengths, strict=True)
+    ]
     seen = [length - rows + row + 1 for length in lengths for row in range(rows)]
     kept = [min(length, GEOMETRY.index_topk) for length in seen]
     planes |= {"cache_seqlens": lengths, "seqlens_expanded": seen, "nsa_cache_seqlens": kept}

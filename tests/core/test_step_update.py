@@ -187,7 +187,9 @@ def test_what_does_not_fit_is_refused(part: str, field: str, value: Any, message
         StepUpdate(rows, slots, case.request_maps, [indexer])
 
 
-@pytest.mark.parametrize(("maps", "indexers", "first", "later"), [(0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 2, 1), (1, 3, 3, 3)])
+@pytest.mark.parametrize(
+    ("maps", "indexers", "first", "later"), [(0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 2, 1), (1, 3, 3, 3)]
+)
 def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from nsa_plugin.core import step_update_kernel

@@ -55,7 +55,9 @@ def test_common_attention_metadata_gives_what_a_batch_of_sglang_gives(tables: Bl
 
 def test_the_buffers_of_model_runner_v2_give_the_same(tables: BlockTables) -> None:
     buffers = InputBuffers(8, 64, CPU)
-    buffers.seq_lens[:SIZE] = torch.tensor(shared.LENGTHS, dtype=torch.int32) + 1  # as prepare_decode_inputs leaves them
+    buffers.seq_lens[:SIZE] = (
+        torch.tensor(shared.LENGTHS, dtype=torch.int32) + 1
+    )  # as prepare_decode_inputs leaves them
     batch = describe_draft(buffers, tables, SIZE, shared.STEPS)
     assert batch.seq_lens is buffers.seq_lens and batch.slots.block_table is tables.input_block_tables[0]  # type: ignore[union-attr]
     assert shared.differing(batch, tuple(range(1, shared.STEPS + 1))) == []
