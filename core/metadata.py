@@ -100,7 +100,8 @@ class PrecomputedMetadata:
                     nsa_cu_seqlens_k=new(rows + 1),
                     page_table_1=wide,
                     real_page_table=real,
-                    **{name: new(bs, dtype=torch.int64) for name in TOKENS if tokens},
+                    positions=new(bs, dtype=torch.int64) if tokens else None,
+                    slot_mapping=new(bs, dtype=torch.int64) if tokens else None,
                 )
             )
         return cls(tuple(steps), batch, geometry)

@@ -17,7 +17,7 @@ from typing import Any
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.core.api import Impl
-from nsa_plugin.core.step_update import DraftRows, StepUpdate, IndexerRows, SlotGroups
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 from nsa_plugin.core.triton_impl import is_available
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_plugin.core.api import Impl
-from nsa_plugin.core.step_update import DraftRows, StepUpdate, IndexerRows, SlotGroups
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 
 POISON = -77
 REQUESTS = 7

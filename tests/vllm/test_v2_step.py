@@ -128,7 +128,7 @@ def test_every_step_equals_a_full_rebuild(
     host, _ = install()
     if impl == "reference":
         monkeypatch.setattr(v2_step, "is_available", lambda device: "switched off")
-    updates = []
+    updates: list[None] = []
     run = v2_step.Step.run
     monkeypatch.setattr(v2_step.Step, "run", lambda step: updates.append(run(step)))
     got = drafts(layout, tokens, poison=True)
@@ -149,16 +149,29 @@ def test_the_comparison_can_fail(install: Install, monkeypatch: pytest.MonkeyPat
     assert {"request map", "slots", "indexer lengths", "indexer blocks", "query tokens", "schedule"} <= wrong
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is launched: torch operations that are not views, Triton kernels, DeepGEMM's schedule."""
 
     VIEWS = frozenset(
-        "slice.Tensor view.default unsqueeze.default select.int alias.default detach.default expand.default "
-        "_unsafe_view.default as_strided.default permute.default t.default transpose.int squeeze.dim".split()
+        [
+            "slice.Tensor",
+            "view.default",
+            "unsqueeze.default",
+            "select.int",
+            "alias.default",
+            "detach.default",
+            "expand.default",
+            "_unsafe_view.default",
+            "as_strided.default",
+            "permute.default",
+            "t.default",
+            "transpose.int",
+            "squeeze.dim",
+        ]
     )
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
         self.inside = 0
 
@@ -212,6 +225,10 @@ def count(layout: str, tokens: int) -> list[Counter[str]]:
         model_ran = True
         return run_model(*args, **kwargs)
 
+    def begun(num_reqs: int) -> None:
+        drafting.append(num_reqs)
+        begin(num_reqs)
+
     drafting: list[int] = []
     run_model = speculator._run_model
     kernel, begin = interpreter.GridExecutor.__call__, speculator.on_multi_step_decode_begin
@@ -221,7 +238,7 @@ def count(layout: str, tokens: int) -> list[Counter[str]]:
         dg = operations.counted(schedule, lambda *_: "DeepGEMM schedule")
         patch.setattr(indexer, "get_paged_mqa_logits_metadata", dg)
         patch.setattr(speculator, "_run_model", forward)
-        patch.setattr(speculator, "on_multi_step_decode_begin", lambda n: (drafting.append(n), begin(n)))
+        patch.setattr(speculator, "on_multi_step_decode_begin", begun)
         patch.setattr(draft.tables, "compute_slot_mappings", watched(draft.tables.compute_slot_mappings))
         for method in ("_build_uniform_attn_metadata", "_update_draft_decode_metadata"):
             patch.setattr(speculator, method, watched(getattr(speculator, method)))
