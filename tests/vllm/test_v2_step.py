@@ -7,8 +7,10 @@ lengths, so that a stale or missing one shows. All else is vLLM's.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator as Owner
 
+from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.adapters.vllm import capabilities, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core import step_update
@@ -354,3 +357,16 @@ def test_context_parallelism_is_left_to_vllm(install: Install, monkeypatch: pyte
     monkeypatch.setattr(draft.tables, "cp_size", 1)
     monkeypatch.setattr(draft.speculator, "pcp_manager", object(), raising=False)
     assert "context parallelism" in capabilities.uncovered_speculator(draft.speculator)
+
+
+def test_the_backends_that_are_named_lack_the_hook_in_this_release() -> None:
+    """Read in the sources, because many of them can't be imported without their device."""
+    without, with_hook = set(), set()
+    for source in Path(indexer.__file__).parents[1].rglob("*.py"):
+        text = source.read_text()
+        names = re.findall(r'def get_name\(\) -> str:\s+return "(\w+)"', text)
+        (with_hook if "def update_draft_decode_metadata" in text else without).update(names)
+    named = {backend for backend, _ in capabilities.LACKING_HOOK}
+    assert len(named) == len(capabilities.LACKING_HOOK) and not named & with_hook
+    assert installed_version("vllm") != "0.33.0" or named <= without
+    assert "FLASHMLA_SPARSE" in without and "DEEPSEEK_V32_INDEXER" in with_hook
