@@ -361,7 +361,8 @@ def test_context_parallelism_is_left_to_vllm(install: Install, monkeypatch: pyte
 
 def test_the_backends_that_are_named_lack_the_hook_in_this_release() -> None:
     """Read in the sources, because many of them can't be imported without their device."""
-    without, with_hook = set(), set()
+    without: set[str] = set()
+    with_hook: set[str] = set()
     for source in Path(indexer.__file__).parents[1].rglob("*.py"):
         text = source.read_text()
         names = re.findall(r'def get_name\(\) -> str:\s+return "(\w+)"', text)
