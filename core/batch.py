@@ -38,6 +38,10 @@ class TokenTable:
         """Slots of tokens 0, unit, 2 * unit … below `width` of the first `batch_size` requests, one row each."""
         return self.req_to_token[:, :width:unit][self.req_pool_indices[:batch_size]]
 
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Slot of one token of each request: `positions` [batch_size], int64."""
+        return self.req_to_token[self.req_pool_indices[: positions.shape[0]], positions]
+
     def width(self) -> int:
         """Number of token positions that a row of the table can name."""
         return self.req_to_token.shape[1]
@@ -64,6 +68,11 @@ class BlockTable:
         blocks = self.block_table[:batch_size, tokens // self.block_size]
         return blocks * self.block_size + tokens % self.block_size
 
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Slot of one token of each request: `positions` [batch_size], int64."""
+        request = torch.arange(positions.shape[0], device=positions.device)
+        return self.block_table[request, positions // self.block_size] * self.block_size + positions % self.block_size
+
     def width(self) -> int:
         """Number of token positions that a row of the table can name."""
         return self.block_table.shape[1] * self.block_size
@@ -84,7 +93,8 @@ class BatchDescriptor:
     num_steps : int >= 1
         Consumers of this metadata: draft steps in DECODE, else 1.
     step_offsets : tuple of num_steps ints >= 0, or ()
-        Added to `seq_lens` for each step; () means 0 for all (sglang). vLLM's step i adds i.
+        Added to `seq_lens` for each step; () means 0 for all (sglang). vLLM's step i adds i. Lengths that grow
+        stop at `Geometry.table_width`, as vLLM's Model Runner V2 clamps them to the model's length.
     draft_tokens : int >= 1
         Query rows per request in TARGET_VERIFY and DRAFT_EXTEND (there the most that one request can have).
     extend_lens : int32 or int64 tensor [>= batch_size], or None

@@ -35,6 +35,9 @@ class StepMetadata:
         KV page of each page of tokens; with page size 1 `page_table_1` itself.
     derived : mapping of name to contiguous tensor of 4-byte elements
         Planes that an engine's own functions compute from the others (schedules, plans): copied whole.
+    positions, slot_mapping : [>= bs] int64, or None where nobody reads them
+        DECODE: position of each request's newest token (`cache_seqlens` - 1, at least 0), and its KV slot; -1 for a
+        request without tokens.
     """
 
     cache_seqlens: torch.Tensor
@@ -45,10 +48,14 @@ class StepMetadata:
     page_table_1: torch.Tensor | None
     real_page_table: torch.Tensor
     derived: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    positions: torch.Tensor | None = None
+    slot_mapping: torch.Tensor | None = None
 
 
 VECTORS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
 """The one-dimensional fields of `StepMetadata`."""
+TOKENS = ("positions", "slot_mapping")
+"""The optional fields of `StepMetadata` that say where each request's newest token is."""
 TABLES = ("page_table_1", "real_page_table")
 """The page tables of `StepMetadata`."""
 
@@ -71,11 +78,11 @@ class PrecomputedMetadata:
     geometry: Geometry
 
     @classmethod
-    def allocate(cls, batch: BatchDescriptor, geometry: Geometry) -> PrecomputedMetadata:
-        """Make fresh buffers, zeroed, on the batch's device."""
+    def allocate(cls, batch: BatchDescriptor, geometry: Geometry, *, tokens: bool = False) -> PrecomputedMetadata:
+        """Make fresh buffers, zeroed, on the batch's device; with `tokens` also those of positions and slots."""
 
-        def new(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=batch.seq_lens.device)
+        def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=batch.seq_lens.device)
 
         bs, rows = batch.batch_size, batch.num_rows
         wide = new(rows, geometry.table_width) if geometry.wide_page_table or geometry.page_size == 1 else None
@@ -93,6 +100,8 @@ class PrecomputedMetadata:
                     nsa_cu_seqlens_k=new(rows + 1),
                     page_table_1=wide,
                     real_page_table=real,
+                    positions=new(bs, dtype=torch.int64) if tokens else None,
+                    slot_mapping=new(bs, dtype=torch.int64) if tokens else None,
                 )
             )
         return cls(tuple(steps), batch, geometry)
@@ -103,7 +112,7 @@ class PrecomputedMetadata:
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
         """The fields of step 0 under their own names."""
-        if name in VECTORS or name in TABLES:
+        if name in VECTORS or name in TOKENS or name in TABLES:
             value: torch.Tensor | None = getattr(self.steps[0], name)
             return value
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
@@ -155,6 +164,10 @@ def live_entries(precomputed: PrecomputedMetadata, step: StepMetadata, index: in
         elif name == "nsa_cu_seqlens_k":
             values[1:][~exists] = -1
         live[name] = values
+    for name in TOKENS:
+        tokens = getattr(step, name)
+        if tokens is not None:
+            live[name] = tokens[:bs].clone()
     lengths = precomputed.step(index).cache_seqlens[:bs].long()[request]
     for name, width, unit in (
         ("page_table_1", geometry.table_width, 1),

@@ -75,7 +75,8 @@ class ReplayPlan:
             self.metadata = PrecomputedMetadata(tuple(consumers[:planes]), batch, geometry)
             copies = consumers[1:] if strategy == "copy" else ()
         else:
-            self.metadata = PrecomputedMetadata.allocate(batch, geometry)
+            tokens = consumers[0].positions is not None
+            self.metadata = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
             copies = consumers
         check_buffers(self.metadata, batch, geometry)
         if strategy == "share" and planes == 1:

@@ -2,8 +2,9 @@
 
 With L = seq_lens, q = rows of a request, o = a step's length offset:
 
-- cache_seqlens = L + (draft_tokens in TARGET_VERIFY, else 0) + o
+- cache_seqlens = L + (draft_tokens in TARGET_VERIFY, else 0) + o, where steps differ in o at most the table's width
 - seqlens_expanded of row j of q = max(cache_seqlens - q + j + 1, 0)
+- positions = cache_seqlens - 1, slot_mapping = the slot of that token (where they are asked for)
 - page tables: columns below the longest step's cache_seqlens, the same for every row of a request
 
 Modes differ in q and in what is added to L, in nothing else. Only live entries are defined; what is written elsewhere
@@ -18,7 +19,15 @@ from collections.abc import Sequence
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor
-from nsa_plugin.core.metadata import TABLES, PrecomputedMetadata, StepMetadata, live_rows, same_buffer, vector_sizes
+from nsa_plugin.core.metadata import (
+    TABLES,
+    TOKENS,
+    PrecomputedMetadata,
+    StepMetadata,
+    live_rows,
+    same_buffer,
+    vector_sizes,
+)
 
 
 def precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> None:
@@ -28,6 +37,8 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> None:
     lengths = batch.seq_lens[:bs].long() + batch.added_tokens
     for offset, step in zip(batch.offsets, out.steps, strict=True):
         cache_seqlens = lengths + offset
+        if batch.step_offsets:
+            cache_seqlens = cache_seqlens.clamp(max=out.geometry.table_width)
         expanded = (cache_seqlens[request] - count + position + 1).clamp(min=0)
         clipped = expanded.clamp(max=out.geometry.index_topk)
         _write(step.cache_seqlens, cache_seqlens)
@@ -35,6 +46,10 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> None:
         _write(step.seqlens_expanded, expanded)
         _write(step.nsa_cache_seqlens, clipped)
         _write(step.nsa_cu_seqlens_k, _with_leading_zero((clipped * exists).cumsum(0)))
+        if step.positions is not None and step.slot_mapping is not None:
+            positions = (cache_seqlens - 1).clamp(min=0)
+            _write(step.positions, positions)
+            _write(step.slot_mapping, torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), -1))
 
     table, geometry = out.steps[0], out.geometry
     width = _live_width(lengths + max(batch.offsets), geometry.table_width)
@@ -59,6 +74,10 @@ def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
         step = source.step(index)
         for name, size in vector_sizes(batch).items():
             _write(getattr(destination, name), getattr(step, name)[:size])
+        for name in TOKENS:
+            origin, target = getattr(step, name), getattr(destination, name)
+            if target is not None:
+                _write(target, origin[:bs])
         for name, width in columns.items():
             origin, target = getattr(step, name), getattr(destination, name)
             if origin is not None and target is not None:

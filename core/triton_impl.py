@@ -9,7 +9,7 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata
 
 TILE = 2048
 """Columns of a page table that a program handles at a time."""
@@ -56,10 +56,11 @@ def bind_precompute(
     grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
-        "TILE": TILE, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
+        "TOKENS": any(step.positions is not None for step in destinations), "TILE": TILE, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)
+    limit = geometry.table_width if batch.step_offsets else torch.iinfo(torch.int32).max
 
     def launch(batch: BatchDescriptor) -> None:
         slots, seq_lens = batch.slots, batch.seq_lens
@@ -73,7 +74,7 @@ def bind_precompute(
         kernels.metadata_kernel[grid](
             seq_lens, extend_lens, pool, table, records,
             seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(destinations),
-            num_tables, records.shape[1], batch_size, added, longest, geometry.table_width, geometry.index_topk,
+            num_tables, records.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
             rows_per_request, block_size, ALIGNED=aligned and words, **fixed,
         )  # fmt: skip
 
@@ -91,6 +92,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     wide, real, aligned = _layout((*source.steps, *destinations), geometry)
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens
     extend_lens = longest if batch.extend_lens is None else batch.extend_lens
+    tokens = any(step.positions is not None for step in destinations)
     grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
 
     def launch() -> None:
@@ -98,7 +100,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             longest, extend_lens, sources, targets,
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
-            page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real,
+            page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real, TOKENS=tokens,
             ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -116,6 +118,9 @@ def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequ
         for name in TABLES:
             table: torch.Tensor | None = getattr(step, name)
             words += [0, 0, 0] if table is None else [table.data_ptr(), *table.stride()]
+        for name in TOKENS:
+            tokens: torch.Tensor | None = getattr(step, name)
+            words += [0, 0] if tokens is None else [tokens.data_ptr(), tokens.stride(0)]
         for plane in planes:
             value = step.derived[plane]
             words += [value.data_ptr(), value.numel() * value.element_size() // 4]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 # One destination's record: int64 words. A vector takes (address, stride), a table (address, row stride, column
-# stride), a derived plane (address, number of 4-byte words); address 0 means that it is not there.
+# stride), positions and slots (address, stride), a derived plane (address, number of 4-byte words); address 0 means that it is not there.
 OFFSET: tl.constexpr = tl.constexpr(0)
 CACHE_SEQLENS: tl.constexpr = tl.constexpr(1)
 CU_SEQLENS_K: tl.constexpr = tl.constexpr(3)
@@ -22,7 +22,9 @@ NSA_CACHE_SEQLENS: tl.constexpr = tl.constexpr(7)
 NSA_CU_SEQLENS_K: tl.constexpr = tl.constexpr(9)
 PAGE_TABLE_1: tl.constexpr = tl.constexpr(11)
 REAL_PAGE_TABLE: tl.constexpr = tl.constexpr(14)
-DERIVED: tl.constexpr = tl.constexpr(17)
+POSITIONS: tl.constexpr = tl.constexpr(17)
+SLOT_MAPPING: tl.constexpr = tl.constexpr(19)
+DERIVED: tl.constexpr = tl.constexpr(21)
 
 # fmt: off
 
@@ -148,7 +150,7 @@ def _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE: tl.con
 
 
 @triton.jit
-def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, BLOCK: tl.constexpr):
+def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, BLOCK: tl.constexpr):
     """cache_seqlens and cu_seqlens_k of one destination."""
     cache_seqlens, cache_stride = _vector(record, CACHE_SEQLENS)
     cu_seqlens, cu_stride = _vector(record, CU_SEQLENS_K)
@@ -160,7 +162,7 @@ def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, BLOC
         request = start + tl.arange(0, BLOCK)
         there = request < batch_size
         length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
-        length = tl.where(there, length, 0)
+        length = tl.where(there, tl.minimum(length, limit), 0)
         tl.store(cache_seqlens + request * cache_stride, length, mask=there)
         tl.store(cu_seqlens + (request + 1) * cu_stride, running + tl.cumsum(length, 0), mask=there)
         running += tl.sum(length, 0)
@@ -168,8 +170,36 @@ def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, BLOC
 
 
 @triton.jit
+def _write_tokens(
+    seq_lens, seq_stride, req_pool_indices, pool_stride, table, row_stride, column_stride, record, batch_size, added, limit,
+    block_size, TOKEN_TABLE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """positions and slot_mapping of one destination, if it has them."""
+    batch_size = tl.where(tl.load(record + POSITIONS) == 0, 0, batch_size)
+    positions = tl.load(record + POSITIONS).to(tl.pointer_type(tl.int64))
+    position_stride = tl.load(record + POSITIONS + 1)
+    slot_mapping = tl.load(record + SLOT_MAPPING).to(tl.pointer_type(tl.int64))
+    slot_stride = tl.load(record + SLOT_MAPPING + 1)
+    added += tl.load(record + OFFSET).to(tl.int32)
+    start = 0
+    while start < batch_size:
+        request = start + tl.arange(0, BLOCK)
+        there = request < batch_size
+        length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
+        length = tl.minimum(length, limit)
+        position = tl.maximum(length - 1, 0)
+        row = request.to(tl.int64)
+        if TOKEN_TABLE:
+            row = tl.load(req_pool_indices + request * pool_stride, mask=there, other=0).to(tl.int64)
+        slot = _slots(table + row * row_stride, position, there & (length > 0), column_stride, block_size, TOKEN_TABLE)
+        tl.store(positions + request * position_stride, position.to(tl.int64), mask=there)
+        tl.store(slot_mapping + request * slot_stride, tl.where(length > 0, slot, -1).to(tl.int64), mask=there)
+        start += BLOCK
+
+
+@triton.jit
 def _write_row_vectors(
-    seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, index_topk, rows_per_request,
+    seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk, rows_per_request,
     RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """seqlens_expanded, nsa_cache_seqlens and nsa_cu_seqlens_k of one destination."""
@@ -195,7 +225,7 @@ def _write_row_vectors(
             rows = rows_per_request
             row = candidate
         length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
-        visible = tl.maximum(length - rows + position + 1, 0)
+        visible = tl.maximum(tl.minimum(length, limit) - rows + position + 1, 0)
         kept = tl.where(there, tl.minimum(visible, index_topk), 0)
         tl.store(expanded + row * expanded_stride, visible, mask=there)
         tl.store(clipped + row * clipped_stride, kept, mask=there)
@@ -207,7 +237,7 @@ def _write_row_vectors(
 @triton.jit(
     do_not_specialize=[
         "seq_stride", "extend_stride", "pool_stride", "table_row_stride", "table_column_stride", "num_destinations",
-        "num_tables", "record_words", "batch_size", "added", "longest_added", "table_width", "index_topk",
+        "num_tables", "record_words", "batch_size", "added", "longest_added", "limit", "table_width", "index_topk",
         "rows_per_request", "block_size",
     ],
     do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations"],
@@ -215,9 +245,9 @@ def _write_row_vectors(
 def metadata_kernel(
     seq_lens, extend_lens, req_pool_indices, table, destinations,
     seq_stride, extend_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
-    record_words, batch_size, added, longest_added, table_width, index_topk, rows_per_request, block_size,
+    record_words, batch_size, added, longest_added, limit, table_width, index_topk, rows_per_request, block_size,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
-    ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Metadata of one batch.
 
@@ -228,11 +258,16 @@ def metadata_kernel(
     if program < 2 * num_destinations:
         record = destinations + (program // 2) * record_words
         if program % 2 == 0:
-            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, BLOCK)
+            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, BLOCK)
+            if TOKENS:
+                _write_tokens(
+                    seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, table_column_stride,
+                    record, batch_size, added, limit, block_size, TOKEN_TABLE, BLOCK,
+                )
         else:
             _write_row_vectors(
-                seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, index_topk, rows_per_request,
-                RAGGED, BLOCK,
+                seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
+                rows_per_request, RAGGED, BLOCK,
             )
         return
     # Without the wide table only the first column of each page is looked at.
@@ -305,6 +340,20 @@ def _copy_vector(source, destination, field, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _copy_tokens(source, destination, field, size, BLOCK: tl.constexpr):
+    """Copy positions or slots to a destination that has them."""
+    size = tl.where(tl.load(destination + field) == 0, 0, size)
+    origin, origin_stride = tl.load(source + field).to(tl.pointer_type(tl.int64)), tl.load(source + field + 1)
+    target, target_stride = tl.load(destination + field).to(tl.pointer_type(tl.int64)), tl.load(destination + field + 1)
+    start = 0
+    while start < size:
+        index = start + tl.arange(0, BLOCK)
+        values = tl.load(origin + index * origin_stride, mask=index < size)
+        tl.store(target + index * target_stride, values, mask=index < size)
+        start += BLOCK
+
+
+@triton.jit
 def _copy_derived(source, destination, num_derived, BLOCK: tl.constexpr):
     plane = 0
     while plane < num_derived:
@@ -348,8 +397,8 @@ def copy_kernel(
     live_lengths, extend_lens, sources, destinations,
     live_stride, extend_stride, num_sources, num_destinations, record_words, num_derived, batch_size, num_rows,
     table_width, rows_per_request,
-    page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, ALIGNED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, TOKENS: tl.constexpr,
+    ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Copy every field of the sources to the destinations.
 
@@ -365,6 +414,9 @@ def copy_kernel(
         _copy_vector(source, destination, SEQLENS_EXPANDED, num_rows, BLOCK)
         _copy_vector(source, destination, NSA_CACHE_SEQLENS, num_rows, BLOCK)
         _copy_vector(source, destination, NSA_CU_SEQLENS_K, num_rows + 1, BLOCK)
+        if TOKENS:
+            _copy_tokens(source, destination, POSITIONS, batch_size, BLOCK)
+            _copy_tokens(source, destination, SLOT_MAPPING, batch_size, BLOCK)
         _copy_derived(source, destination, num_derived, BLOCK)
         return
     unit: tl.constexpr = 1 if WIDE else page_size

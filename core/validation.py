@@ -8,7 +8,15 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.errors import InvalidTypeError, reject
-from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer, vector_sizes
+from nsa_plugin.core.metadata import (
+    TABLES,
+    TOKENS,
+    VECTORS,
+    PrecomputedMetadata,
+    StepMetadata,
+    same_buffer,
+    vector_sizes,
+)
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -39,7 +47,7 @@ def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
     bs = batch.batch_size
     if bs == 0:
         return
-    longest = geometry.table_width - batch.added_tokens - max(batch.offsets)
+    longest = geometry.table_width - batch.added_tokens
     _check_range(
         "seq_lens", batch.seq_lens[:bs], 0, longest, f"table_width {geometry.table_width} less the added tokens"
     )
@@ -66,9 +74,9 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
 def check_shared(consumers: Sequence[StepMetadata]) -> None:
     """Raise unless all consumers are the same buffers."""
     for index, step in enumerate(consumers):
-        for name in VECTORS:
+        for name in (*VECTORS, *TOKENS):
             ours, theirs = getattr(step, name), getattr(consumers[0], name)
-            if ours is not theirs and not same_buffer(ours, theirs):
+            if ours is not theirs and (ours is None or theirs is None or not same_buffer(ours, theirs)):
                 reject(f"consumers[{index}].{name}", "the buffer of consumers[0]", "another one", fix="use 'copy'")
 
 
@@ -77,6 +85,11 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
     rows, device = batch.num_rows, batch.seq_lens.device
     for vector, size in vector_sizes(batch).items():
         _check_vector(f"{name}.{vector}", getattr(step, vector), size, device, (torch.int32,))
+    tokens = [vector for vector in TOKENS if getattr(step, vector) is not None]
+    if tokens and (len(tokens) < len(TOKENS) or batch.mode is not ForwardMode.DECODE):
+        reject(f"{name}.{tokens[0]}", "both positions and slot_mapping in DECODE, else neither", "a tensor")
+    for vector in tokens:
+        _check_vector(f"{name}.{vector}", getattr(step, vector), batch.batch_size, device, (torch.int64,))
     for table, width in zip(TABLES, (geometry.table_width, geometry.real_width), strict=True):
         value = getattr(step, table)
         if value is None and table == "page_table_1" and geometry.page_size > 1:
@@ -115,6 +128,8 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
             reject(
                 f"{name}.page_table_1", "None, as in the source", "a buffer", fix="precompute with a wide page table"
             )
+        if destination.positions is not None and step.positions is None:
+            reject(f"{name}.positions", "None, as in the source", "a buffer", fix="allocate the source with tokens")
         for plane, value in destination.derived.items():
             origin = step.derived.get(plane)
             if origin is None or origin.shape != value.shape or origin.dtype != value.dtype:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from nsa_plugin import BatchDescriptor, BlockTable, ForwardMode, Geometry, PrecomputedMetadata, StepMetadata, TokenTable
-from nsa_plugin.core.metadata import TABLES, VECTORS, live_entries
+from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, live_entries
 
 POISON = -77
 
@@ -48,7 +48,7 @@ def cases(
     step_offsets = tuple(range(1, num_steps + 1)) if grow else ()
     draft_tokens = draw(st.integers(1, min(6, width)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    longest = width - (draft_tokens if mode is ForwardMode.TARGET_VERIFY else 0) - (num_steps if grow else 0)
+    longest = width - (draft_tokens if mode is ForwardMode.TARGET_VERIFY else 0)
     edges = [0, 1, page_size - 1, page_size, page_size + 1, longest]
     lengths = [
         draw(st.one_of(st.sampled_from([edge for edge in edges if edge <= longest]), st.integers(0, longest)))
@@ -81,11 +81,13 @@ def cases(
     return Case(batch, geometry)
 
 
-def poisoned(batch: BatchDescriptor, geometry: Geometry, count: int = 1, stride: int = 1) -> list[PrecomputedMetadata]:
+def poisoned(
+    batch: BatchDescriptor, geometry: Geometry, count: int = 1, stride: int = 1, tokens: bool = False
+) -> list[PrecomputedMetadata]:
     """Buffers full of a value that no metadata can have, optionally behind strides."""
     made = []
     for _ in range(count):
-        fresh = PrecomputedMetadata.allocate(batch, geometry)
+        fresh = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
         cache: dict[int, torch.Tensor] = {}
 
         def remake(tensor: torch.Tensor, cache: dict[int, torch.Tensor] = cache) -> torch.Tensor:
@@ -95,7 +97,7 @@ def poisoned(batch: BatchDescriptor, geometry: Geometry, count: int = 1, stride:
 
         steps = []
         for step in fresh.steps:
-            fields: dict[str, Any] = {name: getattr(step, name) for name in (*VECTORS, *TABLES)}
+            fields: dict[str, Any] = {name: getattr(step, name) for name in (*VECTORS, *TOKENS, *TABLES)}
             fields = {name: None if value is None else remake(value) for name, value in fields.items()}
             steps.append(StepMetadata(**fields))
         made.append(PrecomputedMetadata(tuple(steps), batch, geometry))
@@ -104,9 +106,11 @@ def poisoned(batch: BatchDescriptor, geometry: Geometry, count: int = 1, stride:
 
 def naive(batch: BatchDescriptor, geometry: Geometry, offset: int) -> dict[str, list[list[int]] | list[int]]:
     """The metadata of one step by a loop over requests, rows and tokens: live entries, row by row."""
-    cache, expanded, wide, real = [], [], [], []
+    cache, expanded, wide, real, newest = [], [], [], [], []
     for request in range(batch.batch_size):
         length = int(batch.seq_lens[request]) + offset
+        if batch.step_offsets:
+            length = min(length, geometry.table_width)
         rows = 1
         if batch.mode is ForwardMode.TARGET_VERIFY:
             length += batch.draft_tokens
@@ -121,6 +125,7 @@ def naive(batch: BatchDescriptor, geometry: Geometry, offset: int) -> dict[str, 
             else:
                 block = int(batch.slots.block_table[request, token // batch.slots.block_size])
                 slots.append(block * batch.slots.block_size + token % batch.slots.block_size)
+        newest.append(slots[-1] if slots else -1)
         for row in range(rows):
             expanded.append(max(length - rows + row + 1, 0))
             wide.append(slots)
@@ -134,6 +139,8 @@ def naive(batch: BatchDescriptor, geometry: Geometry, offset: int) -> dict[str, 
         "nsa_cu_seqlens_k": [sum(clipped[:i]) for i in range(len(clipped) + 1)],
         "page_table_1": wide,
         "real_page_table": real,
+        "positions": [max(length - 1, 0) for length in cache],
+        "slot_mapping": newest,
     }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pkgutil
+from typing import Any, Literal
+
 from nsa_plugin.adapters.probe import Need
 
 MODULE = "vllm.v1.attention.backends.mla.flashmla_sparse"
@@ -19,6 +23,80 @@ NEEDS: tuple[Need, ...] = (
     Need("vllm.v1.attention.ops.metadata.compute_token_to_req_indices",
          ("query_start_loc", "out", "num_mapped_tokens", "num_tokens"), "compute the request map on the device"),
 )  # fmt: skip
+
+SPECULATOR_MODULE = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
+SPECULATOR = f"{SPECULATOR_MODULE}.TargetDependentARSpeculator"
+INDEXER_MODULE = "vllm.v1.attention.backends.mla.indexer"
+INDEXER = f"{INDEXER_MODULE}.DeepseekV32IndexerMetadataBuilder"
+
+STEP_NEEDS: tuple[Need, ...] = (
+    Need(f"{SPECULATOR}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
+         "know when a fused draft begins and ends (hooked)"),
+    Need(f"{SPECULATOR}._update_draft_decode_metadata", ("attn_metadata", "num_reqs"),
+         "write the metadata of a draft step (hooked)"),
+    Need("vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings",
+         ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"), "put the step's slots off until then"),
+    Need(f"{INDEXER}.update_draft_decode_metadata", ("metadata",), "the indexer's update that the kernel stands for"),
+    Need(f"{INDEXER_MODULE}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
+         "DeepGEMM's schedule, which stays a call of its own"),
+)  # fmt: skip
+
+INDEXER_FIELDS = frozenset(
+    ("block_table", "seq_lens", "decode_lens", "requires_padding", "schedule_metadata", "global_seq_lens",
+     "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")
+)  # fmt: skip
+"""Fields of the indexer's decode metadata that are understood: with any other its own update runs."""
+
+_SCHEDULED = "its decode metadata holds a schedule of its own kernels, which has not been shown right in place"
+_STATES = "state-space metadata, not examined"
+_OTHER_DEVICE = "not for the NVIDIA GPUs that this adapter is tested for, not examined"
+_UNEXAMINED = "not examined: no draft with it has been replayed"
+LACKING_HOOK: tuple[tuple[str, str], ...] = (
+    ("FLASHMLA", _SCHEDULED), ("FLASH_ATTN_MLA", _SCHEDULED), ("FLASHINFER_MLA", _UNEXAMINED), ("CUTLASS_MLA", _UNEXAMINED),
+    ("TOKENSPEED_MLA", _UNEXAMINED), ("B12X", _UNEXAMINED), ("HPC_ATTN", _UNEXAMINED), ("TURBOQUANT", _UNEXAMINED),
+    ("FLEX_ATTENTION", _UNEXAMINED), ("LINEAR_ATTN", _STATES), ("BAILING_LINEAR_ATTN", _STATES), ("GDN_ATTN", _STATES),
+    ("MAMBA1_ATTN", _STATES), ("MAMBA2_ATTN", _STATES), ("SHORT_CONV_ATTN", _STATES), ("PLE_SHORT_CONV_ATTN", _STATES),
+    ("CPU_ATTN", _OTHER_DEVICE), ("AMX_MLA", _OTHER_DEVICE), ("XPU_MLA_SPARSE", _OTHER_DEVICE),
+    ("ROCM_ATTN", _OTHER_DEVICE), ("ROCM_AITER_UNIFIED_ATTN", _OTHER_DEVICE), ("ROCM_SEGMENTED_ATTN", _OTHER_DEVICE),
+    ("ROCM_AITER_MLA", _OTHER_DEVICE), ("ROCM_AITER_MLA_SPARSE", _OTHER_DEVICE),
+)  # fmt: skip
+"""Backends of 0.33.0 without an update in place to which this adapter gives none, and why: vLLM rebuilds their metadata for
+each draft step. `FLASHMLA_SPARSE` gets one, unless `adapter.unsupported` names what is not covered."""
+
+
+def uncovered_speculator(speculator: Any) -> str:
+    """Empty, or why the step of a fused draft is left to vLLM."""
+    if speculator.block_tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:
+        return "context parallelism is not covered"
+    return ""
+
+
+def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["request map", "indexer", "other"]:
+    """Whether the update of an attention group in a draft step is understood, judged by whose method it is.
+
+    `metadata` is what the group's builder made for `num_reqs` requests of one token each.
+    """
+    update = getattr(type(builder), "update_draft_decode_metadata", None)
+    rows = getattr(metadata, "num_decode_tokens", None)
+    if rows != num_reqs:
+        return "other"
+    if getattr(update, "only_the_request_map", False):
+        return "request map"
+    if update is not pkgutil.resolve_name(INDEXER).update_draft_decode_metadata:
+        return "other"
+    decode = metadata.decode
+    fits = (
+        builder.dcp_world_size == 1
+        and builder.compress_ratio == 1
+        and metadata.num_prefills == 0
+        and metadata.num_decodes == num_reqs
+        and decode is not None
+        and frozenset(field.name for field in dataclasses.fields(decode)) <= INDEXER_FIELDS
+        and decode.seq_lens.numel() == num_reqs
+        and metadata.block_table is not None
+    )
+    return "indexer" if fits else "other"
+
 
 V1_MODULE = "vllm.v1.spec_decode.llm_base_proposer"
 V1_PROPOSER = f"{V1_MODULE}.SpecDecodeBaseProposer"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ TARGET = ("model.layers.0.self_attn.attn", "model.layers.0.self_attn.indexer.k_c
 DRAFT = ("model.layers.2.mtp_block.self_attn.attn", "model.layers.2.mtp_block.self_attn.indexer.k_cache")
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Where a draft runs, and how large it may be."""
+
+    device: torch.device = CPU
+    captured: int = CAPTURED
+    model_len: int = 1024
+    requests: int = 16
+    tokens: int = 256
+
+
 class Layer(AttentionLayerBase):  # type: ignore[misc]
     """An attention layer as far as metadata builders look at it."""
 
@@ -58,7 +70,10 @@ class Layer(AttentionLayerBase):  # type: ignore[misc]
 
 
 class DraftModel(torch.nn.Module):
-    """Writes down what a draft step's attention would read."""
+    """Writes down what a draft step's attention would read, block tables up to `columns`."""
+
+    columns = 16
+    record = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,20 +81,27 @@ class DraftModel(torch.nn.Module):
 
     def forward(self, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
         """Record one step."""
+        if not self.record:
+            return hidden_states.clone(), hidden_states.clone()
         context = get_forward_context()
         attention, index = (context.attn_metadata[name] for name in DRAFT)
         step = {
             "request map": attention.req_id_per_token,
             "lengths": attention.seq_lens,
             "slots": attention.slot_mapping,
-            "blocks": attention.block_table[:, :16],
+            "blocks": attention.block_table[:, : self.columns],
             "indexer slots": index.slot_mapping,
             "positions": positions,
             "context slots": context.slot_mapping[DRAFT[0]],
         }
         if index.decode is not None:
             step["indexer lengths"] = index.decode.seq_lens.flatten()
-            step["indexer blocks"] = index.decode.block_table[:, :16]
+            step["indexer blocks"] = index.decode.block_table[:, : self.columns]
+            step["query tokens"] = index.decode.decode_lens
+            step["query tokens per request"] = index.decode.per_req_decode_lens
+            step["indices"] = index.decode.indices
+            if indexer.has_deep_gemm() and indexer.current_platform.is_cuda():
+                step["schedule"] = index.decode.schedule_metadata[None]  # whole in every row
         self.seen.append({name: value.clone() for name, value in step.items() if value is not None})
         return hidden_states.clone(), hidden_states.clone()
 
@@ -101,22 +123,36 @@ class Graphs:
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
+        self._metadata, self._slots = self.inputs()
+
+    def inputs(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Metadata and slot mappings of the dummy batch that vLLM captures."""
+        draft, size = self._draft, self._draft.sizes.captured
         speculator, tables = draft.speculator, draft.tables
-        batch = InputBatch.make_dummy(CAPTURED, CAPTURED, speculator.input_buffers, max_query_len=1)
-        slots = tables.get_dummy_slot_mappings(CAPTURED)
-        self._slots = build_slot_mappings_by_layer(slots, draft.cache)
-        self._metadata = build_attn_metadata(
-            speculator.attn_groups, CAPTURED, CAPTURED, speculator.input_buffers.query_start_loc[: CAPTURED + 1],
+        batch = InputBatch.make_dummy(size, size, speculator.input_buffers, max_query_len=1)
+        slots = tables.get_dummy_slot_mappings(size)
+        metadata = build_attn_metadata(
+            speculator.attn_groups, size, size, speculator.input_buffers.query_start_loc[: size + 1],
             torch.from_numpy(batch.query_start_loc_np), 1, batch.seq_lens, speculator.max_model_len,
-            tables.get_dummy_block_tables(CAPTURED), slots, draft.cache,
+            tables.get_dummy_block_tables(size), slots, draft.cache,
             seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound, positions=batch.positions,
-            is_prefilling=torch.zeros(CAPTURED, dtype=torch.bool), for_cudagraph_capture=True,
+            is_prefilling=torch.zeros(size, dtype=torch.bool), for_cudagraph_capture=True,
         )  # fmt: skip
+        return metadata, build_slot_mappings_by_layer(slots, draft.cache)
+
+    def body(self) -> None:
+        """What a graph records: the whole draft if its metadata stays in place, else one step."""
+        speculator, size = self._draft.speculator, self._draft.sizes.captured
+        fused = speculator.supports_decode_metadata_update
+        run = speculator._generate_fused_drafts if fused else speculator._generate_draft
+        steps = speculator.num_speculative_steps
+        run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
 
     def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: Any = None, **_: Any) -> Any:
         """The captured size, if the batch fits."""
-        if num_reqs <= CAPTURED:
-            return BatchExecutionDescriptor(CUDAGraphMode.FULL, CAPTURED, CAPTURED, 1)
+        size = self._draft.sizes.captured
+        if num_reqs <= size:
+            return BatchExecutionDescriptor(CUDAGraphMode.FULL, size, size, 1)
         return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
 
     def specialize_spec_tokens(self, descriptor: Any, tokens: int) -> Any:
@@ -125,11 +161,7 @@ class Graphs:
 
     def run_fullgraph(self, descriptor: Any) -> None:
         """What the captured graph does."""
-        speculator = self._draft.speculator
-        fused = speculator.supports_decode_metadata_update
-        body = speculator._generate_fused_drafts if fused else speculator._generate_draft
-        steps = speculator.num_speculative_steps
-        body(CAPTURED, CAPTURED, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
+        self.body()
 
 
 class Draft:
@@ -140,11 +172,24 @@ class Draft:
     cache_dtype : "auto" (bf16) or "fp8_ds_mla"
     heads : 4 (fp8: mixed batches) or 64 (fp8: separate prefill and decode)
     tokens : speculative tokens
+    sizes : Sizes
+    model : stand-in for the draft model
+    graphs : stand-in for the decode CUDA-graph manager
     """
 
-    def __init__(self, cache_dtype: str, heads: int, tokens: int) -> None:
-        buffer_utils.is_uva_available = lambda: False  # no pinned memory here
-        if cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
+    def __init__(
+        self,
+        cache_dtype: str,
+        heads: int,
+        tokens: int,
+        sizes: Sizes = Sizes(),
+        model: type[DraftModel] = DraftModel,
+        graphs: type[Graphs] = Graphs,
+    ) -> None:
+        on_cpu = sizes.device.type == "cpu"
+        if on_cpu:
+            buffer_utils.is_uva_available = lambda: False  # no pinned memory here
+        if on_cpu and cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
             sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
             from vllm.third_party.flashmla import flash_mla_interface
 
@@ -152,12 +197,12 @@ class Draft:
             flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
         overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}
         self.config = EngineArgs(
-            model=str(Path(__file__).parent / "tiny_dsv32"), skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=16,
-            max_num_batched_tokens=256, block_size=64, dtype="bfloat16", enforce_eager=True, load_format="dummy",
-            speculative_config={"method": "mtp", "num_speculative_tokens": tokens}, kv_cache_dtype=cache_dtype,
-            hf_overrides=overrides,
+            model=str(Path(__file__).parent / "tiny_dsv32"), skip_tokenizer_init=True, max_model_len=sizes.model_len,
+            max_num_seqs=sizes.requests, max_num_batched_tokens=sizes.tokens, block_size=64, dtype="bfloat16",
+            enforce_eager=True, load_format="dummy", speculative_config={"method": "mtp", "num_speculative_tokens": tokens},
+            kv_cache_dtype=cache_dtype, hf_overrides=overrides,
         ).create_engine_config()  # fmt: skip
-        self.tokens = tokens
+        self.tokens, self.sizes, device = tokens, sizes, sizes.device
         with set_current_vllm_config(self.config):
             if not model_parallel_is_initialized():
                 init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
@@ -176,15 +221,16 @@ class Draft:
             self.cache = KVCacheConfig(
                 num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)]
             )
-            self.speculator = Speculator(self.config, CPU)
-            self.speculator.model = self.model = DraftModel()
+            self.speculator = Speculator(self.config, device)
+            self.speculator.model = self.model = model()
             self.speculator.draft_attn_layer_names = set(DRAFT)
-            self.groups, _, _ = init_attn_backend(self.cache, self.config, CPU)
-            self.tables = BlockTables([64], 16, 256, [16], CPU)
-            self.buffers = InputBuffers(16, 256, CPU)
+            self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
+            self.tables = BlockTables([64], sizes.requests, sizes.tokens, [sizes.model_len // 64], device)
+            self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
-            self.speculator.decode_cudagraph_manager = Graphs(self)
+            self.graphs: Any = graphs(self)
+            self.speculator.decode_cudagraph_manager = self.graphs
 
     @property
     def builders(self) -> list[Any]:

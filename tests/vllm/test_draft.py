@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backends.mla.flashmla_sparse import FlashMLASparseMetadataBuilder as Builder
 from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
 
+from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.adapters.vllm.adapter import METHOD, VllmAdapter, request_map, unsupported
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
@@ -97,6 +98,9 @@ def test_an_error_of_ours_leaves_vllms_results_right(
     def planted(query_start_loc: Any, out: Any, num_mapped_tokens: int, num_tokens: int) -> None:
         raise RuntimeError("planted")
 
+    monkeypatch.setattr(
+        capabilities, "uncovered_speculator", lambda speculator: "the builder's own update is tested here"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(metadata, "compute_token_to_req_indices", planted)
         host, _ = install()

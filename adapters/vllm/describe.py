@@ -1,0 +1,72 @@
+"""vLLM's batches in this package's words. Copies no tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, multiprocessors
+
+
+def describe(batch: Any, *, block_size: int, draft_steps: int = 0) -> BatchDescriptor:
+    """Describe a `CommonAttentionMetadata`, which both of vLLM's model runners make.
+
+    Parameters
+    ----------
+    batch : has num_reqs, max_query_len, query_start_loc and query_start_loc_cpu [num_reqs + 1], seq_lens [>= num_reqs] and
+        block_table_tensor [>= num_reqs, blocks]; lengths include the batch's own query tokens
+    block_size : int
+        Tokens per entry of the block table.
+    draft_steps : int
+        0 for the batch itself: DECODE with one query token per request, else DRAFT_EXTEND, which is what a verification is
+        in vLLM, whose lengths have the draft tokens already. With K - 1 the draft steps after the batch, one token longer each.
+
+    Raises
+    ------
+    ValueError
+        Requests of several query tokens each, of different numbers: their number is not a tensor of vLLM's.
+    """
+    width = batch.max_query_len
+    slots = BlockTable(batch.block_table_tensor, block_size)
+    if draft_steps:
+        offsets = tuple(range(1, draft_steps + 1))
+        return BatchDescriptor(ForwardMode.DECODE, batch.num_reqs, batch.seq_lens, slots, draft_steps, offsets)
+    if width == 1:
+        return BatchDescriptor(ForwardMode.DECODE, batch.num_reqs, batch.seq_lens, slots)
+    if int(batch.query_start_loc_cpu[batch.num_reqs]) != width * batch.num_reqs:
+        raise ValueError(
+            f"query tokens: expected {width} of each request, got {batch.query_start_loc_cpu[: batch.num_reqs + 1].diff().tolist()}"
+        )
+    return BatchDescriptor(ForwardMode.DRAFT_EXTEND, batch.num_reqs, batch.seq_lens, slots, draft_tokens=width)
+
+
+def describe_draft(buffers: Any, tables: Any, num_reqs: int, draft_steps: int, group: int = 0) -> BatchDescriptor:
+    """Describe the draft steps that follow what Model Runner V2 has left in its buffers.
+
+    Parameters
+    ----------
+    buffers : InputBuffers
+        Of the speculator, as `prepare_decode_inputs` leaves them: `seq_lens` are those of the first draft step.
+    tables : BlockTables
+        `gather_block_tables` has put the batch's rows into its `input_block_tables`.
+    num_reqs : int
+        Requests, padding included.
+    draft_steps : int
+        K - 1: the first token was drafted by the prefill.
+    group : int
+        KV-cache group whose slots count.
+    """
+    slots = BlockTable(tables.input_block_tables[group], tables.block_sizes[group])
+    offsets = tuple(range(draft_steps))
+    return BatchDescriptor(ForwardMode.DECODE, num_reqs, buffers.seq_lens, slots, draft_steps, offsets)
+
+
+def geometry(builder: Any, batch: BatchDescriptor) -> Geometry:
+    """Constants of a sparse MLA builder's model: positions up to the model's length, pages of the cache's block size."""
+    block_size = builder.kv_cache_spec.block_size
+    return Geometry(
+        index_topk=builder.topk_tokens,
+        page_size=block_size,
+        table_width=builder.model_config.max_model_len,
+        num_sms=multiprocessors(batch.seq_lens.device),
+        wide_page_table=False,
+    )

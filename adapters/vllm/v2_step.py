@@ -1,0 +1,191 @@
+"""One kernel per step of vLLM's fused draft, in place of the slot-mapping launch and of each group's own updates.
+
+`TargetDependentARSpeculator._generate_fused_drafts` (Eagle and MTP) does two things for the metadata at the start of each step:
+`BlockTables.compute_slot_mappings`, and `_update_draft_decode_metadata`, which asks the builder of every attention
+group. Here the first is put off until the second, and the second is one launch of `StepUpdate` for the slots of
+all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule, then the other groups' own updates.
+Whatever is not understood leaves the step as vLLM has it; an error hands the rest of the draft back to vLLM's own code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.core.api import Impl
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
+from nsa_plugin.core.triton_impl import is_available
+
+logger = logging.getLogger("vllm.plugins.nsa_plugin")
+ENGINE = "vllm"
+PATH = "draft step"
+GENERATE = "_generate_fused_drafts"
+UPDATE = "_update_draft_decode_metadata"
+METHOD = "update_draft_decode_metadata"
+Hooks = Mapping[str, Callable[..., Any]]
+
+
+class Step:
+    """The metadata of one fused draft: bound when its loop starts, run once per step.
+
+    Parameters
+    ----------
+    speculator : TargetDependentARSpeculator
+    metadata : mapping of layer name to the metadata that its group's builder made
+    num_reqs : int
+        Requests, padding included; each has one query token.
+
+    Raises
+    ------
+    Uncovered
+        Something that this update does not know; the message says what.
+    """
+
+    def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
+        self._schedules: list[Callable[[], None]] = []
+        self._others: list[Callable[[], None]] = []
+        self._first = True
+        request_maps, indexers = [], []
+        for group in (group for groups in speculator.attn_groups for group in groups):
+            builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
+            kind = capabilities.kind_of_group(builder, own, num_reqs)
+            if kind == "request map":
+                request_maps.append(own.req_id_per_token)
+            elif kind == "indexer":
+                indexers.append(_indexer_rows(own, num_reqs))
+                self._schedules.append(_schedule(builder, own.decode))
+            else:
+                self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
+        if not request_maps and not indexers:
+            raise Uncovered("no attention group that this update knows")
+        buffers = speculator.input_buffers
+        rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
+        # On a CPU too where Triton interprets, as vLLM's own kernels then do.
+        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
+        self._update = StepUpdate(rows, slot_groups(speculator.block_tables), request_maps, indexers, impl=impl)
+
+    def run(self) -> None:
+        """Write the metadata of the step that begins now."""
+        self._update.run(first=self._first)
+        self._first = False
+        for compute in (*self._schedules, *self._others):
+            compute()
+
+
+class Uncovered(Exception):
+    """Something that the one-kernel step does not know; vLLM's own update is used."""
+
+
+class DeferredSlots:
+    """Stands for a speculator's `BlockTables` during a fused draft: slots wait for the update that follows."""
+
+    def __init__(self, tables: Any, step: Step) -> None:
+        self.tables = tables
+        self.step: Step | None = step
+        self._waiting: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tables, name)
+
+    def compute_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the call; vLLM's fused draft does not look at what it returns."""
+        if self.step is None:
+            return self.tables.compute_slot_mappings(*args, **kwargs)
+        self._waiting = args, kwargs
+        return self.tables.slot_mappings
+
+    def give_up(self) -> None:
+        """Make up for the call that was put off, and put off none any more."""
+        self.step = None
+        if self._waiting is not None:
+            args, kwargs = self._waiting
+            self.tables.compute_slot_mappings(*args, **kwargs)
+
+
+def hooks(host: Host, owner: type) -> Hooks:
+    """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name."""
+    generate, update = getattr(owner, GENERATE), getattr(owner, UPDATE)
+
+    def generate_fused_drafts(
+        speculator: Any, num_reqs: int, num_tokens_padded: int, attn_metadata: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        def original() -> Any:
+            return generate(speculator, num_reqs, num_tokens_padded, attn_metadata, *args, **kwargs)
+
+        if attn_metadata is None or capabilities.uncovered_speculator(speculator):
+            return original()
+        try:
+            step = Step(speculator, attn_metadata, num_reqs)
+        except Uncovered as reason:
+            host.using(logger, ENGINE, PATH, f"off ({reason})")
+            return original()
+        except Exception as error:
+            host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+            return original()
+        host.using(logger, ENGINE, PATH, "graph")
+        tables = speculator.block_tables
+        speculator.block_tables = DeferredSlots(tables, step)
+        try:
+            return original()
+        finally:
+            speculator.block_tables = tables
+
+    def update_draft_decode_metadata(speculator: Any, attn_metadata: Any, num_reqs: int) -> Any:
+        deferred = speculator.block_tables
+        if isinstance(deferred, DeferredSlots) and deferred.step is not None:
+            try:
+                return deferred.step.run()
+            except Exception as error:
+                deferred.give_up()
+                host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        return update(speculator, attn_metadata, num_reqs)
+
+    return MappingProxyType({GENERATE: generate_fused_drafts, UPDATE: update_draft_decode_metadata})
+
+
+def slot_groups(tables: Any) -> SlotGroups:
+    """The block tables of vLLM's `BlockTables`, one per KV-cache group, and its slot mappings. Copies no tensor."""
+    return SlotGroups(
+        [table.gpu for table in tables.block_tables],
+        tables.block_table_ptrs,
+        tables.block_table_strides,
+        tables.block_sizes_tensor,
+        tables.slot_mapping_enabled,
+        tables.slot_mappings,
+    )
+
+
+def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
+    decode = metadata.decode
+    ones = [decode.decode_lens, decode.per_req_decode_lens]
+    return IndexerRows(
+        decode.seq_lens.view(-1),
+        tuple(lens for lens in ones if lens is not None),
+        decode.indices,
+        metadata.block_table[:num_reqs],
+        decode.block_table,
+    )
+
+
+def _schedule(builder: Any, decode: Any) -> Callable[[], None]:
+    from vllm.v1.attention.backends.mla import indexer
+
+    if not (indexer.current_platform.is_cuda() and indexer.has_deep_gemm()):
+        return lambda: None
+
+    def compute() -> None:
+        """DeepGEMM's own tensor takes the place of the captured one: its readers are recorded after this."""
+        schedule = indexer.get_paged_mqa_logits_metadata(
+            decode.seq_lens, builder.kv_cache_spec.num_states, builder.num_sms, indices=decode.indices
+        )
+        if schedule.shape != decode.schedule_metadata.shape:
+            raise RuntimeError(
+                f"a schedule of shape {tuple(schedule.shape)}, not {tuple(decode.schedule_metadata.shape)}"
+            )
+        decode.schedule_metadata = schedule
+
+    return compute

@@ -1,0 +1,66 @@
+"""The Triton kernel of `StepUpdate`: a program per row, and in the first step programs that pad the slots."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# fmt: off
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_groups", "capacity", "slot_stride", "source_stride", "table_stride", "width",
+    ],
+)
+def step_update_kernel(
+    positions, seq_lens, query_start_loc, table_rows,
+    addresses, row_strides, block_sizes, enabled, slot_mapping,
+    request_map, lengths, ones, more_ones, indices, source, table,
+    num_rows, num_groups, capacity, slot_stride, source_stride, table_stride, width,
+    FIRST: tl.constexpr, SLOTS: tl.constexpr, MAP: tl.constexpr, INDEXER: tl.constexpr, INDICES: tl.constexpr,
+    TABLE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One step; see `StepUpdate` for the arguments, `_reference` for what is written."""
+    row = tl.program_id(0)
+    actual = tl.load(query_start_loc + num_rows)
+    if row >= num_rows:
+        chunks = tl.cdiv(capacity, BLOCK)
+        padded = (row - num_rows) // chunks
+        tail = (row - num_rows - padded * chunks) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(
+            slot_mapping + padded.to(tl.int64) * slot_stride + tail, PAD, mask=(tail >= actual) & (tail < capacity)
+        )
+        return
+    if SLOTS:
+        exists = row < actual
+        position = tl.load(positions + row, mask=exists, other=0).to(tl.int64)
+        table_row = tl.load(table_rows + row, mask=exists, other=-1).to(tl.int64)
+        group = 0
+        while group < num_groups:
+            block_size = tl.load(block_sizes + group)
+            mapped = (table_row >= 0) & tl.load(enabled + group).to(tl.int1)
+            blocks = tl.load(addresses + group).to(tl.pointer_type(tl.int32))
+            block = tl.load(
+                blocks + table_row * tl.load(row_strides + group) + position // block_size, mask=mapped, other=0
+            ).to(tl.int64)
+            slot = tl.where(mapped, block * block_size + position % block_size, PAD)
+            tl.store(slot_mapping + group * slot_stride + row, slot, mask=exists)
+            group += 1
+    if MAP and FIRST:
+        tl.store(request_map + row, tl.where(row < actual, row, num_rows - 1))
+    if INDEXER:
+        tl.store(lengths + row, tl.load(seq_lens + row))
+        if FIRST:
+            tl.store(ones + row, 1)
+            tl.store(more_ones + row, 1)
+            if INDICES:
+                tl.store(indices + row, row)
+            if TABLE:
+                origin = source + row.to(tl.int64) * source_stride
+                target = table + row.to(tl.int64) * table_stride
+                start = 0
+                while start < width:
+                    column = start + tl.arange(0, BLOCK)
+                    tl.store(target + column, tl.load(origin + column, mask=column < width), mask=column < width)
+                    start += BLOCK
