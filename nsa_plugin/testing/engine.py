@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -88,6 +89,26 @@ class Obstacle:
     name: str
     context: AbstractContextManager[object]
     probed: bool = True
+
+
+@contextlib.contextmanager
+def without(path: str) -> Iterator[None]:
+    """Within it, what a dotted path names is not there (or, where it is inherited, is None)."""
+    owner_path, _, name = path.rpartition(".")
+    owner = pkgutil.resolve_name(owner_path)
+    own = vars(owner).get(name)
+    if own is not None:
+        delattr(owner, name)
+    inherited = hasattr(owner, name)
+    if inherited:
+        setattr(owner, name, None)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 @dataclass

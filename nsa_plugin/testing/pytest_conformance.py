@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_plugin.testing.conformance import Conformance, Skipped
+from nsa_plugin.testing.conformance import Conformance
+from nsa_plugin.testing.contract import Skipped
 from nsa_plugin.testing.engine import Engine
 
 

@@ -205,9 +205,9 @@ def installed_sglang() -> Iterator[None]:
 def stand_ins() -> Iterator[None]:
     """On a CPU: run sglang's CUDA metadata paths on CPU tensors, compiled kernels replaced. On a GPU: nothing.
 
-    Needs TRITON_INTERPRET=1 in the environment before Triton is imported.
+    Needs TRITON_INTERPRET=1 in the environment before Triton is imported. May be nested.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or "is_cuda" in vars(torch.Tensor):
         yield
         return
     import sglang.kernels.ops.attention.dsa.fused_metadata_copy as copy_kernels
@@ -245,26 +245,36 @@ def stand_ins() -> Iterator[None]:
             sys.modules[interface.__name__] = saved_interface
 
 
+def defined_values(
+    metadata: Any, backend: Any, batch: Any, mode: ForwardMode, like: Any = None
+) -> dict[str, torch.Tensor]:
+    """The defined values of a `DSAMetadata` of `batch`, by name; `like` is one whose lengths say what is defined.
+
+    Undefined are tails of page tables (-1 here), the top-k plan of small batches, its rows past its count (the others
+    come in any order), and the unused end of FlashMLA's scheduler tensor.
+    """
+    like = metadata if like is None else like
+    descriptor = describe(batch, backend=backend, mode=mode)
+    precomputed = PrecomputedMetadata((consumer(like),), descriptor, geometry(backend, like))
+    values = live_entries(precomputed, consumer(metadata))
+    for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
+        if getattr(metadata, name) is not None:
+            values[name] = getattr(metadata, name).clone()
+    plan = getattr(metadata, "topk_v2_plan", None)
+    if plan is not None and _plan_is_written(like.dsa_seqlens_expanded):
+        rows = plan[1 : int(plan[0, 1]) + 1]
+        values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
+    if metadata.flashmla_metadata is not None:
+        values["num_splits"] = metadata.flashmla_metadata.num_splits.clone()
+    return values
+
+
 def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
     """Names of the defined values in which two `DSAMetadata` of the same batch differ.
 
-    Undefined are tails of page tables, the top-k plan of small batches, its rows past its count (the others come in any
-    order), and the unused end of FlashMLA's scheduler tensor. A wide page table that `got` does not have can't differ.
+    A wide page table that `got` does not have can't differ.
     """
-    descriptor = describe(batch, backend=backend, mode=mode)
-    steps = [consumer(metadata) for metadata in (expected, got)]
-    precomputed = PrecomputedMetadata((steps[0],), descriptor, geometry(backend, expected))
-    want, have = (live_entries(precomputed, step) for step in steps)
-    for values, metadata in ((want, expected), (have, got)):
-        for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
-            if getattr(metadata, name) is not None:
-                values[name] = getattr(metadata, name)
-        if metadata.topk_v2_plan is not None and _plan_is_written(expected.dsa_seqlens_expanded):
-            plan = metadata.topk_v2_plan
-            rows = plan[1 : int(plan[0, 1]) + 1]
-            values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
-        if metadata.flashmla_metadata is not None:
-            values["num_splits"] = metadata.flashmla_metadata.num_splits
+    want, have = (defined_values(metadata, backend, batch, mode, like=expected) for metadata in (expected, got))
     return sorted(
         name
         for name in (want.keys() | have.keys()) - ({"page_table_1"} if got.page_table_1 is None else set())

@@ -94,6 +94,26 @@ def make_host(engine: Engine, strategy: str = "auto", plugins: Sequence[object] 
     return host, adapter
 
 
+@contextlib.contextmanager
+def installed(
+    engine: Engine, strategy: str = "auto", plugins: Sequence[object] = ()
+) -> Iterator[tuple[WatchedHost, Adapter]]:
+    """An installed adapter and its host. Undone afterwards.
+
+    Raises
+    ------
+    AssertionError
+        It could not be installed.
+    """
+    host, adapter = make_host(engine, strategy, plugins)
+    if problems := adapter.install(host):
+        raise AssertionError(f"install() found problems: {problems}")
+    try:
+        yield host, adapter
+    finally:
+        adapter.undo()
+
+
 Attributes = dict[tuple[int, str], Any]
 
 

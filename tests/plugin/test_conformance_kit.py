@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from nsa_plugin import ForwardMode
-from nsa_plugin.testing.conformance import LINES, Conformance, Skipped, assert_conforms, conformance_problems
+from nsa_plugin.testing.conformance import Conformance, assert_conforms, conformance_problems
+from nsa_plugin.testing.contract import LINES, Skipped
 from nsa_plugin.testing.engine import Case
 from nsa_plugin.testing.pytest_conformance import AdapterConformance
 
