@@ -36,7 +36,7 @@ def missing(needs: tuple[Need, ...]) -> list[str]:
         try:
             found = pkgutil.resolve_name(need.path)
         except Exception as error:
-            problems.append(_line(need, f"{type(error).__name__}: {error}"))
+            problems.append(problem_line(need, f"{type(error).__name__}: {error}"))
             continue
         if dataclasses.is_dataclass(found):
             names = {field.name for field in dataclasses.fields(found)}
@@ -45,10 +45,10 @@ def missing(needs: tuple[Need, ...]) -> list[str]:
         elif callable(found):
             names = set(inspect.signature(found).parameters)
         else:
-            problems.append(_line(need, f"{found!r}, which can't be called"))
+            problems.append(problem_line(need, f"{found!r}, which can't be called"))
             continue
         if absent := [name for name in need.parameters if name not in names]:
-            problems.append(_line(need, f"it without {', '.join(absent)}"))
+            problems.append(problem_line(need, f"it without {', '.join(absent)}"))
     return problems
 
 
@@ -74,6 +74,7 @@ def warn_if_untested(
         )
 
 
-def _line(need: Need, found: str) -> str:
+def problem_line(need: Need, found: str) -> str:
+    """What every problem of a probe says: what was looked for, what was found, what to do."""
     wanted = need.path + (f"({', '.join(need.parameters)})" if need.parameters else "")
     return f"looked for {wanted} ({need.why}), found {found}; use a release of the engine that has it, or another of this plugin"
