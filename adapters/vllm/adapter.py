@@ -52,6 +52,8 @@ class VllmAdapter:
             return ["looked for vLLM, found no such distribution; install vllm 0.32 or later"]
         problems: list[str] = []
         self._watch = WhenImported(capabilities.MODULE, lambda: problems.extend(self._patch(host)))
+        if problems:
+            self._watch = None
         return problems
 
     def undo(self) -> None:
@@ -84,9 +86,10 @@ class VllmAdapter:
                 )
                 return []
             warn_if_untested(logger, "vllm", capabilities.TESTED)
+            update = _update(host)
             self._original_init = builder.__init__
             builder.__init__ = _init(host, builder.__init__)
-            setattr(builder, METHOD, _update(host))
+            setattr(builder, METHOD, update)
         except Exception as error:
             logger.exception("nsa-plugin: vLLM is left as it is: %s", error)
             return [str(error)]
@@ -118,16 +121,22 @@ def _init(host: Host, original: Callable[..., None]) -> Callable[..., None]:
 def _update(host: Host) -> Callable[[Any, Any], None]:
     from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
 
+    failed = False
+
     def update_draft_decode_metadata(builder: Any, metadata: Any) -> None:
         """Recompute the request map of captured decode metadata in place; capture-safe."""
+        nonlocal failed
         tokens = metadata.num_decode_tokens
         if not tokens:
             return
-        try:
-            compute_token_to_req_indices(metadata.query_start_loc, metadata.req_id_per_token, tokens, tokens)
-        except Exception as error:
-            request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
-            host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        if not failed:
+            try:
+                compute_token_to_req_indices(metadata.query_start_loc, metadata.req_id_per_token, tokens, tokens)
+                return
+            except Exception as error:
+                failed = True
+                host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
 
     return update_draft_decode_metadata
 

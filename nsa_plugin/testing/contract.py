@@ -110,6 +110,8 @@ def install(kit: Conformance) -> list[str]:
             host, adapter = make_host(engine)
             try:
                 found = adapter.install(host)
+                if found and not adapter.install(host):
+                    problems.append(f"{obstacle.name}: a second install() claims to have worked")
             except Exception as error:
                 found = [] if obstacle.probed else [str(error)]
                 if obstacle.probed:

@@ -111,8 +111,8 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
     return row
 
 
-def tried(rows: Sequence[Row]) -> list[str]:
-    """A line for everything that is not as it should be: a probe or kit that found something where another release is fine."""
+def differences(rows: Sequence[Row]) -> list[str]:
+    """A line for everything that is not as it should be: what the kit found, and paths that are not faithful."""
     lines = []
     for row in rows:
         head = f"{row['engine']} {row['release']}"
@@ -160,7 +160,7 @@ def main() -> int:
         finally:
             shutil.rmtree(environment, ignore_errors=True)
     if options.newest:
-        lines = tried(rows)
+        lines = differences(rows)
         print("\n".join(lines) or "nothing is different")
         return bool(lines)
     return any(row.get("problems") or "why static" in row for row in rows)
