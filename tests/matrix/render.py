@@ -34,7 +34,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     paths = list(dict.fromkeys(path for row in rows for path in row["paths"]))
     lines = ["| release | " + " | ".join(paths) + " | tested with |", "|---|" + "---|" * (len(paths) + 1)]
     engines = list(dict.fromkeys(row["engine"] for row in rows))
-    for row in sorted(reversed(rows), key=lambda row: engines.index(row["engine"])):
+    newest_first = list(reversed(rows))
+    newest_first.sort(key=lambda row: engines.index(row["engine"]))
+    for row in newest_first:
         cells = [cell(row["paths"][path]) if path in row["paths"] else "–" for path in paths]
         versions = row.get("environment", {})
         tested = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)

@@ -29,7 +29,6 @@ from toy_conformance import CASES, ToyEngine  # noqa: E402
 
 
 def test_the_example_conforms() -> None:
-    assert conformance_problems(ToyEngine()) == []
     assert_conforms(ToyEngine())
 
 
@@ -109,6 +108,16 @@ class InstallsTwice(ToyAdapter):
     def install(self, host: Any) -> list[str]:
         if self._originals:
             _replace(toy_engine.Forward, "prepare", self._prepare)
+        return super().install(host)
+
+
+class ClaimsSuccessTheSecondTime(ToyAdapter):
+    asked = False
+
+    def install(self, host: Any) -> list[str]:
+        if self.asked:
+            return []
+        self.asked = True
         return super().install(host)
 
 
@@ -312,6 +321,7 @@ BROKEN: list[tuple[str, type[ToyAdapter], str]] = [
     ("install", InstallsHalf, "patched all the same"),
     ("install", HidesAFailure, "returned no problem"),
     ("install", InstallsTwice, "second install"),
+    ("install", ClaimsSuccessTheSecondTime, "claims to have worked"),
     ("install", InstallsNothing, "changed no attribute"),
     ("undo", UndoesHalf, "capture is not what it was"),
     ("undo", UndoesWithACopy, "prepare is not what it was"),
@@ -351,6 +361,24 @@ def test_a_broken_adapter_is_caught(line: str, adapter: type[ToyAdapter], said: 
     problems = conformance_problems(ToyEngine(adapter), [line])
     assert any(problem.startswith(f"{line}: ") and said in problem for problem in problems), problems
     assert dict(vars(toy_engine.Forward)) == before, "the kit itself leaves the engine as it was"
+
+
+REGISTRY: list[str] = []
+
+
+class LeavesAnEntry(ToyAdapter):
+    """In a registry of the engine, which is no attribute of what it patches."""
+
+    def install(self, host: Any) -> list[str]:
+        REGISTRY.append("toy")
+        return super().install(host)
+
+
+def test_what_an_engine_keeps_elsewhere_counts_too() -> None:
+    problems = conformance_problems(ToyEngine(LeavesAnEntry, state=lambda: list(REGISTRY)), ["install", "undo"])
+    assert any("prepare: something is patched all the same" in problem for problem in problems)
+    assert any("a second install() is not without effect" in problem for problem in problems)
+    assert any("Engine.state() is not what it was" in problem for problem in problems)
 
 
 def test_assert_conforms_says_everything() -> None:
