@@ -8,10 +8,12 @@ CORE = .venv
 SGLANG = .venv-sglang
 VLLM_RELEASE ?= 0.33.0
 VLLM = .venv-vllm-$(VLLM_RELEASE)
+# What `make matrix` runs: an engine, or one release of it (sglang==0.5.18); all of them by default.
+ENGINE ?= sglang vllm
 
 README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
 
-.PHONY: demo test lint readme conformance-sglang conformance-vllm clean
+.PHONY: demo test lint readme conformance-sglang conformance-vllm matrix canary clean
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
@@ -26,6 +28,7 @@ lint: $(CORE)/ready
 
 readme: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 131072
+	$(CORE)/bin/python -m tests.matrix.render README.md examples/results/releases.json
 
 conformance-sglang: $(SGLANG)/ready
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
@@ -33,6 +36,12 @@ conformance-sglang: $(SGLANG)/ready
 
 conformance-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest tests/vllm
+
+matrix: $(CORE)/ready
+	$(CORE)/bin/python -m tests.matrix.run $(ENGINE)
+
+canary: $(CORE)/ready
+	$(CORE)/bin/python -m tests.matrix.run --newest $(ENGINE)
 
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CORE)
@@ -55,4 +64,4 @@ $(VLLM)/ready: pyproject.toml tests/vllm/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(CORE) $(SGLANG) .venv-vllm-* .venv-wheels build *.egg-info
+	rm -rf $(CORE) $(SGLANG) .venv-vllm-* .venv-matrix-* .venv-wheels build *.egg-info

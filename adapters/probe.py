@@ -36,16 +36,19 @@ def missing(needs: tuple[Need, ...]) -> list[str]:
         try:
             found = pkgutil.resolve_name(need.path)
         except Exception as error:
-            problems.append(_line(need, f"{type(error).__name__}: {error}"))
+            problems.append(problem_line(need, f"{type(error).__name__}: {error}"))
             continue
         if dataclasses.is_dataclass(found):
             names = {field.name for field in dataclasses.fields(found)}
-        elif need.parameters:
+        elif not need.parameters:
+            continue
+        elif callable(found):
             names = set(inspect.signature(found).parameters)
         else:
+            problems.append(problem_line(need, f"{found!r}, which can't be called"))
             continue
         if absent := [name for name in need.parameters if name not in names]:
-            problems.append(_line(need, f"it without {', '.join(absent)}"))
+            problems.append(problem_line(need, f"it without {', '.join(absent)}"))
     return problems
 
 
@@ -57,9 +60,12 @@ def installed_version(distribution: str) -> str:
         return "unknown"
 
 
-def warn_if_untested(logger: logging.Logger, distribution: str, tested: tuple[str, ...]) -> None:
-    """Say once that a release is used although the conformance tests do not run against it."""
-    if (release := installed_version(distribution)) not in tested:
+def warn_if_untested(
+    logger: logging.Logger, distribution: str, tested: tuple[str, ...], release: str | None = None
+) -> None:
+    """Say once that a release (default: the installed one) is used although no conformance test runs against it."""
+    release = installed_version(distribution) if release is None else release
+    if release not in tested:
         logger.warning(
             "nsa-plugin: %s %s is not among the tested releases (%s); it has all that is needed and is used",
             distribution,
@@ -68,6 +74,7 @@ def warn_if_untested(logger: logging.Logger, distribution: str, tested: tuple[st
         )
 
 
-def _line(need: Need, found: str) -> str:
+def problem_line(need: Need, found: str) -> str:
+    """What every problem of a probe says: what was looked for, what was found, what to do."""
     wanted = need.path + (f"({', '.join(need.parameters)})" if need.parameters else "")
     return f"looked for {wanted} ({need.why}), found {found}; use a release of the engine that has it, or another of this plugin"

@@ -13,15 +13,26 @@ _hosts: dict[str, object] = {}
 
 def register_sglang() -> None:
     """Install the sglang adapter (entry-point group `sglang.srt.plugins`)."""
-    _register("sglang", logging.getLogger("sglang.srt.plugins.nsa_plugin"))
+    register("sglang", logging.getLogger("sglang.srt.plugins.nsa_plugin"))
 
 
 def register_vllm() -> None:
     """Install the vLLM adapter (entry-point group `vllm.general_plugins`)."""
-    _register("vllm", logging.getLogger("vllm.plugins.nsa_plugin"))
+    register("vllm", logging.getLogger("vllm.plugins.nsa_plugin"))
 
 
-def _register(engine: str, logger: logging.Logger) -> None:
+def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
+    """Install the adapter for `engine`, once per process; what an engine's entry point calls. It never raises.
+
+    Parameters
+    ----------
+    engine : str
+        Name of the adapter.
+    logger : Logger
+        The engine's own, for the one line that says what was done or why nothing was.
+    plugins : objects
+        To be asked besides those of the entry-point group `nsa_plugin`: one may offer the adapter.
+    """
     try:
         if engine in _hosts:
             return
@@ -34,6 +45,8 @@ def _register(engine: str, logger: logging.Logger) -> None:
 
         host = Host(settings)
         host.manager.load_third_parties()
+        for plugin in plugins:
+            host.manager.register(plugin)
         adapter = host.manager.adapter(engine)
         if adapter is None:
             logger.error("nsa-plugin %s: no adapter for %s; it is left as it is", __version__, engine)

@@ -10,8 +10,8 @@ BACKEND_MODULE = "sglang.srt.layers.attention.dsa_backend"
 BACKEND = f"{BACKEND_MODULE}.DeepseekSparseAttnBackend"
 MULTI_STEP = f"{BACKEND_MODULE}.DeepseekSparseAttnMultiStepBackend"
 METADATA = f"{BACKEND_MODULE}.DSAMetadata"
-TESTED = ("0.5.23",)
-"""Releases against which the conformance tests run; others are used, with a warning, if the probe is clean."""
+TESTED = ("0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
+"""Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
 PLAIN_FIELDS = (
     "page_size", "cache_seqlens_int32", "cu_seqlens_k", "page_table_1", "real_page_table", "dsa_cache_seqlens_int32",

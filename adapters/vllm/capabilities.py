@@ -12,7 +12,7 @@ MODULE = "vllm.v1.attention.backends.mla.flashmla_sparse"
 BUILDER = f"{MODULE}.FlashMLASparseMetadataBuilder"
 BASE = "vllm.v1.attention.backend.AttentionMetadataBuilder"
 TESTED = ("0.32.0", "0.33.0")
-"""Releases against which the conformance tests run; others are used, with a warning, if the probe is clean."""
+"""Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
 NEEDS: tuple[Need, ...] = (
     Need(f"{BASE}.supports_draft_decode_metadata_update", (), "say that the fused multi-step draft may be chosen (set)"),

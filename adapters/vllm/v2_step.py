@@ -4,7 +4,8 @@
 `BlockTables.compute_slot_mappings`, and `_update_draft_decode_metadata`, which asks the builder of every attention
 group. Here the first is put off until the second, and the second is one launch of `StepUpdate` for the slots of
 all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule, then the other groups' own updates.
-Whatever is not understood leaves the step as vLLM has it; an error hands the rest of the draft back to vLLM's own code.
+Whatever is not understood leaves the step as vLLM has it; an error hands the draft, and all later ones, back to vLLM's own
+code.
 """
 
 from __future__ import annotations
@@ -109,6 +110,12 @@ class DeferredSlots:
 def hooks(host: Host, owner: type) -> Hooks:
     """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name."""
     generate, update = getattr(owner, GENERATE), getattr(owner, UPDATE)
+    failed = False
+
+    def fell_back(error: Exception) -> None:
+        nonlocal failed
+        failed = True
+        host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
 
     def generate_fused_drafts(
         speculator: Any, num_reqs: int, num_tokens_padded: int, attn_metadata: Any, *args: Any, **kwargs: Any
@@ -116,7 +123,7 @@ def hooks(host: Host, owner: type) -> Hooks:
         def original() -> Any:
             return generate(speculator, num_reqs, num_tokens_padded, attn_metadata, *args, **kwargs)
 
-        if attn_metadata is None or capabilities.uncovered_speculator(speculator):
+        if failed or attn_metadata is None or capabilities.uncovered_speculator(speculator):
             return original()
         try:
             step = Step(speculator, attn_metadata, num_reqs)
@@ -124,7 +131,7 @@ def hooks(host: Host, owner: type) -> Hooks:
             host.using(logger, ENGINE, PATH, f"off ({reason})")
             return original()
         except Exception as error:
-            host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+            fell_back(error)
             return original()
         host.using(logger, ENGINE, PATH, "graph")
         tables = speculator.block_tables
@@ -141,7 +148,7 @@ def hooks(host: Host, owner: type) -> Hooks:
                 return deferred.step.run()
             except Exception as error:
                 deferred.give_up()
-                host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+                fell_back(error)
         return update(speculator, attn_metadata, num_reqs)
 
     return MappingProxyType({GENERATE: generate_fused_drafts, UPDATE: update_draft_decode_metadata})

@@ -9,10 +9,11 @@ plain functions of the same inputs; sglang's fused Triton kernels run as they ar
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,7 @@ def _bare_backend(config: Config, table: torch.Tensor, step: int, num_steps: int
     backend: Any = object.__new__(DeepseekSparseAttnBackend)
     vars(backend).update(
         device=device, device_sm_major=sm, num_q_heads=64, num_dcp_q_heads=64, flashmla_kv_num_q_heads=64,
-        physical_page_size=config.page_size, dsa_index_topk=config.index_topk, dsa_index_kpool=1,
+        physical_page_size=config.page_size, real_page_size=config.page_size, max_context_len=config.width, dsa_index_topk=config.index_topk, dsa_index_kpool=1,
         speculative_num_draft_tokens=config.draft_tokens, speculative_num_steps=num_steps, speculative_step_id=step, topk=1,
         use_mha=False, use_fused_topk=True, dsa_kv_cache_store_fp8=True, hisparse_coordinator=None,
         dsa_decode_impl=config.decode_impl, dsa_prefill_impl="flashmla_sparse", enable_auto_select_prefill_impl=False,
@@ -94,7 +95,8 @@ def _bare_backend(config: Config, table: torch.Tensor, step: int, num_steps: int
         _arange_buf=torch.arange(16384, dtype=torch.int32, device=device),
         _memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
     )  # fmt: skip
-    backend._init_kpool_metadata_fusion()
+    if hasattr(backend, "_init_kpool_metadata_fusion"):
+        backend._init_kpool_metadata_fusion()
     return backend
 
 
@@ -180,6 +182,26 @@ def _fused_copy_to_three(*arguments: Any) -> None:
         _copy_fields(tuple(source), tuple(target), 0, bs, max_len, -1, rows)
 
 
+ATTENTION = "sglang.srt.layers.attention"
+COPY_KERNELS = (
+    "sglang.kernels.ops.attention.dsa.fused_metadata_copy",
+    "sglang.kernels.ops.attention.fused_metadata_copy",
+    "sglang.jit_kernel.fused_metadata_copy",
+)
+FLASH_MLA = ("sglang.kernels.ops.attention.flash_mla_interface", "sgl_kernel.flash_mla")
+STAND_INS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
+    (("sglang.kernels.ops.attention.dsv4.topk", "sglang.jit_kernel.dsv4.topk"), "plan_topk_v2", topk_plan),
+    (COPY_KERNELS, "fused_metadata_copy_cuda", _fused_copy),
+    (COPY_KERNELS, "fused_metadata_copy_multi_cuda", _fused_copy_to_three),
+    ((f"{ATTENTION}.dsa_backend",), "is_cuda", lambda: True),
+    ((f"{ATTENTION}.dsa_backend",), "deep_gemm",
+     types.SimpleNamespace(get_paged_mqa_logits_metadata=schedule, get_num_sms=num_sms)),
+    ((f"{ATTENTION}.dsa.dsa_metadata_manager",), "is_cuda", lambda: True),
+    ((f"{ATTENTION}.dsa.dsa_backend_mtp_precompute",), "_is_cuda", True),
+)  # fmt: skip
+"""Modules in which something is looked for, newest release first; its name there; what stands in for it."""
+
+
 @contextlib.contextmanager
 def installed_sglang() -> Iterator[None]:
     """For a command with `--engine sglang`: `stand_ins`, and Triton's interpreter where there is no GPU.
@@ -205,66 +227,88 @@ def installed_sglang() -> Iterator[None]:
 def stand_ins() -> Iterator[None]:
     """On a CPU: run sglang's CUDA metadata paths on CPU tensors, compiled kernels replaced. On a GPU: nothing.
 
-    Needs TRITON_INTERPRET=1 in the environment before Triton is imported.
+    Needs TRITON_INTERPRET=1 in the environment before Triton is imported. May be nested.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or "is_cuda" in vars(torch.Tensor):
         yield
         return
-    import sglang.kernels.ops.attention.dsa.fused_metadata_copy as copy_kernels
-    import sglang.kernels.ops.attention.dsv4.topk as topk
     from sglang.srt.layers.attention import dsa_backend
-    from sglang.srt.layers.attention.dsa import dsa_backend_mtp_precompute, dsa_metadata_manager
 
-    interface = types.ModuleType("sglang.kernels.ops.attention.flash_mla_interface")
-    interface.get_mla_metadata = flash_mla  # type: ignore[attr-defined]
-    replaced: list[tuple[Any, str, Any]] = [
-        (topk, "plan_topk_v2", topk_plan),
-        (copy_kernels, "fused_metadata_copy_cuda", _fused_copy),
-        (copy_kernels, "fused_metadata_copy_multi_cuda", _fused_copy_to_three),
-        (dsa_backend, "is_cuda", lambda: True),
-        (dsa_metadata_manager, "is_cuda", lambda: True),
-        (dsa_backend_mtp_precompute, "_is_cuda", True),
-        (dsa_backend, "resolve_paged_mqa_logits_metadata_fn", lambda: schedule),
-        (dsa_backend, "resolve_num_sms", num_sms),
+    replaced = [
+        (owner, name, value)
+        for paths, name, value in STAND_INS
+        for owner in (_first_module(paths),)
+        if owner is not None and (hasattr(owner, name) or name == "deep_gemm")
     ]
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    saved_interface = sys.modules.get(interface.__name__)
+    if hasattr(dsa_backend, "resolve_num_sms"):  # 0.5.21: DeepGEMM is found by a function
+        replaced += [
+            (dsa_backend, "resolve_paged_mqa_logits_metadata_fn", lambda: schedule),
+            (dsa_backend, "resolve_num_sms", num_sms),
+        ]
+    interfaces = {}
+    for module in FLASH_MLA:
+        interfaces[module] = types.ModuleType(module)
+        interfaces[module].get_mla_metadata = flash_mla  # type: ignore[attr-defined]
+    absent = object()
+    saved = [(owner, name, vars(owner).get(name, absent)) for owner, name, _ in replaced]
+    saved_modules = {name: sys.modules.get(name) for name in interfaces}
     for owner, name, value in replaced:
         setattr(owner, name, value)
-    sys.modules[interface.__name__] = interface
+    sys.modules.update(interfaces)
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
     try:
         yield
     finally:
         del torch.Tensor.is_cuda  # the base class still has it
         for owner, name, value in saved:
-            setattr(owner, name, value)
-        if saved_interface is None:
-            del sys.modules[interface.__name__]
-        else:
-            sys.modules[interface.__name__] = saved_interface
+            if value is absent:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        for module, before in saved_modules.items():
+            if before is None:
+                del sys.modules[module]
+            else:
+                sys.modules[module] = before
+
+
+def _first_module(paths: Sequence[str]) -> Any:
+    for path in paths:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(path)
+    return None
+
+
+def defined_values(
+    metadata: Any, backend: Any, batch: Any, mode: ForwardMode, like: Any = None
+) -> dict[str, torch.Tensor]:
+    """The defined values of a `DSAMetadata` of `batch`, by name; `like` is one whose lengths say what is defined.
+
+    Undefined are tails of page tables (-1 here), the top-k plan of small batches, its rows past its count (the others
+    come in any order), and the unused end of FlashMLA's scheduler tensor.
+    """
+    like = metadata if like is None else like
+    descriptor = describe(batch, backend=backend, mode=mode)
+    precomputed = PrecomputedMetadata((consumer(like),), descriptor, geometry(backend, like))
+    values = live_entries(precomputed, consumer(metadata))
+    for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
+        if getattr(metadata, name) is not None:
+            values[name] = getattr(metadata, name).clone()
+    plan = getattr(metadata, "topk_v2_plan", None)
+    if plan is not None and _plan_is_written(like.dsa_seqlens_expanded):
+        rows = plan[1 : int(plan[0, 1]) + 1]
+        values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
+    if metadata.flashmla_metadata is not None:
+        values["num_splits"] = metadata.flashmla_metadata.num_splits.clone()
+    return values
 
 
 def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
     """Names of the defined values in which two `DSAMetadata` of the same batch differ.
 
-    Undefined are tails of page tables, the top-k plan of small batches, its rows past its count (the others come in any
-    order), and the unused end of FlashMLA's scheduler tensor. A wide page table that `got` does not have can't differ.
+    A wide page table that `got` does not have can't differ.
     """
-    descriptor = describe(batch, backend=backend, mode=mode)
-    steps = [consumer(metadata) for metadata in (expected, got)]
-    precomputed = PrecomputedMetadata((steps[0],), descriptor, geometry(backend, expected))
-    want, have = (live_entries(precomputed, step) for step in steps)
-    for values, metadata in ((want, expected), (have, got)):
-        for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
-            if getattr(metadata, name) is not None:
-                values[name] = getattr(metadata, name)
-        if metadata.topk_v2_plan is not None and _plan_is_written(expected.dsa_seqlens_expanded):
-            plan = metadata.topk_v2_plan
-            rows = plan[1 : int(plan[0, 1]) + 1]
-            values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
-        if metadata.flashmla_metadata is not None:
-            values["num_splits"] = metadata.flashmla_metadata.num_splits
+    want, have = (defined_values(metadata, backend, batch, mode, like=expected) for metadata in (expected, got))
     return sorted(
         name
         for name in (want.keys() | have.keys()) - ({"page_table_1"} if got.page_table_1 is None else set())
@@ -274,9 +318,11 @@ def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: Forward
 
 def _plan_is_written(lengths: torch.Tensor) -> bool:
     """Whether sglang's top-k planner writes anything for these rows; it leaves the buffer as it is for small batches."""
+    if lengths.device.type == "cpu":
+        return True
     from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written
 
-    return lengths.device.type == "cpu" or bool(topk_v2_plan_is_written(lengths))
+    return bool(topk_v2_plan_is_written(lengths))
 
 
 def engine_metadata(backend: Any, batch: Any, mode: str) -> Any:

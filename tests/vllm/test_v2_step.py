@@ -26,8 +26,8 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
 from tests.installing import installer
+from tests.vllm.engine import BATCHES, LAYOUTS
 from tests.vllm.harness import CAPTURED, Draft
-from tests.vllm.test_draft import BATCHES, LAYOUTS
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 POISON = 3

@@ -1,0 +1,188 @@
+"""An adapter for the toy engine: what a third party writes to bring nsa-plugin to an engine of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
+from nsa_plugin.adapters.base import Adapter, Fallback, Host, Strategy
+from nsa_plugin.adapters.probe import Need, missing, warn_if_untested
+
+ENGINE = "toy"
+TESTED = ("1.4",)
+logger = logging.getLogger("toy_engine.plugins")
+
+NEEDS = (
+    Need("toy_engine.Forward.capture", ("batch",), "make a plan for a captured size (hooked)"),
+    Need("toy_engine.Forward.prepare", ("batch",), "prepare a replay (hooked)"),
+    Need("toy_engine.StepBuffers", ("lengths", "starts", "row_lengths", "kept", "kept_starts", "pages"),
+         "the buffers that captured graphs read"),
+)  # fmt: skip
+
+
+class Prepared:
+    """One captured size of a forward, prepared by a plan of nsa-plugin."""
+
+    def __init__(self, host: Host, forward: Any, batch: Any, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self._buffers = forward.captured[batch.size]
+        self._own_pages = [buffers.pages for buffers in self._buffers]
+        if strategy == "share":  # the steps differ in their lengths only
+            for buffers in self._buffers[1:]:
+                buffers.pages = self._own_pages[0]
+        self._describe = host.describe(ENGINE, batch, lambda live: self.describe(forward, live))
+        geometry = Geometry(
+            index_topk=_engine().TOP_K, page_size=_engine().PAGE_SIZE, table_width=forward.slots.shape[1],
+            wide_page_table=False,
+        )  # fmt: skip
+        consumers = [consumer(buffers) for buffers in self._buffers]
+        self._run = host.plan(
+            self._describe(batch), geometry, consumers, "copy" if strategy == "copy" else "share", None
+        )
+
+    @staticmethod
+    def describe(forward: Any, batch: Any) -> BatchDescriptor:
+        """A batch in nsa-plugin's words; copies no tensor."""
+        slots = TokenTable(forward.slots, batch.requests)
+        if forward.draft_tokens:
+            return BatchDescriptor(
+                ForwardMode.TARGET_VERIFY, batch.size, batch.lengths, slots, draft_tokens=forward.draft_tokens
+            )
+        offsets = tuple(range(1, forward.num_steps + 1))
+        return BatchDescriptor(ForwardMode.DECODE, batch.size, batch.lengths, slots, forward.num_steps, offsets)
+
+    def run(self, batch: Any) -> None:
+        """Write the metadata of all steps."""
+        self._run(self._describe(batch))
+
+    def give_back(self) -> None:
+        """Let every step have its own page table again."""
+        for buffers, pages in zip(self._buffers, self._own_pages, strict=True):
+            buffers.pages = pages
+
+
+def consumer(buffers: Any) -> StepMetadata:
+    """The buffers of one step in nsa-plugin's words."""
+    return StepMetadata(
+        cache_seqlens=buffers.lengths, cu_seqlens_k=buffers.starts, seqlens_expanded=buffers.row_lengths,
+        nsa_cache_seqlens=buffers.kept, nsa_cu_seqlens_k=buffers.kept_starts, page_table_1=None,
+        real_page_table=buffers.pages,
+    )  # fmt: skip
+
+
+class ToyAdapter:
+    """Implements `nsa_plugin.adapters.base.Adapter`."""
+
+    name = ENGINE
+    prepared = Prepared
+
+    def __init__(self) -> None:
+        self._originals: dict[str, Callable[..., None]] = {}
+        self._plans: WeakKeyDictionary[Any, dict[int, Prepared]] = WeakKeyDictionary()
+
+    def probe(self) -> list[str]:
+        """What the engine lacks; imports it here, not with this module."""
+        return missing(NEEDS)
+
+    def install(self, host: Host) -> list[str]:
+        """Replace the two methods, or say why not."""
+        if self._originals:
+            return []
+        if problems := self.probe():
+            return problems
+        warn_if_untested(logger, ENGINE, TESTED, _engine().__version__)
+        self._host, forward = host, _engine().Forward
+        originals = {name: vars(forward)[name] for name in ("capture", "prepare")}
+        try:
+            for name, replacement in (("capture", self._capture), ("prepare", self._prepare)):
+                self._originals[name] = originals[name]
+                _replace(forward, name, replacement)
+        except Exception:
+            self.undo()
+            raise
+        return []
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for name, original in self._originals.items():
+            setattr(_engine().Forward, name, original)
+        for plans in self._plans.values():
+            for prepared in plans.values():
+                prepared.give_back()
+        self._plans.clear()
+        self._originals.clear()
+
+    def summary(self) -> str:
+        """For one log line."""
+        return f"{ENGINE} {_engine().__version__}: draft decode and target verify are computed once for all steps"
+
+    def _capture(self, forward: Any, batch: Any) -> None:
+        self._originals["capture"](forward, batch)
+        for strategy in self._host.strategies:
+            if strategy == "graph":
+                continue  # this engine offers no place in its graph
+            prepared = None
+            try:
+                prepared = self.prepared(self._host, forward, batch, strategy)
+                prepared.run(batch)
+            except Exception as error:
+                if prepared is not None:
+                    prepared.give_back()
+                self._fall_back(forward, batch, "capture", strategy, error)
+            else:
+                self._plans.setdefault(forward, {})[batch.size] = prepared
+                self._host.using(logger, ENGINE, path(forward), strategy)
+                return
+
+    def _prepare(self, forward: Any, batch: Any) -> None:
+        prepared = self._plans.get(forward, {}).get(batch.size)
+        if prepared is None:
+            self._originals["prepare"](forward, batch)
+            return
+        try:
+            prepared.run(batch)
+        except Exception as error:
+            del self._plans[forward][batch.size]  # from now on the engine does it; graphs still read the same buffers
+            self._fall_back(forward, batch, "replay", prepared.strategy, error)
+
+    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+        self._originals["prepare"](forward, batch)
+        self._host.fell_back(logger, Fallback(ENGINE, path(forward), stage, strategy, error))
+
+
+def path(forward: Any) -> str:
+    """What a forward is called in log lines."""
+    return "target verify" if forward.draft_tokens else "draft decode"
+
+
+class ToyPlugin:
+    """What nsa-plugin asks."""
+
+    def __init__(self, adapter: Adapter | None = None) -> None:
+        self._adapters = (ToyAdapter() if adapter is None else adapter,)
+
+    @hookimpl
+    def nsa_plugin_adapters(self) -> Sequence[Adapter]:
+        """The adapter."""
+        return self._adapters
+
+
+def register() -> None:
+    """What the toy engine's entry-point group names: called when the engine loads its plugins."""
+    entry.register(ENGINE, logger, ToyPlugin())
+
+
+def _engine() -> Any:
+    import toy_engine
+
+    return toy_engine
+
+
+def _replace(owner: Any, name: str, replacement: Callable[..., None]) -> None:
+    def method(forward: Any, batch: Any) -> None:
+        replacement(forward, batch)
+
+    setattr(owner, name, method)

@@ -1,0 +1,64 @@
+"""Which releases of which engine matter, what the adapter needs of them, and how the lightest environment for one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.sglang import capabilities as sglang
+from nsa_plugin.adapters.vllm import capabilities as vllm
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine in the release matrix.
+
+    Attributes
+    ----------
+    releases : oldest first
+    paths : path to the needs that serve it
+    strategies : that its adapter offers
+    requirements : file
+        Of the newest release's environment.
+    pinned : distributions whose version the release's own metadata says
+    bare : distributions that are installed without their dependencies, with the engine itself
+    path : folders for PYTHONPATH
+    variables : of the environment
+    """
+
+    releases: tuple[str, ...]
+    paths: Mapping[str, tuple[Need, ...]]
+    strategies: tuple[str, ...]
+    requirements: Path
+    pinned: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
+    path: tuple[Path, ...] = ()
+    variables: tuple[tuple[str, str], ...] = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
+
+
+SINGLE = (*sglang.NEEDS, *sglang.SINGLE_NEEDS)
+ENGINES = {
+    "sglang": Engine(
+        releases=("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23"),
+        paths={"draft decode": sglang.NEEDS, "target verify": SINGLE, "draft extend": SINGLE},
+        strategies=("graph", "share", "copy"),
+        requirements=TESTS / "sglang" / "requirements.txt",
+        pinned=("transformers",),
+        bare=("compressed-tensors==0.18.0", "gguf==0.19.0", "openai==2.8.0", "xgrammar==0.2.1"),
+        path=(TESTS / "sglang" / "stubs",),
+    ),
+    "vllm": Engine(
+        releases=("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"),
+        paths={"draft decode": vllm.NEEDS},
+        strategies=("graph",),
+        requirements=TESTS / "vllm" / "requirements.txt",
+        variables=(
+            ("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""), ("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_PLUGINS", ""),
+            ("VLLM_LOGGING_LEVEL", "WARNING"),
+        ),
+    ),
+}  # fmt: skip

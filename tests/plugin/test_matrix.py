@@ -1,0 +1,142 @@
+"""The release matrix: what a static probe sees in a wheel, what the table says of it, and that the README has it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.sglang import capabilities as sglang
+from nsa_plugin.adapters.vllm import capabilities as vllm
+from tests.matrix import render, run
+from tests.matrix.engines import ENGINES
+from tests.matrix.static import Wheel
+
+ROOT = Path(__file__).parents[2]
+SOURCE = {
+    "toy/__init__.py": "",
+    "toy/base.py": """
+from dataclasses import dataclass
+class Base:
+    flag: bool = False
+    def inherited(self, batch): ...
+@dataclass
+class Common:
+    lengths: int
+""",
+    "toy/backend.py": """
+from toy.base import Base, Common
+@dataclass
+class Metadata(Common):
+    pages: int
+class Backend(Base):
+    registry = {}
+    def prepare(self, batch, *, in_capture=False): ...
+try:
+    import fast
+except ImportError:
+    def fallback(a): ...
+Other = Backend
+Backend = Backend
+""",
+    "toy-2.0.dist-info/METADATA": "Name: toy\nRequires-Dist: pinned==1.2.3\nRequires-Dist: loose>=3\nRequires-Dist: extra==1; extra == 'x'\n",
+}
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "toy-2.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in SOURCE.items():
+            archive.writestr(name, text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("toy.backend.Backend.prepare", ("batch", "in_capture")),
+        ("toy.backend.Backend.inherited", ("batch",)),
+        ("toy.backend.Backend.registry", ()),
+        ("toy.backend.Backend.flag", ()),
+        ("toy.backend.Other.prepare", ("batch",)),
+        ("toy.backend.Metadata", ("pages", "lengths")),
+        ("toy.backend.fallback", ("a",)),
+    ],
+)
+def test_what_is_there_is_found(wheel: Path, path: str, parameters: tuple[str, ...]) -> None:
+    assert Wheel(wheel).missing((Need(path, parameters, "test"),)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "found"),
+    [
+        ("toy.backend.Backend.prepare", ("rows",), "found it without rows"),
+        ("toy.backend.Backend.gone", (), "found no gone in toy.backend"),
+        ("toy.backend.Metadata", ("heads",), "found it without heads"),
+        ("toy.nowhere.Backend", (), "found no nowhere in toy"),
+        ("other.Backend", (), "found no module other"),
+    ],
+)
+def test_what_is_missing_is_named(wheel: Path, path: str, parameters: tuple[str, ...], found: str) -> None:
+    (problem,) = Wheel(wheel).missing((Need(path, parameters, "test"),))
+    assert problem.startswith(f"looked for {path}") and found in problem
+
+
+def test_pins_and_release_come_from_the_wheel(wheel: Path) -> None:
+    assert run.release_of(wheel) == "2.0"
+    assert run.pins(wheel, ("pinned", "loose", "extra")) == ["pinned==1.2.3"]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"engine": "toy", "release": "1.0", "date": "2026-01-01",
+     "paths": {"draft": {"share": "unsupported: looked for a.b.C.d(x, y) (why), found no module a; use another"}}},
+    {"engine": "toy", "release": "2.0", "date": "2026-01-02", "environment": {"torch": "3"},
+     "paths": {"draft": {"graph": "faithful", "share": "faithful", "copy": "differs: round 1"}}},
+    {"engine": "toy", "release": "3.0", "date": "2026-01-02", "problems": ["undo: x"], "why static": "no gpu",
+     "paths": {"draft": {"graph": "static only"}}},
+]  # fmt: skip
+
+
+def test_the_table() -> None:
+    assert render.table(ROWS).splitlines()[2:] == [
+        "| toy 3.0 | static only: graph | source only, 2026-01-02 |",
+        "| toy 2.0 | faithful: graph, share; differs: copy | torch 3, 2026-01-02 |",
+        "| toy 1.0 | unsupported: no `C.d` | source only, 2026-01-01 |",
+    ]
+
+
+def test_a_canary_names_every_difference() -> None:
+    assert run.differences([ROWS[1] | {"paths": {"draft": {"graph": "faithful"}}}]) == []
+    assert run.differences(ROWS[1:]) == [
+        "toy 2.0: draft: differs: round 1; faithful",
+        "toy 3.0: undo: x",
+        "toy 3.0: the kit did not run: no gpu",
+        "toy 3.0: draft: static only",
+    ]
+
+
+def test_committed_results_are_those_of_the_readme_and_of_the_adapters() -> None:
+    """What is faithful everywhere is what the adapters call tested."""
+    rows = json.loads(run.RESULTS.read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert render.update(readme, rows) == readme, "run make readme"
+    for name, tested in (("sglang", sglang.TESTED), ("vllm", vllm.TESTED)):
+        known = {row["release"]: row for row in rows if row["engine"] == name}
+        assert list(known) == list(ENGINES[name].releases)
+        faithful = [
+            release
+            for release, row in known.items()
+            if row["how"] == "kit"
+            and not row["problems"]
+            and all(
+                state == "faithful" or state.startswith("unsupported")
+                for strategies in row["paths"].values()
+                for state in strategies.values()
+            )
+        ]
+        assert tuple(faithful) == tested, name

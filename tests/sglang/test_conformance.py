@@ -1,0 +1,60 @@
+"""The adapter contract on the real sglang, with the plain torch reference and with the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nsa_plugin import hookimpl
+from nsa_plugin.core import api
+from nsa_plugin.testing import sglang_engine
+from nsa_plugin.testing.conformance import assert_conforms, conformance_problems
+from nsa_plugin.testing.engine import Engine
+from nsa_plugin.testing.pytest_conformance import AdapterConformance
+
+
+class TestSglang(AdapterConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls) -> Engine:
+        return sglang_engine.SglangEngine()
+
+
+class TritonPrecompute:
+    """Makes the plugin use its kernels on a CPU too, where `auto` means the reference."""
+
+    @hookimpl
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
+        return api.bind_precompute(batch, out, impl="triton")
+
+    @hookimpl
+    def nsa_plugin_bind_copy(self, source: Any, destinations: Any) -> Any:
+        return api.bind_copy(source, destinations, impl="triton")
+
+
+def test_the_kernels_too() -> None:
+    cases = [*sglang_engine.CASES[:3], *(case for case in sglang_engine.CASES if "one step" in case.covers)]
+    assert_conforms(sglang_engine.SglangEngine(cases, [TritonPrecompute()]), ["faithful", "addresses"])
+
+
+class WrongInTheLastRow:
+    """Correct but for one request's length."""
+
+    @hookimpl
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
+        right = api.bind_precompute(batch, out)
+
+        def run(live: Any) -> None:
+            right(live)
+            out.steps[0].nsa_cache_seqlens[-1] += 1
+
+        return run
+
+
+def test_the_check_can_fail() -> None:
+    problems = conformance_problems(
+        sglang_engine.SglangEngine(sglang_engine.CASES[:3], [WrongInTheLastRow()]), ["faithful"]
+    )
+    for case in sglang_engine.CASES[:3]:
+        assert f"faithful: graph, {case.name}: round 0, consumer 0: nsa_cache_seqlens" in problems
