@@ -80,12 +80,15 @@ class Manager:
 
     def adapter(self, name: str) -> Adapter | None:
         """The adapter of that name, third parties first."""
+        return self.adapters().get(name)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """All adapters by name, third parties first."""
+        found: dict[str, Adapter] = {}
         for offered in self._relay.hook.nsa_plugin_adapters():
             for adapter in offered:
-                if adapter.name == name:
-                    found: Adapter = adapter
-                    return found
-        return None
+                found.setdefault(adapter.name, adapter)
+        return found
 
     def describe(
         self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]

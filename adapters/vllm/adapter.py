@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Fallback, Host, PathPlan
 from nsa_plugin.adapters.probe import installed_version, missing, warn_if_untested
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.adapters.vllm.lazy import WhenImported
@@ -71,6 +71,18 @@ class VllmAdapter:
             f"vllm {installed_version('vllm')}: FlashMLA-sparse joins the fused multi-step draft of Model Runner V2; "
             "Model Runner V1 and other backends are left alone"
         )
+
+    def switch(self, on: bool) -> list[str]:
+        """Nothing can be switched: the work is recorded in the draft's CUDA graph."""
+        return [] if self._original_init is None else [f"{ENGINE}: {PATH} keeps what its CUDA graph recorded; restart"]
+
+    def paths(self, host: Host) -> list[PathPlan]:
+        """What would be done with the host's settings."""
+        if problems := self.probe():
+            return [PathPlan(PATH, "off", problems[0])]
+        if "graph" not in host.strategies:
+            return [PathPlan(PATH, "off", "it can only be accelerated in its CUDA graph")]
+        return [PathPlan(PATH, "graph", "")]
 
     def _patch(self, host: Host) -> list[str]:
         try:

@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
-from nsa_plugin.core.batch import ForwardMode
+from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
 
 
 @dataclass(frozen=True)
@@ -243,40 +241,6 @@ def stand_ins() -> Iterator[None]:
             del sys.modules[interface.__name__]
         else:
             sys.modules[interface.__name__] = saved_interface
-
-
-def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
-    """Names of the defined values in which two `DSAMetadata` of the same batch differ.
-
-    Undefined are tails of page tables, the top-k plan of small batches, its rows past its count (the others come in any
-    order), and the unused end of FlashMLA's scheduler tensor. A wide page table that `got` does not have can't differ.
-    """
-    descriptor = describe(batch, backend=backend, mode=mode)
-    steps = [consumer(metadata) for metadata in (expected, got)]
-    precomputed = PrecomputedMetadata((steps[0],), descriptor, geometry(backend, expected))
-    want, have = (live_entries(precomputed, step) for step in steps)
-    for values, metadata in ((want, expected), (have, got)):
-        for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
-            if getattr(metadata, name) is not None:
-                values[name] = getattr(metadata, name)
-        if metadata.topk_v2_plan is not None and _plan_is_written(expected.dsa_seqlens_expanded):
-            plan = metadata.topk_v2_plan
-            rows = plan[1 : int(plan[0, 1]) + 1]
-            values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
-        if metadata.flashmla_metadata is not None:
-            values["num_splits"] = metadata.flashmla_metadata.num_splits
-    return sorted(
-        name
-        for name in (want.keys() | have.keys()) - ({"page_table_1"} if got.page_table_1 is None else set())
-        if name not in want or name not in have or not torch.equal(want[name], have[name])
-    )
-
-
-def _plan_is_written(lengths: torch.Tensor) -> bool:
-    """Whether sglang's top-k planner writes anything for these rows; it leaves the buffer as it is for small batches."""
-    from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written
-
-    return lengths.device.type == "cpu" or bool(topk_v2_plan_is_written(lengths))
 
 
 def engine_metadata(backend: Any, batch: Any, mode: str) -> Any:

@@ -1,0 +1,170 @@
+"""What operators can watch: Prometheus metrics and NVTX ranges. Off, it adds nothing to a replay at all.
+
+A replay only appends its duration to a list; a thread hands the list to `prometheus_client` once a second, because
+that costs more than a replay. `prometheus_client` decides when it is imported whether it writes for several processes
+(`PROMETHEUS_MULTIPROC_DIR`), so it is imported when the first plan is made: sglang (`--enable-metrics`) has set the
+variable by then, and its `/metrics` serves what every process wrote there. vLLM sets it for several API servers only;
+an operator sets it before the start otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from nsa_plugin import background
+from nsa_plugin.settings import Settings
+
+logger = logging.getLogger("nsa_plugin")
+BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
+"""Upper bounds of the latency histogram, in seconds."""
+Call = Callable[[Any], None]
+"""Prepares the metadata of one replay of a batch."""
+CHUNK = 16
+"""Durations that are handed over before other threads get a turn."""
+
+
+class Labels(NamedTuple):
+    """Which replays: of which engine, of which of its paths, prepared how ("off": by the engine itself)."""
+
+    engine: str
+    mode: str
+    strategy: str
+
+
+class Metrics(NamedTuple):
+    """The metrics of this process, as `prometheus_client` objects."""
+
+    seconds: Any
+    steps: Any
+    buffer_bytes: Any
+    fallbacks: Any
+    mismatches: Any
+
+
+@functools.cache
+def prometheus() -> Metrics:
+    """Make the metrics, once per process. Raises ImportError without `prometheus_client`."""
+    import prometheus_client as client
+
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        logger.warning(
+            "nsa-plugin: PROMETHEUS_MULTIPROC_DIR is not set in this process: its metrics are kept, but the engine's "
+            "/metrics can't serve them. sglang sets it with --enable-metrics; for vLLM set it before the start"
+        )
+    which = Labels._fields
+    return Metrics(
+        client.Histogram(
+            "nsa_plugin_preparation_seconds",
+            "Host time to prepare the attention metadata of one replay; its count is the number of replays",
+            which,
+            buckets=BUCKETS,
+        ),
+        client.Counter("nsa_plugin_steps", "Draft steps whose metadata was prepared", which),
+        client.Gauge(
+            "nsa_plugin_buffer_bytes",
+            "Bytes of the buffers that hold the metadata of the captured batch sizes",
+            which,
+            multiprocess_mode="livesum",
+        ),
+        client.Counter(
+            "nsa_plugin_fallbacks",
+            "Times that something was handed back to the engine's own path",
+            (*which, "stage", "cause"),
+        ),
+        client.Counter(
+            "nsa_plugin_mismatches",
+            "Verifications that found values other than the engine's own, by field",
+            (*which, "field"),
+        ),
+    )
+
+
+def missing(settings: Settings) -> str:
+    """Empty, or what the settings ask for that can't be had here."""
+    if "prometheus" in settings.metrics and importlib.util.find_spec("prometheus_client") is None:
+        return "NSA_PLUGIN_METRICS: prometheus needs the package prometheus_client; pip install 'nsa-plugin[metrics]'"
+    return ""
+
+
+class Monitor:
+    """Reports to wherever the settings say."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._nvtx = "nvtx" in settings.metrics
+        self._prometheus = "prometheus" in settings.metrics
+        if problem := missing(settings):
+            self._prometheus = False
+            logger.error("nsa-plugin: %s", problem)
+        self._pending: dict[tuple[Labels, int], list[float]] = {}
+
+    def instrument(self, call: Call, labels: Labels, steps: int) -> Call:
+        """`call`, reported about; `call` itself if nothing is to be reported. `steps`: draft steps that it serves."""
+        if self._prometheus:
+            call = self._timed(call, labels, steps)
+        return _ranged(call, f"nsa-plugin {labels.mode} {labels.strategy}") if self._nvtx else call
+
+    def buffers(self, labels: Labels, size: int) -> None:
+        """Buffers of `size` bytes are in use (negative: no longer)."""
+        if self._prometheus:
+            prometheus().buffer_bytes.labels(*labels).inc(size)
+
+    def fell_back(self, labels: Labels, stage: str, cause: str) -> None:
+        """Something was handed back to the engine."""
+        if self._prometheus:
+            prometheus().fallbacks.labels(*labels, stage, cause).inc()
+
+    def mismatched(self, labels: Labels, fields: list[str]) -> None:
+        """A verification found a difference."""
+        if self._prometheus:
+            for field in fields:
+                prometheus().mismatches.labels(*labels, field).inc()
+
+    def _timed(self, call: Call, labels: Labels, steps: int) -> Call:
+        prometheus()
+        append = self._pending.setdefault((labels, steps), []).append
+        background.every_second(self.flush)
+        clock = time.perf_counter
+
+        def timed(batch: Any) -> None:
+            start = clock()
+            call(batch)
+            append(clock() - start)
+
+        return timed
+
+    def flush(self) -> None:
+        """Hand over what has been measured since the last time."""
+        for (labels, steps), durations in tuple(self._pending.items()):
+            if not durations:
+                continue
+            metrics = prometheus()
+            observe = metrics.seconds.labels(*labels).observe
+            taken = durations[: len(durations)]
+            del durations[: len(taken)]
+            metrics.steps.labels(*labels).inc(steps * len(taken))
+            for index, duration in enumerate(taken):
+                observe(duration)
+                if index % CHUNK == CHUNK - 1:
+                    time.sleep(0)
+
+
+def _ranged(call: Call, name: str) -> Call:
+    from torch.cuda import nvtx
+
+    push: Callable[[str], object] = nvtx.range_push
+    pop: Callable[[], object] = nvtx.range_pop
+
+    def ranged(batch: Any) -> None:
+        push(name)
+        try:
+            call(batch)
+        finally:
+            pop()
+
+    return ranged
