@@ -119,6 +119,10 @@ class Host:
         """`call`, reported about as the settings say; `call` itself if they say nothing."""
         return self._monitor.instrument(call, Labels(engine, path, strategy), steps)
 
+    def flush_metrics(self) -> None:
+        """Hand over what has been measured now, not at the next full second."""
+        self._monitor.flush()
+
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
         """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
         self._monitor.buffers(Labels(engine, path, strategy), size)

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def prometheus() -> Metrics:
 def missing(settings: Settings) -> str:
     """Empty, or what the settings ask for that can't be had here."""
     if "prometheus" in settings.metrics and importlib.util.find_spec("prometheus_client") is None:
-        return "NSA_PLUGIN_METRICS: prometheus needs the package prometheus_client; pip install 'nsa-plugin[metrics]'"
+        return "prometheus needs the package prometheus_client; pip install 'nsa-plugin[metrics]'"
     return ""
 
 
@@ -100,8 +101,9 @@ class Monitor:
         self._prometheus = "prometheus" in settings.metrics
         if problem := missing(settings):
             self._prometheus = False
-            logger.error("nsa-plugin: %s", problem)
+            logger.error("nsa-plugin: NSA_PLUGIN_METRICS: %s", problem)
         self._pending: dict[tuple[Labels, int], list[float]] = {}
+        self._flushing = threading.Lock()
 
     def instrument(self, call: Call, labels: Labels, steps: int) -> Call:
         """`call`, reported about; `call` itself if nothing is to be reported. `steps`: draft steps that it serves."""
@@ -140,6 +142,10 @@ class Monitor:
 
     def flush(self) -> None:
         """Hand over what has been measured since the last time."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         for (labels, steps), durations in tuple(self._pending.items()):
             if not durations:
                 continue

@@ -83,6 +83,10 @@ class Preparation:
         self.note = ", with exact step lengths" if exact else ""
         if self._used[0].page_table_1 is None:
             self.note += ", without the wide page table, which nothing reads"
+        if spares is not None:
+            self.note += (
+                f", verified (every {host.verify} replays; not graph, which runs when it is too late to repair)"
+            )
         self._offsets = tuple(index + 1 if exact else 0 for index in range(len(backends)))
         step_offsets = self._offsets if exact else ()
         self._describe = host.describe(

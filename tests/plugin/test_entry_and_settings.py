@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 
-from nsa_plugin import entry
+from nsa_plugin import UnavailableError, disable, enable, entry
 from nsa_plugin.settings import SettingError, Settings
 
 
@@ -17,9 +18,22 @@ def test_settings_from_the_environment() -> None:
         "NSA_PLUGIN_STRATEGY": " Copy ",
         "NSA_PLUGIN_PLUGINS": "a, b,",
         "NSA_PLUGIN_LOG_LEVEL": "debug",
+        "NSA_PLUGIN_VERIFY": "100",
+        "NSA_PLUGIN_REPRO_DIR": "/tmp/repro",
+        "NSA_PLUGIN_METRICS": "Prometheus, nvtx",
+        "NSA_PLUGIN_SWITCH_FILE": "/tmp/off",
         "OTHER": "x",
     }
-    assert Settings.from_environment(given) == Settings("copy", frozenset({"a", "b"}), logging.DEBUG)
+    settings = Settings.from_environment(given)
+    assert settings == Settings(
+        "copy", frozenset({"a", "b"}), logging.DEBUG, 100, Path("/tmp/repro"), "engine",
+        frozenset({"prometheus", "nvtx"}), Path("/tmp/off"),
+    )  # fmt: skip
+    assert Settings.from_environment({"NSA_PLUGIN_METRICS": "off"}) == Settings()
+    rows = {name: (value, source) for name, value, source in settings.rows()}
+    assert rows["NSA_PLUGIN_STRATEGY"] == ("copy", "environment")
+    assert rows["NSA_PLUGIN_METRICS"] == ("nvtx,prometheus", "environment")
+    assert rows["NSA_PLUGIN_STEP_LENGTHS"] == ("engine", "default")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +41,14 @@ def test_settings_from_the_environment() -> None:
     [
         ({"NSA_PLUGIN_STRATEGY": "fast"}, r"NSA_PLUGIN_STRATEGY: expected auto\|graph\|share\|copy\|off, got 'fast'"),
         ({"NSA_PLUGIN_LOG_LEVEL": "loud"}, r"NSA_PLUGIN_LOG_LEVEL: expected DEBUG\|INFO\|WARNING\|ERROR, got 'loud'"),
+        ({"NSA_PLUGIN_VERIFY": "-1"}, "NSA_PLUGIN_VERIFY: expected a whole number, 0 for never, got '-1'"),
+        ({"NSA_PLUGIN_REPRO_DIR": "x"}, "NSA_PLUGIN_REPRO_DIR: expected an absolute path, got 'x'; engines change"),
+        ({"NSA_PLUGIN_METRICS": "graphite"}, "expected off, or some of prometheus,nvtx, got 'graphite'"),
+        ({"NSA_PLUGIN_STEP_LENGTHS": "long"}, r"NSA_PLUGIN_STEP_LENGTHS: expected engine\|exact, got 'long'"),
+        (
+            {"NSA_PLUGIN_STEP_LENGTHS": "exact", "NSA_PLUGIN_STRATEGY": "copy"},
+            "expected engine with the strategy copy, got 'exact'; use NSA_PLUGIN_STRATEGY=auto, graph or share",
+        ),
         ({"NSA_PLUGIN_STRATEGIE": "off"}, "NSA_PLUGIN_STRATEGIE: expected one of NSA_PLUGIN_STRATEGY, .*; unset it"),
     ],
 )
@@ -54,3 +76,10 @@ def test_without_vllm_the_entry_point_says_so_and_does_not_raise(caplog: pytest.
     caplog.set_level(logging.INFO)
     entry.register_vllm()
     assert "vllm is left as it is: looked for vLLM, found no such distribution" in caplog.text
+
+
+def test_switching_without_an_engine_says_where_to_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_hosts", {})
+    for switch in (disable, enable):
+        with pytest.raises(UnavailableError, match="NSA_PLUGIN_SWITCH_FILE"):
+            switch()
