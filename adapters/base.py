@@ -150,9 +150,18 @@ class Host(Protocol):
 
 
 class Adapter(Protocol):
-    """One engine. See the contract in each method; `name` is the engine's."""
+    """One engine. See the contract in each method.
+
+    Attributes
+    ----------
+    name : str
+        The engine's.
+    features : frozenset of str
+        Fields of `Settings` that it can honour beyond the strategy: "verify", "step_lengths".
+    """
 
     name: str
+    features: frozenset[str]
 
     def probe(self) -> list[str]:
         """What is missing in the installed engine: empty if it fits.

@@ -50,6 +50,8 @@ def _register(engine: str, logger: logging.Logger) -> None:
             return
         _hosts[engine] = host
         host.watch_switch_file()
+        for variable in settings.beyond(getattr(adapter, "features", frozenset())):
+            logger.warning("nsa-plugin: %s can't be had with %s: it is ignored", variable, engine)
         logger.info("nsa-plugin %s: strategy %s; %s", __version__, settings.strategy, adapter.summary())
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)

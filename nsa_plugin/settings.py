@@ -95,6 +95,11 @@ class Settings:
             reject(f"{PREFIX}STEP_LENGTHS", "engine with the strategy copy", "'exact'", fix=fix, error=SettingError)
         return settings
 
+    def beyond(self, features: frozenset[str]) -> list[str]:
+        """Variables that ask for more than an adapter with these features can give."""
+        asked = {"verify": self.verify > 0, "step_lengths": self.step_lengths != "engine"}
+        return [PREFIX + NAMES[name] for name, wanted in asked.items() if wanted and name not in features]
+
     def rows(self) -> list[tuple[str, str, str]]:
         """Variable, value as one would write it, and where it came from, for each setting."""
         shown = []

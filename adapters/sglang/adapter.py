@@ -31,6 +31,7 @@ class SglangAdapter:
     """Implements `nsa_plugin.adapters.base.Adapter` for sglang's DSA backends."""
 
     name = ENGINE
+    features = frozenset({"verify", "step_lengths"})
 
     def __init__(self) -> None:
         self._paths: list[Path] = []

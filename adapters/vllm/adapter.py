@@ -33,6 +33,7 @@ class VllmAdapter:
     """Implements `nsa_plugin.adapters.base.Adapter` for vLLM's FlashMLA-sparse metadata builder."""
 
     name = ENGINE
+    features: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self._watch: WhenImported | None = None

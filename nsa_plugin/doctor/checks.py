@@ -140,9 +140,6 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
     settings = host.settings
     if name in ENGINES and not installed(name):
         yield Check("engine", name, "note", "not installed")
-        if name == "sglang" and settings.step_lengths == "exact":
-            detail, fix = "asked for, but only sglang has it", "unset NSA_PLUGIN_STEP_LENGTHS"
-            yield Check("engine", "exact step lengths", "fail", detail, fix)
         return
     release = installed_version(name)
     if adapter is None:
@@ -163,9 +160,10 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
         status: Status = "ok" if met or problems else "fail"
         detail = f"strategy {plan.strategy}" + (f" ({why})" if why else "")
         yield Check("path", f"{name}: {plan.path}", status, detail, "" if met else "set NSA_PLUGIN_STRATEGY=auto")
-    if name == "vllm" and settings.verify:
-        detail = "vLLM's metadata is computed inside its CUDA graph, where it can't be compared"
-        yield Check("engine", "vllm: NSA_PLUGIN_VERIFY", "fail", detail, "unset NSA_PLUGIN_VERIFY for vLLM")
+    for variable in settings.beyond(getattr(adapter, "features", frozenset())):
+        yield Check(
+            "engine", f"{name}: {variable}", "fail", "can't be had with this engine", f"unset {variable} for it"
+        )
 
 
 def _guarded(adapter: Adapter) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -113,6 +115,35 @@ def test_fall_backs_and_mismatches_are_counted_by_cause() -> None:
     assert metrics.fallbacks.labels(*which, "replay", "ValueError")._value.get() == 2
     assert metrics.fallbacks.labels(*which, "replay", "TypeError")._value.get() == 1
     assert metrics.mismatches.labels(*which, "cu_seqlens_k")._value.get() == 1
+
+
+@WITH
+def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(pytestconfig: pytest.Config) -> None:
+    import prometheus_client
+
+    metrics = monitoring.prometheus()
+    which = ("toy", "draft decode", "share")
+    metrics.seconds.labels(*which).observe(1e-5)
+    metrics.fallbacks.labels(*which, "replay", "ValueError").inc()
+    metrics.mismatches.labels(*which, "cu_seqlens_k").inc()
+    metrics.steps.labels(*which).inc()
+    metrics.buffer_bytes.labels(*which).inc()
+    there = {
+        sample.name: set(sample.labels)
+        for family in prometheus_client.REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("nsa_plugin_")
+    }
+    dashboard = json.loads((pytestconfig.rootpath / "examples/monitoring/grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(asked) >= 7
+    for expression in asked:
+        (name,) = re.findall(r"nsa_plugin_\w+", expression)
+        (labels,) = re.findall(r"by \(([^)]*)\)", expression)
+        assert set(labels.split(", ")) <= there[name], expression
+    assert {name.rsplit("_", 1)[0] for name in there if name.endswith("_total")} <= set(
+        re.findall(r"(nsa_plugin_\w+)_total", " ".join(asked))
+    )
 
 
 def test_a_background_task_runs_and_one_that_fails_is_dropped(
