@@ -11,7 +11,7 @@ VLLM = .venv-vllm-$(VLLM_RELEASE)
 
 README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
 
-.PHONY: demo test lint readme conformance-sglang conformance-vllm clean
+.PHONY: demo test lint readme soak conformance-sglang conformance-vllm clean
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
@@ -27,12 +27,15 @@ lint: $(CORE)/ready
 readme: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 131072
 
+soak: $(CORE)/ready
+	$(CORE)/bin/python -m tests.soak.soak
+
 conformance-sglang: $(SGLANG)/ready
-	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
+	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang tests/plugin/test_examples.py
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
 
 conformance-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest tests/vllm tests/plugin/test_examples.py
 
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CORE)
