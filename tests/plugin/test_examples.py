@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsa_plugin.settings import Settings
 
@@ -58,7 +59,11 @@ def test_sglangs_parser_accepts_its_script(pytestconfig: pytest.Config, tmp_path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
-def test_vllms_parser_accepts_its_script(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+def test_vllms_parser_accepts_its_script(
+    pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     places = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.openai.cli_args")  # from 0.33, before
