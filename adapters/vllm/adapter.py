@@ -75,7 +75,11 @@ class VllmAdapter:
 
     def switch(self, on: bool) -> list[str]:
         """Nothing can be switched: the work is recorded in the draft's CUDA graph."""
-        return [] if self._original_init is None else [f"{ENGINE}: {PATH} keeps what its CUDA graph recorded; restart"]
+        return (
+            []
+            if on or self._original_init is None
+            else [f"{ENGINE}: {PATH} keeps what its CUDA graph recorded; restart"]
+        )
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings."""

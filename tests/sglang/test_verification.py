@@ -207,6 +207,26 @@ def test_exact_step_lengths_are_refused_where_steps_have_none(
     assert sum(reason in line for line in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("settings", [{"verify": 1}, {"step_lengths": "exact"}, {"step_lengths": "exact", "verify": 1}])
+def test_undo_leaves_sglang_as_it_was_found(install: Install, settings: dict[str, Any]) -> None:
+    host, adapter = install("auto", **settings)
+    owner, backends = made("DECODE")
+    own = [backend.decode_cuda_graph_metadata[4] for backend in backends]
+    owner.init_forward_metadata_out_graph(kit.replay_view(replays("DECODE", CONFIG.width - 4)[0]))
+    adapter.undo()
+    held = [backend.decode_cuda_graph_metadata[4] for backend in backends]
+    assert len({id(metadata) for metadata in held}) == 3 and not any(
+        metadata is used for metadata in held for used in own
+    )
+    assert all(metadata.page_table_1 is not None for metadata in held)
+    plain = kit.make_multi_step(CONFIG, TABLE, 4).attn_backends[0]
+    assert all(vars(backend).keys() - {"forward_metadata"} == vars(plain).keys() for backend in backends)
+    live = replays("DECODE", CONFIG.width)[1]
+    native_replay(backends, live, live.forward_mode)
+    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []
+    assert host.switch(False, "nothing is installed any more") == []
+
+
 @pytest.mark.parametrize("strategy", ["share", "copy"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_switch_takes_effect_at_the_next_replay(

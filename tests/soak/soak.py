@@ -60,7 +60,7 @@ class Core:
         self.name = f"core {mode.value} {strategy}" + (" exact" if offsets else "")
         self._mode, self._offsets = mode, offsets
         self._steps = 3 if mode is ForwardMode.DECODE else 1
-        self.geometry = Geometry(256, sizes.page_size, sizes.width)
+        self.geometry = Geometry(_index_topk(sizes), sizes.page_size, sizes.width)
         self._table = _table(sizes)
         self.plans: dict[int, Any] = {}
         for size in sizes.captured:
@@ -130,7 +130,9 @@ class Sglang:
         from nsa_plugin.testing import sglang_backends as kit
 
         self.name, self._native, self._kit = f"sglang {native}", native, kit
-        config = kit.Config(sizes.width, sizes.max_requests, max(sizes.captured), DRAFT_TOKENS, 256, sizes.page_size)
+        config = kit.Config(
+            sizes.width, sizes.max_requests, max(sizes.captured), DRAFT_TOKENS, _index_topk(sizes), sizes.page_size
+        )
         table = _table(sizes)
         self._fresh = kit.make_backend(config, table)
         decode = native == "DECODE"
@@ -234,6 +236,11 @@ def sglang_subjects(sizes: Sizes) -> list[Subject]:
     return [Sglang(native, sizes) for native in ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")]
 
 
+def _index_topk(sizes: Sizes) -> int:
+    """DeepSeek V3.2's, or less where sequences would all be shorter."""
+    return 2048 if sizes.width > 4096 else 256
+
+
 def _table(sizes: Sizes) -> torch.Tensor:
     """Slots as a paged allocator hands them out: shuffled pages, contiguous within a page."""
     pages = -(-sizes.width // sizes.page_size)
@@ -265,6 +272,8 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512 if DEVICE.type == "cpu" else 16384)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--strategy", choices=("auto", "graph", "share", "copy"), default="auto", help="of sglang")
+    parser.add_argument("--verify", type=int, default=0, help="let the sglang adapter verify every so many replays too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sizes = Sizes(width=options.width)
@@ -272,16 +281,17 @@ def main() -> int:
         result = soak(core_subjects(sizes), options.replays, sizes, options.seed)
     else:
         from nsa_plugin.host import Host
+        from nsa_plugin.settings import Settings
         from nsa_plugin.testing.sglang_backends import installed_sglang
 
         with installed_sglang():
-            host = Host()
+            host = Host(Settings(strategy=options.strategy, verify=options.verify))
             adapter = host.manager.adapters()["sglang"]
             if problems := adapter.install(host):
                 raise SystemExit("; ".join(problems))
             result = soak(sglang_subjects(sizes), options.replays, sizes, options.seed)
-            result["fallbacks"] = sum(host.fallbacks.values())
-            result["ok"] = result["ok"] and not host.fallbacks
+            result["fallbacks"], result["mismatches"] = sum(host.fallbacks.values()), sum(host.mismatches.values())
+            result["ok"] = result["ok"] and not host.fallbacks and not host.mismatches
             adapter.undo()
     from nsa_plugin.bench.run import where
 
