@@ -128,7 +128,7 @@ class Host:
         self._monitor.buffers(Labels(engine, path, strategy), size)
 
     def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
-        """Count a mismatch, log it once, write a repro file, switch everything of this process to the engine's path."""
+        """Count a mismatch, log it once with a repro file, switch this process to the engine's path, tell observers."""
         fields = mismatch.fields
         which = Labels(mismatch.engine, mismatch.path, mismatch.strategy)
         first = not any(key[:3] == which for key in self.mismatches)
@@ -145,6 +145,7 @@ class Host:
                 self._write_repro(mismatch),
             )
         self.switch(False, "a verification found a difference")
+        self.manager.mismatched(mismatch)
 
     def _write_repro(self, mismatch: Mismatch) -> str:
         if self.settings.repro_dir is None:

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 import pluggy
 
 from nsa_plugin import hookspec
-from nsa_plugin.adapters.base import Adapter, Fallback
+from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
@@ -130,3 +130,10 @@ class Manager:
             self._relay.hook.nsa_plugin_fell_back(fallback=fallback)
         except Exception:
             logger.exception("an observer of fall-backs failed")
+
+    def mismatched(self, mismatch: Mismatch) -> None:
+        """Tell observers of a mismatch; their errors are logged, not raised."""
+        try:
+            self._relay.hook.nsa_plugin_mismatched(mismatch=mismatch)
+        except Exception:
+            logger.exception("an observer of mismatches failed")

@@ -83,3 +83,40 @@ def test_switching_without_an_engine_says_where_to_do_it(monkeypatch: pytest.Mon
     for switch in (disable, enable):
         with pytest.raises(UnavailableError, match="NSA_PLUGIN_SWITCH_FILE"):
             switch()
+
+
+class Toy:
+    """An adapter that installs into nothing and honours no setting beyond the strategy."""
+
+    name = "vllm"
+    features: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.switched: list[bool] = []
+
+    def install(self, host: object) -> list[str]:
+        return []
+
+    def summary(self) -> str:
+        return "a toy"
+
+    def switch(self, on: bool) -> list[str]:
+        self.switched.append(on)
+        return [] if on else ["recorded work goes on"]
+
+
+def test_what_an_engine_cant_honour_is_said_and_an_installed_host_can_be_switched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy = Toy()
+    monkeypatch.setattr(entry, "_hosts", {})
+    monkeypatch.setattr("nsa_plugin.host.VllmAdapter", lambda: toy)
+    monkeypatch.setenv("NSA_PLUGIN_VERIFY", "5")
+    monkeypatch.setenv("NSA_PLUGIN_STEP_LENGTHS", "exact")
+    entry.register_vllm()
+    entry.register_vllm()
+    for variable in ("NSA_PLUGIN_VERIFY", "NSA_PLUGIN_STEP_LENGTHS"):
+        assert caplog.text.count(f"{variable} can't be had with vllm: it is ignored") == 1
+    assert disable() == ["recorded work goes on"]
+    assert enable() == [] and toy.switched == [False, True]
+    assert caplog.text.count("nsa-plugin: recorded work goes on") == 1

@@ -220,3 +220,14 @@ def test_a_difference_keeps_it_off_while_the_switch_file_stays_away(tmp_path: Pa
     host.switch(False, "a difference")
     host.look_at_switch_file()
     assert not host.on
+
+
+@WITH
+def test_the_overhead_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_plugin.bench import overhead
+
+    monkeypatch.setattr(overhead, "CALLS", 50)
+    for metrics in (frozenset[str](), frozenset({"prometheus"})):
+        assert overhead.measure(metrics).keys() == {"added_ns", "flush_ns_in_background"}
+    seconds = monitoring.prometheus().seconds.labels("sglang", "draft decode", "graph")
+    assert sum(bucket.get() for bucket in seconds._buckets) == 50 * overhead.REPEATS
