@@ -93,8 +93,10 @@ class Host:
         logger.warning("nsa-plugin: switched %s (%s)", "on" if on else "off: the engine's own path is used", why)
         left: list[str] = []
         for adapter in self.manager.adapters().values():
-            switch = getattr(adapter, "switch", None)
-            left += [f"{adapter.name}: its adapter can't be switched"] if switch is None else switch(on)
+            try:
+                left += adapter.switch(on)
+            except Exception as error:  # a third party's adapter may lack it, too
+                left.append(f"{adapter.name}: its adapter can't be switched ({type(error).__name__}: {error})")
         for line in left:
             logger.warning("nsa-plugin: %s", line)
         return left

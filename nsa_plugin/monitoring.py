@@ -9,14 +9,17 @@ an operator sets it before the start otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import torch
 
 from nsa_plugin import background
 from nsa_plugin.settings import Settings
@@ -86,49 +89,62 @@ def prometheus() -> Metrics:
     )
 
 
-def missing(settings: Settings) -> str:
-    """Empty, or what the settings ask for that can't be had here."""
+def missing(settings: Settings) -> dict[str, str]:
+    """For each of the metrics that the settings ask for and that can't be had here: what to do."""
+    problems = {}
     if "prometheus" in settings.metrics and importlib.util.find_spec("prometheus_client") is None:
-        return "prometheus needs the package prometheus_client; pip install 'nsa-plugin[metrics]'"
-    return ""
+        problems["prometheus"] = "prometheus_client is not installed; pip install 'nsa-plugin[metrics]'"
+    if "nvtx" in settings.metrics and not hasattr(torch._C, "_nvtx"):
+        problems["nvtx"] = "this build of torch has no NVTX; install one for CUDA"
+    return problems
 
 
 class Monitor:
-    """Reports to wherever the settings say."""
+    """Reports to wherever the settings say. What fails here is logged and left out; it reaches no engine."""
 
     def __init__(self, settings: Settings) -> None:
-        self._nvtx = "nvtx" in settings.metrics
-        self._prometheus = "prometheus" in settings.metrics
-        if problem := missing(settings):
-            self._prometheus = False
-            logger.error("nsa-plugin: NSA_PLUGIN_METRICS: %s", problem)
+        problems = missing(settings)
+        self._on = set(settings.metrics) - problems.keys()
+        for name, problem in problems.items():
+            logger.error("nsa-plugin: NSA_PLUGIN_METRICS=%s: %s", name, problem)
         self._pending: dict[tuple[Labels, int], list[float]] = {}
         self._flushing = threading.Lock()
 
     def instrument(self, call: Call, labels: Labels, steps: int) -> Call:
         """`call`, reported about; `call` itself if nothing is to be reported. `steps`: draft steps that it serves."""
-        if self._prometheus:
-            call = self._timed(call, labels, steps)
-        return _ranged(call, f"nsa-plugin {labels.mode} {labels.strategy}") if self._nvtx else call
+        with self._reporting("prometheus") as on:
+            if on:
+                prometheus()
+                call = self._timed(call, labels, steps)
+        return _ranged(call, f"nsa-plugin {labels.mode} {labels.strategy}") if "nvtx" in self._on else call
 
     def buffers(self, labels: Labels, size: int) -> None:
         """Buffers of `size` bytes are in use (negative: no longer)."""
-        if self._prometheus:
-            prometheus().buffer_bytes.labels(*labels).inc(size)
+        with self._reporting("prometheus") as on:
+            if on:
+                prometheus().buffer_bytes.labels(*labels).inc(size)
 
     def fell_back(self, labels: Labels, stage: str, cause: str) -> None:
         """Something was handed back to the engine."""
-        if self._prometheus:
-            prometheus().fallbacks.labels(*labels, stage, cause).inc()
+        with self._reporting("prometheus") as on:
+            if on:
+                prometheus().fallbacks.labels(*labels, stage, cause).inc()
 
     def mismatched(self, labels: Labels, fields: list[str]) -> None:
         """A verification found a difference."""
-        if self._prometheus:
-            for field in fields:
+        with self._reporting("prometheus") as on:
+            for field in fields if on else ():
                 prometheus().mismatches.labels(*labels, field).inc()
 
+    @contextlib.contextmanager
+    def _reporting(self, name: str) -> Iterator[bool]:
+        try:
+            yield name in self._on
+        except Exception:
+            self._on.discard(name)
+            logger.exception("nsa-plugin: NSA_PLUGIN_METRICS=%s failed: it is left out from now on", name)
+
     def _timed(self, call: Call, labels: Labels, steps: int) -> Call:
-        prometheus()
         append = self._pending.setdefault((labels, steps), []).append
         background.every_second(self.flush)
         clock = time.perf_counter

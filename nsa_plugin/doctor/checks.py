@@ -107,8 +107,9 @@ def _gpus() -> list[str]:
 
 def _settings(settings: Settings) -> Iterator[Check]:
     problems: dict[str, tuple[str, str]] = {}
-    if problem := monitoring.missing(settings):
-        problems["NSA_PLUGIN_METRICS"] = tuple(problem.split("; ", 1))  # type: ignore[assignment]
+    for problem in monitoring.missing(settings).values():
+        found, _, fix = problem.partition("; ")
+        problems["NSA_PLUGIN_METRICS"] = (found, fix)
     if settings.repro_dir is not None and not _writable(settings.repro_dir):
         problems["NSA_PLUGIN_REPRO_DIR"] = ("it can't be written", "make it, or name another")
     if settings.switch_file is not None and not settings.switch_file.parent.is_dir():
@@ -152,14 +153,14 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
     if not problems:
         yield Check("engine", name, "ok", f"{release}: all that is needed is there")
     wanted = settings.strategy
-    for plan in _paths(host, adapter):
-        why = plan.why
-        if plan.strategy == "graph" and not gpu:
-            why = "once there is a GPU; none was found"
-        met = wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu)
-        status: Status = "ok" if met or problems else "fail"
+    plans = _paths(host, adapter)
+    met = [wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu) for plan in plans]
+    for plan, fulfilled in zip(plans, met, strict=True):
+        why = "once there is a GPU; none was found" if plan.strategy == "graph" and not gpu else plan.why
         detail = f"strategy {plan.strategy}" + (f" ({why})" if why else "")
-        yield Check("path", f"{name}: {plan.path}", status, detail, "" if met else "set NSA_PLUGIN_STRATEGY=auto")
+        lacking: Status = "note" if any(met) or problems else "fail"
+        fix = "" if fulfilled else "set NSA_PLUGIN_STRATEGY=auto"
+        yield Check("path", f"{name}: {plan.path}", "ok" if fulfilled else lacking, detail, fix)
     for variable in settings.beyond(getattr(adapter, "features", frozenset())):
         yield Check(
             "engine", f"{name}: {variable}", "fail", "can't be had with this engine", f"unset {variable} for it"

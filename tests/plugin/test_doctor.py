@@ -102,6 +102,16 @@ def test_a_problem_of_an_installed_engine_fails_unless_switched_off(
     assert report(capsys)[0] == 0
 
 
+def test_a_strategy_that_one_of_several_paths_can_have_is_had(
+    toy: type[Toy], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSA_PLUGIN_STRATEGY", "graph")
+    toy.plans = (PathPlan("draft decode", "graph", ""), PathPlan("target verify", "off", "not covered"))
+    status, found = report(capsys)
+    assert status == 0
+    assert (found["sglang: target verify"]["status"], found["sglang: draft decode"]["status"]) == ("note", "ok")
+
+
 def test_a_probe_that_raises_is_a_problem_with_a_fix(toy: type[Toy], capsys: pytest.CaptureFixture[str]) -> None:
     def half(self: Toy) -> list[str]:
         raise ImportError("half of an engine")

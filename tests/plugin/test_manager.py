@@ -175,6 +175,21 @@ def test_observers_learn_of_a_mismatch_and_may_fail(caplog: pytest.LogCaptureFix
     assert "an observer of mismatches failed" in caplog.text
 
 
+def test_an_adapter_that_cant_be_switched_is_named() -> None:
+    class Old:
+        name = "toy"
+
+    class Offer:
+        @hookimpl
+        def nsa_plugin_adapters(self) -> Any:
+            return [Old()]
+
+    host = Host()
+    host.manager.register(Offer())
+    (line,) = host.switch(False, "test")
+    assert line.startswith("toy: its adapter can't be switched (AttributeError")
+
+
 def test_a_plugin_with_an_unknown_hook_is_refused() -> None:
     class Wrong:
         @hookimpl

@@ -46,10 +46,31 @@ def test_without_the_package_it_says_what_to_install_and_goes_on(
     assert host.instrument(nothing, "toy", "draft decode", "share", 3) is nothing
 
 
+@WITH
+def test_a_prometheus_that_fails_costs_the_metrics_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(monitoring, "prometheus", lambda: 1 / 0)
+    host = Host(Settings(metrics=frozenset({"prometheus"})))
+    logger = logging.getLogger("toy")
+    host.fell_back(logger, Fallback("toy", "draft decode", "replay", "copy", ValueError("a")))
+    assert host.instrument(nothing, "toy", "draft decode", "share", 3) is nothing
+    host.buffers("toy", "draft decode", "share", 1)
+    assert caplog.text.count("NSA_PLUGIN_METRICS=prometheus failed: it is left out from now on") == 1
+
+
+def test_a_torch_without_nvtx_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delattr(torch._C, "_nvtx", raising=False)
+    host = Host(Settings(metrics=frozenset({"nvtx"})))
+    assert "NSA_PLUGIN_METRICS=nvtx: this build of torch has no NVTX; install one for CUDA" in caplog.text
+    assert host.instrument(nothing, "toy", "draft decode", "share", 3) is nothing
+
+
 def test_nvtx_ranges_surround_a_replay_that_raises_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.cuda import nvtx
 
     happened: list[str] = []
+    monkeypatch.setattr(monitoring, "missing", lambda settings: {})
     monkeypatch.setattr(nvtx, "range_push", happened.append)
     monkeypatch.setattr(nvtx, "range_pop", lambda: happened.append("pop"))
     host = Host(Settings(metrics=frozenset({"nvtx"})))
