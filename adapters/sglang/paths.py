@@ -37,7 +37,7 @@ class Path:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._prepared: WeakKeyDictionary[Any, dict[Any, Preparation]] = WeakKeyDictionary()
-        self._spares = SpareBuffers() if host.verify else None
+        self._spares = SpareBuffers()
         self._captured_off: set[str] = set()
 
     def hooks(self) -> dict[str, Callable[..., None]]:
@@ -155,8 +155,9 @@ class Path:
                 if preparation is None:
                     drop_wide_table = strategy != "copy" and self.wide_table_is_unread(backends[0])
                     exact = strategy != "copy" and self.exact(owner, batch)
+                    spares = self._spares if self._host.verify else None
                     preparation = Preparation(
-                        self._host, backends, batch, native_mode, strategy, drop_wide_table, exact, self._spares
+                        self._host, backends, batch, native_mode, strategy, drop_wide_table, exact, spares
                     )
                     preparation.bind()
                 preparation.capture(batch)
