@@ -13,7 +13,7 @@ ENGINE ?= sglang vllm
 
 README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
 
-.PHONY: demo test lint readme conformance-sglang conformance-vllm matrix canary clean
+.PHONY: demo test lint readme conformance-sglang conformance-vllm matrix canary soak clean
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
@@ -30,12 +30,15 @@ readme: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 131072
 	$(CORE)/bin/python -m tests.matrix.render README.md examples/results/releases.json
 
+soak: $(CORE)/ready
+	$(CORE)/bin/python -m tests.soak.soak
+
 conformance-sglang: $(SGLANG)/ready
-	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang
+	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang tests/plugin/test_examples.py
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
 
 conformance-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest tests/vllm tests/plugin/test_examples.py
 
 matrix: $(CORE)/ready
 	$(CORE)/bin/python -m tests.matrix.run $(ENGINE)

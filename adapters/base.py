@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import StepMetadata
@@ -37,12 +39,74 @@ class Fallback:
     error: Exception
 
 
+@dataclass(frozen=True)
+class Mismatch:
+    """A verification found values other than those that the engine's own path computes.
+
+    Attributes
+    ----------
+    engine, path, strategy : as in `Fallback`
+    batch : BatchDescriptor
+        The live batch.
+    geometry : Geometry
+    values : tuple of (int, mapping, mapping)
+        For each draft step that differs its index, the engine's defined values by field name, and ours.
+    """
+
+    engine: str
+    path: str
+    strategy: str
+    batch: BatchDescriptor
+    geometry: Geometry
+    values: tuple[tuple[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], ...]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the fields that differ in any step."""
+        return sorted({name for _, expected, got in self.values for name in differing(expected, got)})
+
+
+def differing(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of defined values that are not equal, or only there on one side."""
+    return sorted(
+        name
+        for name in expected.keys() | got.keys()
+        if name not in expected or name not in got or not torch.equal(expected[name], got[name])
+    )
+
+
+@dataclass(frozen=True)
+class PathPlan:
+    """What an adapter would do for one of its paths; what is only known at capture is said so.
+
+    Attributes
+    ----------
+    path : str
+    strategy : str
+        The first that would be tried; "off" if the engine's own path stays.
+    why : str
+        Why not a better one; empty if there is none.
+    """
+
+    path: str
+    strategy: str
+    why: str
+
+
 class Host(Protocol):
     """The side of the package that an adapter talks to."""
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """Strategies to try, best first; empty when switched off."""
+
+    @property
+    def verify(self) -> int:
+        """Every how many replays to compare with the engine's own path; 0 is never."""
+
+    @property
+    def exact_step_lengths(self) -> bool:
+        """Whether draft steps shall see the draft tokens before them, whatever the engine's own path does."""
 
     def describe(
         self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
@@ -64,6 +128,20 @@ class Host(Protocol):
     ) -> Callable[[BatchDescriptor], None] | None:
         """What to call after each replay; None if nobody watches. It never raises."""
 
+    def instrument(
+        self, call: Callable[[Any], None], engine: str, path: str, strategy: str, steps: int
+    ) -> Callable[[Any], None]:
+        """`call`, which prepares one replay, reported about; `call` itself if nothing is. To be used when it is bound.
+
+        `steps` is the number of draft steps that it serves, `strategy` "off" for the engine's own code.
+        """
+
+    def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
+        """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
+
+    def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
+        """Count a mismatch, log it once, write a repro file, switch everything of this process to the engine's path."""
+
     def fell_back(self, logger: logging.Logger, fallback: Fallback) -> None:
         """Count a fall-back, log its cause once, tell observers."""
 
@@ -72,9 +150,18 @@ class Host(Protocol):
 
 
 class Adapter(Protocol):
-    """One engine. See the contract in each method; `name` is the engine's."""
+    """One engine. See the contract in each method.
+
+    Attributes
+    ----------
+    name : str
+        The engine's.
+    features : frozenset of str
+        Fields of `Settings` that it can honour beyond the strategy: "verify", "step_lengths".
+    """
 
     name: str
+    features: frozenset[str]
 
     def probe(self) -> list[str]:
         """What is missing in the installed engine: empty if it fits.
@@ -94,3 +181,12 @@ class Adapter(Protocol):
 
     def summary(self) -> str:
         """What is accelerated and what is left alone, for one log line."""
+
+    def switch(self, on: bool) -> list[str]:
+        """Use the engine's own path from the next replay on, or ours again, without a capture.
+
+        Returns what goes on as before, one line each with the reason: work that is recorded in CUDA graphs.
+        """
+
+    def paths(self, host: Host) -> list[PathPlan]:
+        """What would be done for each path with the host's settings. Captures nothing, needs no GPU."""

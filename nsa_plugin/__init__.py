@@ -5,6 +5,7 @@ from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geom
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError, NsaPluginError, UnavailableError
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.plan import ReplayPlan
+from nsa_plugin.entry import disable, enable
 from nsa_plugin.hookspec import hookimpl
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "TokenTable",
     "UnavailableError",
     "__version__",
+    "disable",
+    "enable",
     "fast_copy",
     "hookimpl",
     "precompute",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from nsa_plugin import __version__
-from nsa_plugin.core.errors import NsaPluginError
+from nsa_plugin.core.errors import NsaPluginError, UnavailableError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,12 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     readme.add_argument("--bs", type=_positive, nargs="+", help="batch sizes to show (default: all)")
     readme.add_argument("--ctx", type=_positive, nargs="+", help="context lengths to show (default: all)")
     commands.add_parser("plugins", help="list who provides what")
+    doctor = commands.add_parser(
+        "doctor", help="say what is installed, what each path would get, and what is in the way"
+    )
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    verify = commands.add_parser("verify", help="compute the batch of a repro file again, on any machine, and compare")
+    verify.add_argument("file", type=Path, help="a file that NSA_PLUGIN_VERIFY left in NSA_PLUGIN_REPRO_DIR")
     options = parser.parse_args(arguments)
     console = Console()
     try:
         if options.command == "plugins":
             console.print(_plugins())
             return 0
+        if options.command == "doctor":
+            from nsa_plugin.doctor.run import doctor as run_doctor
+
+            return run_doctor(options.json, console)
+        if options.command == "verify":
+            return _verify(options.file, console)
         if options.command == "bench":
             return _bench(options, console)
         if options.command == "readme-table":
@@ -97,6 +111,34 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
         cell["contenders"][name]["differs"] for cell in results["cells"] for name in ours if name in cell["contenders"]
     )
     return 1 if wrong else 0
+
+
+def _verify(path: Path, console: Console) -> int:
+    """Compute a repro file's batch with each implementation; 1 if one of them differs from the engine's values."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from nsa_plugin import repro
+
+    recorded = repro.load(path)
+    facts = recorded.facts
+    console.print(
+        f"{facts['engine']}, {facts['path']}, strategy {facts['strategy']}, batch size {facts['batch_size']}; "
+        f"recorded as different: {', '.join(facts['fields'])}; {facts['versions']}",
+        markup=False,
+    )
+    table = Table("implementation", "other than the engine's values", "other than the plugin's values")
+    wrong = False
+    for impl in ("reference", "triton"):
+        try:
+            found = repro.recompute(recorded, impl)
+        except UnavailableError as error:
+            table.add_row(impl, str(error), "")
+            continue
+        wrong = wrong or bool(found["engine"])
+        table.add_row(impl, ", ".join(found["engine"]) or "none", ", ".join(found["plugin"]) or "none")
+    console.print(table)
+    console.print("The difference shows here too." if wrong else "Here every implementation gives the engine's values.")
+    return int(wrong)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from nsa_plugin import __version__
+from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.settings import Settings
 
-_hosts: dict[str, object] = {}
+if TYPE_CHECKING:
+    from nsa_plugin.host import Host
+
+_hosts: dict[str, Host] = {}
 """One per engine and process, kept alive for as long as the engine is patched."""
 
 
@@ -33,11 +37,14 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
     plugins : objects
         To be asked besides those of the entry-point group `nsa_plugin`: one may offer the adapter.
     """
+    from nsa_plugin import __version__
+
     try:
         if engine in _hosts:
             return
         settings = Settings.from_environment()
-        logger.setLevel(settings.log_level)
+        for speaker in (logger, logging.getLogger("nsa_plugin")):
+            speaker.setLevel(settings.log_level)
         if settings.strategy == "off":
             logger.info("nsa-plugin %s: off (NSA_PLUGIN_STRATEGY); %s is left as it is", __version__, engine)
             return
@@ -55,6 +62,37 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
             logger.warning("nsa-plugin %s: %s is left as it is: %s", __version__, engine, "; ".join(problems))
             return
         _hosts[engine] = host
+        host.watch_switch_file()
+        for variable in settings.beyond(getattr(adapter, "features", frozenset())):
+            logger.warning("nsa-plugin: %s can't be had with %s: it is ignored", variable, engine)
         logger.info("nsa-plugin %s: strategy %s; %s", __version__, settings.strategy, adapter.summary())
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)
+
+
+def disable() -> list[str]:
+    """Use the engines' own paths from the next replay on, in this process.
+
+    Returns what goes on as before, one line each with the reason: work that is recorded in CUDA graphs. Processes that
+    cannot be called are switched with the file that NSA_PLUGIN_SWITCH_FILE names.
+
+    Raises
+    ------
+    UnavailableError
+        The plugin is not installed into an engine in this process.
+    """
+    return _switch(False, "nsa_plugin.disable()")
+
+
+def enable() -> list[str]:
+    """Undo `disable`, or what a verification or the switch file switched off. Returns and raises as `disable`."""
+    return _switch(True, "nsa_plugin.enable()")
+
+
+def _switch(on: bool, why: str) -> list[str]:
+    if not _hosts:
+        raise UnavailableError(
+            "nsa-plugin is not installed into an engine in this process; call this in the process that runs the model, "
+            "or let NSA_PLUGIN_SWITCH_FILE name a file and create it"
+        )
+    return [line for host in _hosts.values() for line in host.switch(on, why)]

@@ -15,7 +15,7 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 
 if TYPE_CHECKING:
-    from nsa_plugin.adapters.base import Adapter, Fallback
+    from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
 
 PROJECT = "nsa_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -82,5 +82,15 @@ def nsa_plugin_fell_back(fallback: Fallback) -> None:
     """Learn that something was handed back to the engine's own path.
 
     Fires once per fall-back, after the engine's path has run. Errors raised here are logged and ignored.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def nsa_plugin_mismatched(mismatch: Mismatch) -> None:
+    """Learn that a verification found values other than the engine's own.
+
+    Fires once per mismatch, after the engine's values are in place and a repro file has been written. Errors raised here
+    are logged and ignored. Tensors of `mismatch.batch` are the engine's: copy what is to be kept.
     """
     raise NotImplementedError

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from nsa_plugin.adapters.base import Adapter, Fallback, Strategy
+from nsa_plugin import background, repro
+from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
@@ -14,6 +16,7 @@ from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
+from nsa_plugin.monitoring import Labels, Monitor
 from nsa_plugin.settings import Settings
 
 logger = logging.getLogger("nsa_plugin")
@@ -49,6 +52,10 @@ class Host:
     manager : Manager
     fallbacks : Counter of (engine, path, stage, strategy, error type)
         Times that something was handed back to the engine's own path.
+    mismatches : Counter of (engine, path, strategy, field)
+        Times that a verification found another value than the engine's own.
+    on : bool
+        Whether anything but the engine's own path is used; see `switch`.
     """
 
     def __init__(self, settings: Settings | None = None, manager: Manager | None = None) -> None:
@@ -56,12 +63,99 @@ class Host:
         self.manager = Manager(self.settings.plugins) if manager is None else manager
         self.manager.register(BuiltIn(), name="built-in")
         self.fallbacks: Counter[tuple[str, ...]] = Counter()
+        self.mismatches: Counter[tuple[str, ...]] = Counter()
+        self.on = True
+        self._monitor = Monitor(self.settings)
+        self._file_is_there = False
         self._said: set[tuple[str, ...]] = set()
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """Strategies to try, best first; empty when switched off."""
-        return STRATEGIES[self.settings.strategy]
+        return STRATEGIES[self.settings.strategy] if self.on else ()
+
+    @property
+    def verify(self) -> int:
+        """Every how many replays to compare with the engine's own path; 0 is never."""
+        return self.settings.verify
+
+    @property
+    def exact_step_lengths(self) -> bool:
+        """Whether draft steps shall see the draft tokens before them."""
+        return self.settings.step_lengths == "exact"
+
+    def switch(self, on: bool, why: str) -> list[str]:
+        """Use the engines' own paths from the next replay on, or ours again.
+
+        Returns what goes on as before, one line each: it takes a restart, or a new capture.
+        """
+        self.on = on
+        logger.warning("nsa-plugin: switched %s (%s)", "on" if on else "off: the engine's own path is used", why)
+        left: list[str] = []
+        for adapter in self.manager.adapters().values():
+            try:
+                left += adapter.switch(on)
+            except Exception as error:  # a third party's adapter may lack it, too
+                left.append(f"{adapter.name}: its adapter can't be switched ({type(error).__name__}: {error})")
+        for line in left:
+            logger.warning("nsa-plugin: %s", line)
+        return left
+
+    def watch_switch_file(self) -> None:
+        """Look at the switch file now and once a second from now on, if the settings name one."""
+        if self.settings.switch_file is not None:
+            self.look_at_switch_file()
+            background.every_second(self.look_at_switch_file)
+
+    def look_at_switch_file(self) -> None:
+        """Switch off when the switch file appears, on when it goes away; does nothing while it stays as it is."""
+        file = self.settings.switch_file
+        there = file is not None and file.exists()
+        if there != self._file_is_there:
+            self._file_is_there = there
+            self.switch(not there, f"{file} {'is there' if there else 'is gone'}")
+
+    def instrument(
+        self, call: Callable[[Any], None], engine: str, path: str, strategy: str, steps: int
+    ) -> Callable[[Any], None]:
+        """`call`, reported about as the settings say; `call` itself if they say nothing."""
+        return self._monitor.instrument(call, Labels(engine, path, strategy), steps)
+
+    def flush_metrics(self) -> None:
+        """Hand over what has been measured now, not at the next full second."""
+        self._monitor.flush()
+
+    def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
+        """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
+        self._monitor.buffers(Labels(engine, path, strategy), size)
+
+    def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
+        """Count a mismatch, log it once with a repro file, switch this process to the engine's path, tell observers."""
+        fields = mismatch.fields
+        which = Labels(mismatch.engine, mismatch.path, mismatch.strategy)
+        first = not any(key[:3] == which for key in self.mismatches)
+        self.mismatches.update((*which, field) for field in fields)
+        self._monitor.mismatched(which, fields)
+        if first:
+            logger.error(
+                "nsa-plugin: %s: strategy %s computed other values than %s's own path (%s); its own values are used, "
+                "for this batch too. %s",
+                mismatch.path,
+                mismatch.strategy,
+                mismatch.engine,
+                ", ".join(fields),
+                self._write_repro(mismatch),
+            )
+        self.switch(False, "a verification found a difference")
+        self.manager.mismatched(mismatch)
+
+    def _write_repro(self, mismatch: Mismatch) -> str:
+        if self.settings.repro_dir is None:
+            return "NSA_PLUGIN_REPRO_DIR names no directory for a repro file"
+        try:
+            return f"Look at it with: nsa-plugin verify {repro.write(self.settings.repro_dir, mismatch, self.settings)}"
+        except Exception as error:
+            return f"No repro file: {error}"
 
     def describe(
         self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
@@ -110,6 +204,7 @@ class Host:
         kind = type(fallback.error).__name__
         cause = (fallback.engine, fallback.path, fallback.stage, fallback.strategy, kind)
         self.fallbacks[cause] += 1
+        self._monitor.fell_back(Labels(fallback.engine, fallback.path, fallback.strategy), fallback.stage, kind)
         if self.fallbacks[cause] == 1:
             logger.error(
                 "nsa-plugin: %s: strategy %s failed at %s (%s: %s); %s's own values are used instead. "

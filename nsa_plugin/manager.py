@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 import pluggy
 
 from nsa_plugin import hookspec
-from nsa_plugin.adapters.base import Adapter, Fallback
+from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
@@ -80,12 +80,15 @@ class Manager:
 
     def adapter(self, name: str) -> Adapter | None:
         """The adapter of that name, third parties first."""
+        return self.adapters().get(name)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """All adapters by name, third parties first."""
+        found: dict[str, Adapter] = {}
         for offered in self._relay.hook.nsa_plugin_adapters():
             for adapter in offered:
-                if adapter.name == name:
-                    found: Adapter = adapter
-                    return found
-        return None
+                found.setdefault(adapter.name, adapter)
+        return found
 
     def describe(
         self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
@@ -127,3 +130,10 @@ class Manager:
             self._relay.hook.nsa_plugin_fell_back(fallback=fallback)
         except Exception:
             logger.exception("an observer of fall-backs failed")
+
+    def mismatched(self, mismatch: Mismatch) -> None:
+        """Tell observers of a mismatch; their errors are logged, not raised."""
+        try:
+            self._relay.hook.nsa_plugin_mismatched(mismatch=mismatch)
+        except Exception:
+            logger.exception("an observer of mismatches failed")

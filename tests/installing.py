@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nsa_plugin.adapters.base import Adapter
 from nsa_plugin.host import Host
@@ -13,11 +13,11 @@ Kind = TypeVar("Kind", bound=Adapter)
 
 
 def installer(kind: type[Kind]) -> Iterator[Callable[..., tuple[Host, Kind]]]:
-    """The body of a fixture: yields `install(strategy="auto", *plugins)`, undoes every adapter of it afterwards."""
+    """The body of a fixture: yields `install(strategy="auto", *plugins, **settings)`, undoes its adapters afterwards."""
     adapters: list[Kind] = []
 
-    def install(strategy: str = "auto", *plugins: object) -> tuple[Host, Kind]:
-        host = Host(Settings(strategy=strategy))
+    def install(strategy: str = "auto", *plugins: object, **settings: Any) -> tuple[Host, Kind]:
+        host = Host(Settings(strategy=strategy, **settings))
         for plugin in plugins:
             host.manager.register(plugin)
         adapter = host.manager.adapter(kind.name)

@@ -18,10 +18,11 @@ import logging
 import pkgutil
 from typing import Any
 
-from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import installed_version, missing, warn_if_untested
 from nsa_plugin.adapters.sglang import capabilities
-from nsa_plugin.adapters.sglang.paths import ENGINE, MultiStepDraft, Path, SingleBackend
+from nsa_plugin.adapters.sglang.paths import MultiStepDraft, Path, SingleBackend, usable
+from nsa_plugin.adapters.sglang.preparation import ENGINE
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
 
@@ -30,6 +31,7 @@ class SglangAdapter:
     """Implements `nsa_plugin.adapters.base.Adapter` for sglang's DSA backends."""
 
     name = ENGINE
+    features = frozenset({"verify", "step_lengths"})
 
     def __init__(self) -> None:
         self._paths: list[Path] = []
@@ -94,6 +96,31 @@ class SglangAdapter:
         return text + (
             f"; target verify and draft extend are left alone: {self._left_alone[0]}" if self._left_alone else ""
         )
+
+    def switch(self, on: bool) -> list[str]:
+        """Use sglang's own path from the next replay on, or ours again; returns what goes on as before."""
+        return [f"{ENGINE}: {line}" for path in self._paths for line in path.switch(on)]
+
+    def paths(self, host: Host) -> list[PathPlan]:
+        """What would be done for each path with the host's settings; asks the installed sglang, captures nothing."""
+        problems = self.probe()
+        plans = [PathPlan("draft decode", *_plan(host, problems))]
+        single = problems or missing(capabilities.SINGLE_NEEDS)
+        return plans + [PathPlan(path, *_plan(host, single)) for path in ("target verify", "draft extend")]
+
+
+def _plan(host: Host, problems: list[str]) -> tuple[str, str]:
+    """The strategy that would be tried first, and why not a better one."""
+    if problems:
+        return "off", problems[0]
+    if not host.strategies:
+        return "off", "switched off"
+    strategies = usable(host)
+    if strategies[0] == "graph":
+        return "graph", ""
+    if host.verify and host.strategies[0] == "graph":
+        return strategies[0], "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
+    return strategies[0], "NSA_PLUGIN_STRATEGY asks for it"
 
 
 def _take_hooks_off(target: str) -> None:

@@ -19,7 +19,9 @@ FIELDS = {
 """Field of `StepMetadata` to field of sglang's `DSAMetadata`."""
 
 
-def describe(batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1) -> BatchDescriptor:
+def describe(
+    batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1, step_offsets: tuple[int, ...] = ()
+) -> BatchDescriptor:
     """Describe a `ForwardBatch`, or the namespace that sglang passes at replay, for one of its DSA backends.
 
     Parameters
@@ -30,7 +32,9 @@ def describe(batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1)
     mode : ForwardMode
         A draft is DECODE whatever mode its batch says.
     num_steps : int
-        Draft backends; all see the same lengths.
+        Draft backends.
+    step_offsets : tuple of num_steps ints, or ()
+        What each sees beyond the batch's lengths; sglang's own see nothing more.
     """
     return BatchDescriptor(
         mode,
@@ -38,7 +42,7 @@ def describe(batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1)
         batch.seq_lens,
         TokenTable(backend.req_to_token, batch.req_pool_indices),
         num_steps,
-        (),
+        step_offsets,
         1 if mode is ForwardMode.DECODE else backend.speculative_num_draft_tokens,
     )
 

@@ -8,32 +8,18 @@ ours fails, sglang's per-backend code recomputes the same batch.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host, Strategy
-from nsa_plugin.adapters.sglang import derived
-from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
-from nsa_plugin.core.batch import ForwardMode
+from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
+from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS, Preparation
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
-ENGINE = "sglang"
-MODES = {
-    "DECODE": ForwardMode.DECODE,
-    "TARGET_VERIFY": ForwardMode.TARGET_VERIFY,
-    "DRAFT_EXTEND_V2": ForwardMode.DRAFT_EXTEND,
-}
-"""Ours for the name of sglang's forward mode."""
-PATHS = {
-    ForwardMode.DECODE: "draft decode",
-    ForwardMode.TARGET_VERIFY: "target verify",
-    ForwardMode.DRAFT_EXTEND: "draft extend",
-}
-
 _recorded: WeakKeyDictionary[Any, list[Preparation]] = WeakKeyDictionary()
 """What captured graphs of each backend may still run, after an undo too: its buffers must outlive them."""
 
@@ -43,134 +29,14 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-class Preparation:
-    """How the metadata of one captured batch size of some DSA backends is prepared at each replay.
-
-    Making one changes nothing; `bind` does.
-
-    Parameters
-    ----------
-    host : Host
-    backends : sequence of DeepseekSparseAttnBackend
-        The draft backends, or the one of target verify or draft extend. Each holds sglang's own metadata for the batch.
-    batch : ForwardBatch
-        The captured batch: its tensors are the runner's static buffers.
-    native_mode : sglang ForwardMode
-        What sglang's own code takes the batch for.
-    strategy : "graph", "share" or "copy"
-    drop_wide_table : bool
-        Leave `page_table_1` out of shared metadata, because nothing reads it.
-
-    Attributes
-    ----------
-    strategy : str
-    recorded : bool
-        Whether a captured graph does the work.
-    failed : bool
-        Whether sglang's own code does it.
-    note : str
-        What else there is to say about the strategy.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        backends: Sequence[Any],
-        batch: Any,
-        native_mode: Any,
-        strategy: Strategy,
-        drop_wide_table: bool,
-    ) -> None:
-        first, mode = backends[0], MODES[native_mode.name]
-        self.strategy = strategy
-        self.recorded = self.failed = False
-        self._backends = tuple(backends)
-        self._batch_size = batch.batch_size
-        self._own = tuple(backend.decode_cuda_graph_metadata[self._batch_size] for backend in backends)
-        shared = replace(self._own[0], page_table_1=None) if drop_wide_table else self._own[0]
-        self._used = self._own if strategy == "copy" else (shared,) * len(backends)
-        self.note = ", without the wide page table, which nothing reads" if self._used[0].page_table_1 is None else ""
-        self._describe = host.describe(
-            ENGINE, batch, lambda batch: describe(batch, backend=first, mode=mode, num_steps=len(backends))
-        )
-        self._static = self._describe(batch)
-        self._run = host.plan(
-            self._static,
-            geometry(first, self._used[0]),
-            [consumer(metadata) for metadata in self._used],
-            "copy" if strategy == "copy" else "share",
-            derived.refresher(first, self._used[0], native_mode, self._batch_size),
-        )
-        self._observe = host.observer(ENGINE, PATHS[mode], strategy, self._static)
-
-    def bind(self) -> None:
-        """Point the backends at the buffers that the strategy uses."""
-        self._hand_out(self._used)
-
-    def undo(self) -> None:
-        """Point the backends at their own buffers again."""
-        if self.is_current():
-            self._hand_out(self._own)
-
-    def is_current(self) -> bool:
-        """Whether the backends still hold the metadata that this was made for."""
-        return all(
-            backend.decode_cuda_graph_metadata.get(self._batch_size) is metadata
-            for backend, metadata in zip(self._backends, self._used, strict=True)
-        )
-
-    def capture(self, batch: Any) -> None:
-        """Take the static buffers of a runner that is about to capture, and prepare its batch."""
-        self._static = self._describe(batch)
-        self._run(self._static)
-        self._point()
-
-    def record(self) -> None:
-        """Issue the work; on a stream that is being captured, it is recorded."""
-        self._run(self._static)
-        self.recorded = self.recorded or capturing()
-
-    def rehearse(self) -> None:
-        """Record the work in a graph of no further use: raises what a capture would raise, before one is at stake."""
-        if not torch.cuda.is_available():
-            return
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._run(self._static)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def replay(self, batch: Any) -> None:
-        """Prepare the metadata of a live batch."""
-        if not self.recorded:
-            self._run(self._describe(batch))
-        if self._backends[0].forward_metadata is not self._used[0]:
-            self._point()
-        if self._observe is not None:
-            self._observe(self._describe(batch))
-
-    def _point(self) -> None:
-        """Leave behind in Python what sglang's own replay leaves; only eager code looks at it."""
-        for backend, metadata in zip(self._backends, self._used, strict=True):
-            backend.set_dsa_prefill_impl(forward_batch=None)
-            backend.forward_metadata = metadata
-
-    def _hand_out(self, used: Sequence[Any]) -> None:
-        for backend, metadata in zip(self._backends, used, strict=True):
-            backend.decode_cuda_graph_metadata[self._batch_size] = metadata
-            backend.forward_metadata = metadata
-
-
 class Path:
     """The hooks of one backend class. The subclasses say which backends and batches they are about."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._prepared: WeakKeyDictionary[Any, dict[Any, Preparation]] = WeakKeyDictionary()
+        self._spares = SpareBuffers()
+        self._captured_off: set[str] = set()
 
     def hooks(self) -> dict[str, Callable[..., None]]:
         """Method of the class to the function that stands in for it; that gets the original method first."""
@@ -191,6 +57,10 @@ class Path:
         """Whether nothing reads `page_table_1` in the forwards that the metadata is for."""
         return False
 
+    def exact(self, owner: Any, batch: Any) -> bool:
+        """Whether steps shall see the draft tokens before them."""
+        return False
+
     def out_graph(
         self, original: Callable[..., None], owner: Any, forward_batch: Any, in_capture: bool = False
     ) -> None:
@@ -204,14 +74,12 @@ class Path:
         preparation = self._find(owner, forward_batch, native_mode)
         if preparation is None:
             original(owner, forward_batch, in_capture=False)
-        elif preparation.failed:
-            native_replay(self.backends(owner), forward_batch, native_mode)
         else:
             try:
                 preparation.replay(forward_batch)
             except Exception as error:
-                preparation.failed = True
-                native_replay(self.backends(owner), forward_batch, native_mode)
+                preparation.fail()
+                native_replay(self.backends(owner), forward_batch, native_mode)  # raises what is sglang's own to raise
                 self._fell_back(native_mode, "replay", preparation.strategy, error)
 
     def in_graph(self, original: Callable[..., None], owner: Any, forward_batch: Any) -> None:
@@ -219,15 +87,35 @@ class Path:
         original(owner, forward_batch)
         native_mode = self.native_mode(owner, forward_batch)
         preparation = self._find(owner, forward_batch, native_mode)
-        if preparation is None or preparation.failed or preparation.strategy != "graph":
+        if preparation is None or preparation.native or preparation.strategy != "graph":
             return
         try:
             preparation.record()
-            if preparation.recorded:
+            if capturing():
+                preparation.leave_to_graph()
                 _recorded.setdefault(owner, []).append(preparation)
         except Exception as error:
-            preparation.strategy, preparation.recorded = "share", False
+            preparation.step_down()
             self._fell_back(native_mode, "capture", "graph", error)
+
+    def switch(self, on: bool) -> list[str]:
+        """Use sglang's own path from the next replay on, or ours again; returns what goes on as before."""
+        stays: Counter[str] = Counter()
+        for prepared in tuple(self._prepared.values()):
+            for (native_mode, _), preparation in tuple(prepared.items()):
+                if not preparation.switch(on):
+                    stays[PATHS[MODES[native_mode.name]]] += 1
+        lines = [
+            f"{path}: {count} captured batch sizes keep the work that their CUDA graphs recorded; restart with "
+            "NSA_PLUGIN_STRATEGY=off (share and copy can be switched at run time)"
+            for path, count in sorted(stays.items())
+            if not on
+        ]
+        if on:
+            lines += [
+                f"{path}: was captured while switched off; it takes a restart" for path in sorted(self._captured_off)
+            ]
+        return lines
 
     def undo(self) -> None:
         """Give every backend its own metadata back. Graphs that were captured go on with what they recorded."""
@@ -251,14 +139,24 @@ class Path:
         known = prepared.pop(key, None)
         if known is not None and not known.is_current():
             known = None
-        for strategy in self._host.strategies:
+        strategies = usable(self._host)
+        if not strategies:
+            self._captured_off.add(path)
+            if known is not None:
+                known.undo()
+                native_replay(backends, batch, native_mode)
+        for strategy in strategies:
             if known is not None and known.strategy != strategy:
                 continue  # what the backends hold now was made for another strategy
             preparation = known
             try:
                 if preparation is None:
                     drop_wide_table = strategy != "copy" and self.wide_table_is_unread(backends[0])
-                    preparation = Preparation(self._host, backends, batch, native_mode, strategy, drop_wide_table)
+                    exact = strategy != "copy" and self.exact(owner, batch)
+                    spares = self._spares if self._host.verify else None
+                    preparation = Preparation(
+                        self._host, backends, batch, native_mode, strategy, drop_wide_table, exact, spares
+                    )
                     preparation.bind()
                 preparation.capture(batch)
                 if strategy == "graph":
@@ -272,6 +170,8 @@ class Path:
             else:
                 prepared[key] = preparation
                 self._host.using(logger, ENGINE, path, strategy + preparation.note)
+                if known is None:
+                    self._host.buffers(ENGINE, path, strategy, preparation.size)
                 return
 
     def _fell_back(self, native_mode: Any, stage: str, strategy: str, error: Exception) -> None:
@@ -311,6 +211,23 @@ class MultiStepDraft(Path):
         vars(probe).update(vars(backend), speculative_num_draft_tokens=None)
         probe.init_cuda_graph_state(1, 1)
         return bool(getattr(probe, "dsa_drop_wide_page_table", False))
+
+    def exact(self, owner: Any, batch: Any) -> bool:
+        """If it was asked for, and every step has tokens of its own to see: a chain, with an indexer run per step.
+
+        sglang has reserved the slots of the draft tokens, and its token table has their columns, before it drafts
+        (`speculative.eagle_worker_common.prepare_for_draft` reads them there).
+        """
+        if not self._host.exact_step_lengths:
+            return False
+        problem = ""
+        if getattr(owner, "topk", 1) != 1:
+            problem = "the draft is a tree (--speculative-eagle-topk above 1)"
+        elif getattr(batch.spec_info, "dsa_topk_indices", None) is not None:
+            problem = "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
+        if problem:
+            self._host.using(logger, ENGINE, PATHS[MODES["DECODE"]], f"with sglang's own step lengths: {problem}")
+        return not problem
 
     def cuda_graph_state(self, original: Callable[..., None], owner: Any, max_bs: int, max_num_tokens: int) -> None:
         """Stand in for `init_cuda_graph_state`: one page table for all draft backends, which hold equal values always.
@@ -358,17 +275,9 @@ class SingleBackend(Path):
         return mode if mode in self._modes else None
 
 
-def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None:
-    """Let sglang's per-backend code compute the metadata of a batch, into the buffers that the backends hold."""
-    for backend in backends:
-        backend._apply_cuda_graph_metadata(
-            bs=batch.batch_size,
-            req_pool_indices=batch.req_pool_indices,
-            seq_lens=batch.seq_lens,
-            seq_lens_cpu=batch.seq_lens_cpu,
-            forward_mode=native_mode,
-            spec_info=batch.spec_info,
-        )
+def usable(host: Host) -> tuple[Strategy, ...]:
+    """Strategies to try. With verification not `graph`: recorded work runs when a difference can't be repaired any more."""
+    return tuple(strategy for strategy in host.strategies if strategy != "graph" or not host.verify)
 
 
 def unsupported(backend: Any) -> str:

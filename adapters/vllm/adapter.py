@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_step
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
@@ -63,6 +63,7 @@ class VllmAdapter:
     """Implements `nsa_plugin.adapters.base.Adapter` for the drafts of both of vLLM's model runners."""
 
     name = ENGINE
+    features: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self._watches: list[WhenImported] = []
@@ -112,6 +113,29 @@ class VllmAdapter:
     def summary(self) -> str:
         """What is accelerated and what is left alone, for one log line."""
         return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
+
+    def switch(self, on: bool) -> list[str]:
+        """Switch Model Runner V1's drafts from the next one on; those of V2 are recorded in CUDA graphs."""
+        self._v1.switch(on)
+        if on or not self._watches:
+            return []
+        return [f"{ENGINE}: {v2_builder.PATH} (Model Runner V2) keeps what its CUDA graphs recorded; restart"]
+
+    def paths(self, host: Host) -> list[PathPlan]:
+        """What would be done with the host's settings, and the attention backends that are left to vLLM."""
+        plans = []
+        for path, strategy, problems in (
+            (f"{v2_builder.PATH} (Model Runner V2)", "graph", self.probe()),
+            (v1_proposer.PATH, "copy", self._v1.probe()),
+        ):
+            if strategy not in host.strategies:
+                plans.append(PathPlan(path, "off", f"it takes {strategy}, which NSA_PLUGIN_STRATEGY leaves out"))
+            elif problems:
+                plans.append(PathPlan(path, "off", problems[0]))
+            else:
+                better = "" if strategy == "graph" else "vLLM captures no whole draft there"
+                plans.append(PathPlan(path, strategy, better))
+        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in capabilities.LACKING_HOOK]
 
     def _leave_v2_alone(self) -> None:
         for watch in self._watches:

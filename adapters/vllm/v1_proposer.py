@@ -51,6 +51,7 @@ class V1Draft:
     def __init__(self) -> None:
         self._watch: WhenImported | None = None
         self._originals: dict[str, Any] = {}
+        self._patch_made: _Patch | None = None
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks; empty if it fits."""
@@ -70,6 +71,11 @@ class V1Draft:
             setattr(pkgutil.resolve_name(capabilities.V1_PROPOSER), name, original)
         self._originals = {}
 
+    def switch(self, on: bool) -> None:
+        """Leave all drafts to vLLM from the next one on (with its stale caches cleared), or serve them again."""
+        if self._patch_made is not None:
+            self._patch_made.on = on
+
     def _patch(self, host: Host) -> None:
         try:
             if problems := self.probe():
@@ -77,7 +83,7 @@ class V1Draft:
                 return
             base = pkgutil.resolve_name(capabilities.V1_PROPOSER)
             update, build = (vars(base)[name] for name in (UPDATE, BUILD))
-            patch = _Patch(host, base, update, build)
+            patch = self._patch_made = _Patch(host, base, update, build)
             self._originals = {UPDATE: update, BUILD: build}
             setattr(base, UPDATE, functools.wraps(update)(patch.update()))
             setattr(base, BUILD, functools.wraps(build)(patch.build()))
@@ -100,6 +106,7 @@ class _Patch:
         self._host, self._base = host, base
         self._stock_update, self._stock_build = update, build
         self._drafts: WeakKeyDictionary[Any, _Served] = WeakKeyDictionary()
+        self.on = self._on_for_this_draft = True
 
     def build(self) -> Callable[..., Any]:
         """In place of `build_per_group_and_layer_attn_metadata`."""
@@ -110,7 +117,7 @@ class _Patch:
                 return self._stock_build(proposer, common_attn_metadata, draft_index)
             forget_step(common_attn_metadata, draft_index)
             served = self._drafts.get(proposer)
-            if served is not None and served.draft is not None and served.draft.under_way:
+            if self._on_for_this_draft and served is not None and served.draft is not None and served.draft.under_way:
                 try:
                     return served.draft.metadata(served.groups, common_attn_metadata, draft_index)
                 except Exception as error:
@@ -132,7 +139,7 @@ class _Patch:
         ) -> torch.Tensor:
             batch = (positions, common_attn_metadata, batch_size, input_batch_size, block_size)
             served = self._drafts.get(proposer)
-            if served is not None and served.draft is not None:
+            if self._on_for_this_draft and served is not None and served.draft is not None:
                 try:
                     return served.draft.advance(proposer.num_speculative_tokens - 1, *batch)
                 except Exception as error:
@@ -144,6 +151,7 @@ class _Patch:
 
     def _begin(self, proposer: Any) -> None:
         """A draft begins: decide about a proposer that is new, forget the batch of the last draft."""
+        self._on_for_this_draft = self.on
         served = self._drafts.get(proposer)
         if served is None or served.groups is not proposer.draft_attn_groups:
             self._drafts[proposer] = served = _Served(proposer.draft_attn_groups, None)

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
-from nsa_plugin.adapters.base import Adapter, Fallback, Host, Strategy
+from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Strategy
 from nsa_plugin.adapters.probe import Need, missing, warn_if_untested
 
 ENGINE = "toy"
@@ -77,11 +77,13 @@ class ToyAdapter:
     """Implements `nsa_plugin.adapters.base.Adapter`."""
 
     name = ENGINE
+    features: frozenset[str] = frozenset()
     prepared = Prepared
 
     def __init__(self) -> None:
         self._originals: dict[str, Callable[..., None]] = {}
         self._plans: WeakKeyDictionary[Any, dict[int, Prepared]] = WeakKeyDictionary()
+        self._on = True
 
     def probe(self) -> list[str]:
         """What the engine lacks; imports it here, not with this module."""
@@ -119,6 +121,17 @@ class ToyAdapter:
         """For one log line."""
         return f"{ENGINE} {_engine().__version__}: draft decode and target verify are computed once for all steps"
 
+    def switch(self, on: bool) -> list[str]:
+        """From the next replay on; nothing is recorded in a graph that would go on."""
+        self._on = on
+        return []
+
+    def paths(self, host: Host) -> list[PathPlan]:
+        """The best strategy that needs no place in a graph."""
+        able = [strategy for strategy in host.strategies if strategy != "graph"]
+        strategy = able[0] if able and not self.probe() else "off"
+        return [PathPlan(name, strategy, "the engine offers no place in its graph") for name in PATHS]
+
     def _capture(self, forward: Any, batch: Any) -> None:
         self._originals["capture"](forward, batch)
         for strategy in self._host.strategies:
@@ -139,7 +152,7 @@ class ToyAdapter:
 
     def _prepare(self, forward: Any, batch: Any) -> None:
         prepared = self._plans.get(forward, {}).get(batch.size)
-        if prepared is None:
+        if prepared is None or not self._on:
             self._originals["prepare"](forward, batch)
             return
         try:
@@ -153,9 +166,12 @@ class ToyAdapter:
         self._host.fell_back(logger, Fallback(ENGINE, path(forward), stage, strategy, error))
 
 
+PATHS = ("draft decode", "target verify")
+
+
 def path(forward: Any) -> str:
     """What a forward is called in log lines."""
-    return "target verify" if forward.draft_tokens else "draft decode"
+    return PATHS[bool(forward.draft_tokens)]
 
 
 class ToyPlugin:

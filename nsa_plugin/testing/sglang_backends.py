@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.adapters.sglang import compare
+from nsa_plugin.adapters.sglang.compare import differences as differences
+from nsa_plugin.adapters.sglang.describe import describe, geometry
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
 
 
 @dataclass(frozen=True)
@@ -279,50 +280,11 @@ def _first_module(paths: Sequence[str]) -> Any:
     return None
 
 
-def defined_values(
-    metadata: Any, backend: Any, batch: Any, mode: ForwardMode, like: Any = None
-) -> dict[str, torch.Tensor]:
-    """The defined values of a `DSAMetadata` of `batch`, by name; `like` is one whose lengths say what is defined.
-
-    Undefined are tails of page tables (-1 here), the top-k plan of small batches, its rows past its count (the others
-    come in any order), and the unused end of FlashMLA's scheduler tensor.
-    """
-    like = metadata if like is None else like
-    descriptor = describe(batch, backend=backend, mode=mode)
-    precomputed = PrecomputedMetadata((consumer(like),), descriptor, geometry(backend, like))
-    values = live_entries(precomputed, consumer(metadata))
-    for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
-        if getattr(metadata, name) is not None:
-            values[name] = getattr(metadata, name).clone()
-    plan = getattr(metadata, "topk_v2_plan", None)
-    if plan is not None and _plan_is_written(like.dsa_seqlens_expanded):
-        rows = plan[1 : int(plan[0, 1]) + 1]
-        values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
-    if metadata.flashmla_metadata is not None:
-        values["num_splits"] = metadata.flashmla_metadata.num_splits.clone()
-    return values
-
-
-def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
-    """Names of the defined values in which two `DSAMetadata` of the same batch differ.
-
-    A wide page table that `got` does not have can't differ.
-    """
-    want, have = (defined_values(metadata, backend, batch, mode, like=expected) for metadata in (expected, got))
-    return sorted(
-        name
-        for name in (want.keys() | have.keys()) - ({"page_table_1"} if got.page_table_1 is None else set())
-        if name not in want or name not in have or not torch.equal(want[name], have[name])
-    )
-
-
-def _plan_is_written(lengths: torch.Tensor) -> bool:
-    """Whether sglang's top-k planner writes anything for these rows; it leaves the buffer as it is for small batches."""
-    if lengths.device.type == "cpu":
-        return True
-    from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written
-
-    return bool(topk_v2_plan_is_written(lengths))
+def defined_values(metadata: Any, backend: Any, batch: Any, mode: ForwardMode) -> dict[str, torch.Tensor]:
+    """Copies of the defined values of a `DSAMetadata` of `batch`, by name."""
+    sizes = geometry(backend, metadata)
+    values = compare.defined_values(metadata, metadata, describe(batch, backend=backend, mode=mode), sizes)
+    return {name: value.clone() for name, value in values.items()}
 
 
 def engine_metadata(backend: Any, batch: Any, mode: str) -> Any:

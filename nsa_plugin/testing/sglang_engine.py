@@ -20,7 +20,7 @@ import torch
 
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.probe import missing
-from nsa_plugin.adapters.sglang import capabilities, paths
+from nsa_plugin.adapters.sglang import capabilities, paths, preparation
 from nsa_plugin.testing import sglang_backends as backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
 
@@ -77,7 +77,7 @@ def draft(num_steps: int, *covers: str, name: str = "", sizes: tuple[int, ...] =
 
 def single(mode: str, *covers: str, name: str = "", **fields: Any) -> SglangCase:
     """Target verify or draft extend."""
-    path = paths.PATHS[paths.MODES[mode]]
+    path = preparation.PATHS[preparation.MODES[mode]]
     return SglangCase(
         path + name, path, len(LENGTHS[4]), frozenset(covers), frozenset(), frozenset({"share", "copy"}), mode, **fields
     )
@@ -187,7 +187,7 @@ def make_batch(case: SglangCase, lengths: list[int], rows: list[int], device: to
 
 def read_values(case: SglangCase, metadata: Any, backend: Any, batch: Any) -> Values:
     """What kernels read: in a draft not the wide page table (tests/sglang/test_wide_table.py), unless it is the only one."""
-    values = backends.defined_values(metadata, backend, batch, paths.MODES[case.mode])
+    values = backends.defined_values(metadata, backend, batch, preparation.MODES[case.mode])
     if case.mode == "DECODE" and case.config.page_size > 1:
         values.pop("page_table_1", None)
     return values

@@ -8,6 +8,8 @@ runner's static buffers; a field that differs is reported as stale.
 
     python tests/gpu/run_draft_kit.py --json draft_kit.json
 
+With NSA_PLUGIN_VERIFY=1 the plugin compares every replay by itself, too.
+
 Needs a complete sglang 0.5.23 with its kernels, and this plugin installed beside it. Exit status 1 if a case fails, or
 if a value is stale with the plugin on.
 """
@@ -15,6 +17,7 @@ if a value is stale with the plugin on.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -30,7 +33,6 @@ import torch
 from nsa_plugin import ForwardMode, entry
 from nsa_plugin.bench.run import where
 from nsa_plugin.host import Host
-from nsa_plugin.settings import Settings
 from nsa_plugin.testing.sglang_backends import differences, engine_metadata
 
 PREFIXES = {
@@ -151,7 +153,7 @@ def main() -> int:
         host = entry._hosts.get("sglang")
         if strategy != "without":
             assert isinstance(host, Host), "the plugin's entry point did not install it"
-            host.settings = Settings(strategy=strategy)
+            host.settings = dataclasses.replace(host.settings, strategy=strategy)
         for kv in options.kv:
             for name, number, prefix, captured, context in cases(options.steps):
                 watch.stale, watch.replays, watch.wide_table, watch.host_us = set(), 0, False, []
@@ -162,7 +164,7 @@ def main() -> int:
                     error = traceback.format_exc(limit=-4)
                 assert error or watch.replays, "the runner was never replayed"
                 stale = sorted(watch.stale)
-                fallbacks = dict(host.fallbacks) if isinstance(host, Host) else {}
+                fallbacks = {**host.fallbacks, **host.mismatches} if isinstance(host, Host) else {}
                 bad += bool(error or fallbacks or (stale and strategy != "without"))
                 host_us = statistics.median(watch.host_us) if watch.host_us else None
                 results.append(

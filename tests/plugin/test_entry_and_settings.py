@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 
-from nsa_plugin import entry
+from nsa_plugin import UnavailableError, disable, enable, entry
 from nsa_plugin.settings import SettingError, Settings
 
 
@@ -17,9 +18,22 @@ def test_settings_from_the_environment() -> None:
         "NSA_PLUGIN_STRATEGY": " Copy ",
         "NSA_PLUGIN_PLUGINS": "a, b,",
         "NSA_PLUGIN_LOG_LEVEL": "debug",
+        "NSA_PLUGIN_VERIFY": "100",
+        "NSA_PLUGIN_REPRO_DIR": "/tmp/repro",
+        "NSA_PLUGIN_METRICS": "Prometheus, nvtx",
+        "NSA_PLUGIN_SWITCH_FILE": "/tmp/off",
         "OTHER": "x",
     }
-    assert Settings.from_environment(given) == Settings("copy", frozenset({"a", "b"}), logging.DEBUG)
+    settings = Settings.from_environment(given)
+    assert settings == Settings(
+        "copy", frozenset({"a", "b"}), logging.DEBUG, 100, Path("/tmp/repro"), "engine",
+        frozenset({"prometheus", "nvtx"}), Path("/tmp/off"),
+    )  # fmt: skip
+    assert Settings.from_environment({"NSA_PLUGIN_METRICS": "off"}) == Settings()
+    rows = {name: (value, source) for name, value, source in settings.rows()}
+    assert rows["NSA_PLUGIN_STRATEGY"] == ("copy", "environment")
+    assert rows["NSA_PLUGIN_METRICS"] == ("nvtx,prometheus", "environment")
+    assert rows["NSA_PLUGIN_STEP_LENGTHS"] == ("engine", "default")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +41,14 @@ def test_settings_from_the_environment() -> None:
     [
         ({"NSA_PLUGIN_STRATEGY": "fast"}, r"NSA_PLUGIN_STRATEGY: expected auto\|graph\|share\|copy\|off, got 'fast'"),
         ({"NSA_PLUGIN_LOG_LEVEL": "loud"}, r"NSA_PLUGIN_LOG_LEVEL: expected DEBUG\|INFO\|WARNING\|ERROR, got 'loud'"),
+        ({"NSA_PLUGIN_VERIFY": "-1"}, "NSA_PLUGIN_VERIFY: expected a whole number, 0 for never, got '-1'"),
+        ({"NSA_PLUGIN_REPRO_DIR": "x"}, "NSA_PLUGIN_REPRO_DIR: expected an absolute path, got 'x'; engines change"),
+        ({"NSA_PLUGIN_METRICS": "graphite"}, "expected off, or some of prometheus,nvtx, got 'graphite'"),
+        ({"NSA_PLUGIN_STEP_LENGTHS": "long"}, r"NSA_PLUGIN_STEP_LENGTHS: expected engine\|exact, got 'long'"),
+        (
+            {"NSA_PLUGIN_STEP_LENGTHS": "exact", "NSA_PLUGIN_STRATEGY": "copy"},
+            "expected engine with the strategy copy, got 'exact'; use NSA_PLUGIN_STRATEGY=auto, graph or share",
+        ),
         ({"NSA_PLUGIN_STRATEGIE": "off"}, "NSA_PLUGIN_STRATEGIE: expected one of NSA_PLUGIN_STRATEGY, .*; unset it"),
     ],
 )
@@ -54,3 +76,47 @@ def test_without_vllm_the_entry_point_says_so_and_does_not_raise(caplog: pytest.
     caplog.set_level(logging.INFO)
     entry.register_vllm()
     assert "vllm is left as it is: looked for vLLM, found no such distribution" in caplog.text
+
+
+def test_switching_without_an_engine_says_where_to_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_hosts", {})
+    for switch in (disable, enable):
+        with pytest.raises(UnavailableError, match="NSA_PLUGIN_SWITCH_FILE"):
+            switch()
+
+
+class Toy:
+    """An adapter that installs into nothing and honours no setting beyond the strategy."""
+
+    name = "vllm"
+    features: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.switched: list[bool] = []
+
+    def install(self, host: object) -> list[str]:
+        return []
+
+    def summary(self) -> str:
+        return "a toy"
+
+    def switch(self, on: bool) -> list[str]:
+        self.switched.append(on)
+        return [] if on else ["recorded work goes on"]
+
+
+def test_what_an_engine_cant_honour_is_said_and_an_installed_host_can_be_switched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy = Toy()
+    monkeypatch.setattr(entry, "_hosts", {})
+    monkeypatch.setattr("nsa_plugin.host.VllmAdapter", lambda: toy)
+    monkeypatch.setenv("NSA_PLUGIN_VERIFY", "5")
+    monkeypatch.setenv("NSA_PLUGIN_STEP_LENGTHS", "exact")
+    entry.register_vllm()
+    entry.register_vllm()
+    for variable in ("NSA_PLUGIN_VERIFY", "NSA_PLUGIN_STEP_LENGTHS"):
+        assert caplog.text.count(f"{variable} can't be had with vllm: it is ignored") == 1
+    assert disable() == ["recorded work goes on"]
+    assert enable() == [] and toy.switched == [False, True]
+    assert caplog.text.count("nsa-plugin: recorded work goes on") == 1

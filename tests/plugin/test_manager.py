@@ -26,7 +26,7 @@ from nsa_plugin import (
     hookspec,
     manager,
 )
-from nsa_plugin.adapters.base import Fallback
+from nsa_plugin.adapters.base import Fallback, Mismatch
 from nsa_plugin.host import Host
 from nsa_plugin.manager import HOOKS, Manager
 from nsa_plugin.settings import Settings
@@ -40,7 +40,7 @@ GEOMETRY = Geometry(8, 16, 64)
 def test_every_hook_says_what_it_asks_and_when_it_fires() -> None:
     assert HOOKS == (
         "nsa_plugin_adapters", "nsa_plugin_bind_copy", "nsa_plugin_bind_precompute", "nsa_plugin_describe",
-        "nsa_plugin_fell_back", "nsa_plugin_observe_replays",
+        "nsa_plugin_fell_back", "nsa_plugin_mismatched", "nsa_plugin_observe_replays",
     )  # fmt: skip
     for name in HOOKS:
         hook = getattr(hookspec, name)
@@ -147,6 +147,47 @@ def test_a_fall_back_is_logged_once_per_cause_and_counted_each_time(caplog: pyte
     assert "draft decode: strategy share failed at replay (ValueError: first); toy's own values are used" in caplog.text
     assert host.fallbacks["toy", "draft decode", "replay", "share", "ValueError"] == 2
     assert loud.happened == ["fell back: first", "fell back: again", "fell back: other"]
+
+
+def test_observers_learn_of_a_mismatch_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    class Observer:
+        def __init__(self) -> None:
+            self.seen: list[list[str]] = []
+
+        @hookimpl
+        def nsa_plugin_mismatched(self, mismatch: Mismatch) -> None:
+            self.seen.append(mismatch.fields)
+            raise RuntimeError("observer of mismatches")
+
+    host, observer = Host(), Observer()
+    host.manager.register(observer)
+    sides = (
+        {"cu_seqlens_k": torch.zeros(2), "same": torch.ones(1)},
+        {"cu_seqlens_k": torch.ones(2), "same": torch.ones(1)},
+    )
+    for _ in range(2):
+        mismatch = Mismatch("toy", "draft decode", "share", BATCH, GEOMETRY, ((0, *sides),))
+        host.mismatched(logging.getLogger("toy"), mismatch)
+    assert observer.seen == [["cu_seqlens_k"]] * 2 and not host.on
+    assert host.mismatches == {("toy", "draft decode", "share", "cu_seqlens_k"): 2}
+    assert caplog.text.count("computed other values than toy's own path (cu_seqlens_k)") == 1
+    assert "NSA_PLUGIN_REPRO_DIR names no directory" in caplog.text
+    assert "an observer of mismatches failed" in caplog.text
+
+
+def test_an_adapter_that_cant_be_switched_is_named() -> None:
+    class Old:
+        name = "toy"
+
+    class Offer:
+        @hookimpl
+        def nsa_plugin_adapters(self) -> Any:
+            return [Old()]
+
+    host = Host()
+    host.manager.register(Offer())
+    (line,) = host.switch(False, "test")
+    assert line.startswith("toy: its adapter can't be switched (AttributeError")
 
 
 def test_a_plugin_with_an_unknown_hook_is_refused() -> None:

@@ -8,25 +8,10 @@ import pytest
 import torch
 
 from nsa_plugin import ForwardMode
-from nsa_plugin.adapters.sglang import paths
+from nsa_plugin.adapters.sglang import preparation
 from nsa_plugin.testing import sglang_backends as kit
+from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch, record
 from tests.sglang.conftest import Install
-
-CONFIG = kit.Config()
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TABLE = kit.req_to_token(CONFIG, DEVICE)
-
-
-def batch(mode: str, seq_lens: list[int], requests: list[int], lengths: torch.dtype = torch.int64) -> Any:
-    tokens = len(seq_lens) * (1 if mode == "DECODE" else CONFIG.draft_tokens)
-    return kit.make_batch(
-        mode, torch.tensor(seq_lens, dtype=lengths, device=DEVICE), torch.tensor(requests, device=DEVICE), tokens
-    )
-
-
-def capture_batch(mode: str, size: int) -> Any:
-    """As sglang's runners capture: every request at the fill length 1, request 0."""
-    return batch(mode, [1] * size, [0] * size)
 
 
 @pytest.mark.parametrize("num_steps", [2, 4, 9])
@@ -83,14 +68,12 @@ def test_graph_leaves_a_replay_nothing_but_the_recorded_work(
     static = capture_batch(mode, 4)
     owner.init_forward_metadata_out_graph(static, in_capture=True)
     owner.init_forward_metadata_in_graph(static)  # warm-up
-    with monkeypatch.context() as patch:
-        patch.setattr(paths, "capturing", lambda: True)
-        owner.init_forward_metadata_in_graph(static)
+    record(owner, static, monkeypatch)
     backend = owner.attn_backends[0] if mode == "DECODE" else owner
     for lengths, requests in LIVE:
-        before = kit.defined_values(backend.forward_metadata, backend, static, paths.MODES[mode])
+        before = kit.defined_values(backend.forward_metadata, backend, static, preparation.MODES[mode])
         owner.init_forward_metadata_out_graph(kit.replay_view(batch(mode, lengths, requests)))
-        after = kit.defined_values(backend.forward_metadata, backend, static, paths.MODES[mode])
+        after = kit.defined_values(backend.forward_metadata, backend, static, preparation.MODES[mode])
         assert all(torch.equal(values, after[name]) for name, values in before.items())
 
 

@@ -12,6 +12,7 @@ from nsa_plugin.testing import sglang_engine
 from nsa_plugin.testing.conformance import assert_conforms, conformance_problems
 from nsa_plugin.testing.engine import Engine
 from nsa_plugin.testing.pytest_conformance import AdapterConformance
+from tests.sglang.batches import TritonPrecompute
 
 
 class TestSglang(AdapterConformance):
@@ -19,18 +20,6 @@ class TestSglang(AdapterConformance):
     @classmethod
     def engine(cls) -> Engine:
         return sglang_engine.SglangEngine()
-
-
-class TritonPrecompute:
-    """Makes the plugin use its kernels on a CPU too, where `auto` means the reference."""
-
-    @hookimpl
-    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
-        return api.bind_precompute(batch, out, impl="triton")
-
-    @hookimpl
-    def nsa_plugin_bind_copy(self, source: Any, destinations: Any) -> Any:
-        return api.bind_copy(source, destinations, impl="triton")
 
 
 def test_the_kernels_too() -> None:

@@ -18,8 +18,8 @@ from nsa_plugin import ForwardMode
 from nsa_plugin.adapters.probe import installed_version, missing
 from nsa_plugin.adapters.sglang import capabilities
 from nsa_plugin.testing import sglang_backends as kit
+from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch
 from tests.sglang.conftest import Install
-from tests.sglang.test_buffers import CONFIG, TABLE, batch, capture_batch
 
 CLASSES = [pkgutil.resolve_name(path) for path in (capabilities.MULTI_STEP, capabilities.BACKEND)]
 METHOD = "init_forward_metadata_out_graph"

@@ -13,8 +13,8 @@ from sglang.srt.layers.attention.dsa import dsa_indexer, dsa_topk_backend
 
 from nsa_plugin.adapters.sglang import paths
 from nsa_plugin.testing import sglang_backends as kit
+from tests.sglang.batches import CONFIG, TABLE, capture_batch
 from tests.sglang.conftest import Install
-from tests.sglang.test_buffers import CONFIG, TABLE, capture_batch
 
 
 def reads(module: Any) -> dict[str, list[tuple[str, ...]]]:

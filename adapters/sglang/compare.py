@@ -1,0 +1,119 @@
+"""What of a `DSAMetadata` is defined, and sglang's own values for a batch: to verify against, in tests and at work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.base import differing
+from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
+from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
+
+
+def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None:
+    """Let sglang's per-backend code compute the metadata of a batch, into the buffers that the backends hold."""
+    for backend in backends:
+        backend._apply_cuda_graph_metadata(
+            bs=batch.batch_size,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            forward_mode=native_mode,
+            spec_info=batch.spec_info,
+        )
+
+
+def shadow(backend: Any, metadata: Any, batch_size: int) -> Any:
+    """A backend with the attributes of `backend` that holds `metadata` for `batch_size`: what it writes stays there."""
+    copy: Any = object.__new__(type(backend))
+    vars(copy).update(vars(backend), decode_cuda_graph_metadata={batch_size: metadata})
+    return copy
+
+
+def defined_values(metadata: Any, expected: Any, batch: BatchDescriptor, sizes: Geometry) -> dict[str, torch.Tensor]:
+    """The defined entries of a `DSAMetadata`, undefined ones set to -1 or left out. Reads lengths on the host.
+
+    Undefined are tails of page tables, the top-k plan of small batches, its rows past its count (the others come in any
+    order), and FlashMLA's scheduler tensor, which has an unused end. `expected` is the engine's `DSAMetadata` of the same
+    batch: its lengths say what is live.
+    """
+    values = live_entries(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(metadata))
+    for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
+        if getattr(metadata, name) is not None:
+            values[name] = getattr(metadata, name)
+    if getattr(metadata, "topk_v2_plan", None) is not None and _plan_is_written(expected.dsa_seqlens_expanded):
+        plan = metadata.topk_v2_plan
+        rows = plan[1 : int(plan[0, 1]) + 1]
+        values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
+    if metadata.flashmla_metadata is not None:
+        values["num_splits"] = metadata.flashmla_metadata.num_splits
+    return values
+
+
+def compare(
+    expected: Any, got: Any, batch: BatchDescriptor, sizes: Geometry
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The defined values of two `DSAMetadata` of the same batch. A wide page table that `got` lacks is left out of both."""
+    want, have = (defined_values(metadata, expected, batch, sizes) for metadata in (expected, got))
+    if got.page_table_1 is None:
+        want.pop("page_table_1", None)
+    return want, have
+
+
+def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
+    """Names of the defined values in which two `DSAMetadata` of the same batch differ."""
+    return differing(*compare(expected, got, describe(batch, backend=backend, mode=mode), geometry(backend, expected)))
+
+
+class SpareBuffers:
+    """`DSAMetadata` like captured ones, in buffers of its own. Page tables are shared by all that are made."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, torch.Tensor] = {}
+        self.size = 0
+        """Bytes allocated so far."""
+
+    def like(self, metadata: Any) -> Any:
+        """One with the shapes and aliases of `metadata`. Captures go from the largest batch to the smallest."""
+        copies: dict[tuple[int, int], torch.Tensor] = {}
+
+        def copy(name: str, value: Any) -> Any:
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                return dataclasses.replace(
+                    value,
+                    **{field.name: copy(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)},
+                )
+            if not isinstance(value, torch.Tensor):
+                return value
+            key = (value.data_ptr(), value.numel())
+            if key not in copies:
+                copies[key] = (
+                    self._table(name, value) if name.endswith(("page_table", "page_table_1")) else self._own(value)
+                )
+            return copies[key].view(value.shape)
+
+        return copy("", metadata)
+
+    def _own(self, value: torch.Tensor) -> torch.Tensor:
+        self.size += value.numel() * value.element_size()
+        return torch.zeros_like(value, memory_format=torch.contiguous_format).copy_(value)
+
+    def _table(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        rows, columns = value.shape
+        table = self._tables.get(name)
+        if table is None or table.shape[0] < rows or table.shape[1] != columns:
+            table = self._tables[name] = self._own(value)
+        return table[:rows]
+
+
+def _plan_is_written(lengths: torch.Tensor) -> bool:
+    """Whether sglang's top-k planner writes anything for these rows; it leaves the buffer as it is for small batches."""
+    if lengths.device.type == "cpu":
+        return True
+    from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written
+
+    return bool(topk_v2_plan_is_written(lengths))

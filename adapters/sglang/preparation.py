@@ -1,0 +1,275 @@
+"""How the metadata of one captured batch size is prepared at each replay, and how that is verified and switched off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.base import Host, Mismatch, Strategy, differing
+from nsa_plugin.adapters.sglang import derived
+from nsa_plugin.adapters.sglang.compare import SpareBuffers, compare, native_replay, shadow
+from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
+from nsa_plugin.core.metadata import StepMetadata
+
+logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
+ENGINE = "sglang"
+MODES = {
+    "DECODE": ForwardMode.DECODE,
+    "TARGET_VERIFY": ForwardMode.TARGET_VERIFY,
+    "DRAFT_EXTEND_V2": ForwardMode.DRAFT_EXTEND,
+}
+"""Ours for the name of sglang's forward mode."""
+PATHS = {
+    ForwardMode.DECODE: "draft decode",
+    ForwardMode.TARGET_VERIFY: "target verify",
+    ForwardMode.DRAFT_EXTEND: "draft extend",
+}
+
+
+class Preparation:
+    """How the metadata of one captured batch size of some DSA backends is prepared at each replay.
+
+    Making one changes nothing; `bind` does.
+
+    Parameters
+    ----------
+    host : Host
+    backends : sequence of DeepseekSparseAttnBackend
+        The draft backends, or the one of target verify or draft extend. Each holds sglang's own metadata for the batch.
+    batch : ForwardBatch
+        The captured batch: its tensors are the runner's static buffers.
+    native_mode : sglang ForwardMode
+        What sglang's own code takes the batch for.
+    strategy : "graph", "share" or "copy"
+    drop_wide_table : bool
+        Leave `page_table_1` out of shared metadata, because nothing reads it.
+    exact : bool
+        Draft step i sees i + 1 tokens more than sglang's own: itself and the draft tokens before it.
+    spares : SpareBuffers or None
+        Where verification may have sglang's own code write; None to verify nothing.
+
+    Attributes
+    ----------
+    strategy : str
+    recorded : bool
+        Whether a captured graph does the work.
+    native : bool
+        Whether sglang's own code does it, because ours failed or is switched off.
+    replay : callable(batch)
+        Prepares the metadata of a live batch. Made of what is needed, so that what is off costs a replay nothing.
+    note : str
+        What else there is to say about the strategy.
+    size : int
+        Bytes of the buffers.
+    """
+
+    def __init__(
+        self, host: Host, backends: Sequence[Any], batch: Any, native_mode: Any, strategy: Strategy,
+        drop_wide_table: bool, exact: bool, spares: SpareBuffers | None,
+    ) -> None:  # fmt: skip
+        first, mode = backends[0], MODES[native_mode.name]
+        self.strategy = strategy
+        self.recorded = self.native = self._failed = False
+        self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
+        self._batch_size = batch.batch_size
+        self._own = tuple(backend.decode_cuda_graph_metadata[self._batch_size] for backend in backends)
+        self._used = self._buffers(drop_wide_table, exact)
+        self.note = ", with exact step lengths" if exact else ""
+        if self._used[0].page_table_1 is None:
+            self.note += ", without the wide page table, which nothing reads"
+        if spares is not None:
+            self.note += (
+                f", verified (every {host.verify} replays; not graph, which runs when it is too late to repair)"
+            )
+        self._offsets = tuple(index + 1 if exact else 0 for index in range(len(backends)))
+        step_offsets = self._offsets if exact else ()
+        self._describe = host.describe(
+            ENGINE,
+            batch,
+            lambda batch: describe(batch, backend=first, mode=mode, num_steps=len(backends), step_offsets=step_offsets),
+        )
+        self._static = self._describe(batch)
+        self._geometry = geometry(first, self._used[0])
+        consumers = [consumer(metadata) for metadata in self._used]
+        self._run = host.plan(
+            self._static, self._geometry, consumers, "copy" if strategy == "copy" else "share", self._refresher(exact)
+        )
+        self._observe = host.observer(ENGINE, PATHS[mode], strategy, self._static)
+        self._spare = None if spares is None else spares.like(self._used[0])
+        self.size = sum({view.data_ptr(): view.numel() * 4 for step in consumers for view in _views(step)}.values())
+        self._choose()
+
+    def bind(self) -> None:
+        """Point the backends at the buffers that the strategy uses."""
+        self._hand_out(self._used)
+
+    def undo(self) -> None:
+        """Point the backends at their own buffers again."""
+        if self.is_current():
+            self._hand_out(self._own)
+
+    def is_current(self) -> bool:
+        """Whether the backends still hold the metadata that this was made for."""
+        return all(
+            backend.decode_cuda_graph_metadata.get(self._batch_size) is metadata
+            for backend, metadata in zip(self._backends, self._used, strict=True)
+        )
+
+    def capture(self, batch: Any) -> None:
+        """Take the static buffers of a runner that is about to capture, and prepare its batch."""
+        self._static = self._describe(batch)
+        self._run(self._static)
+        self._point()
+
+    def record(self) -> None:
+        """Issue the work; on a stream that is being captured, it is recorded."""
+        self._run(self._static)
+
+    def leave_to_graph(self) -> None:
+        """Do nothing before a replay that a captured graph does."""
+        self.recorded = True
+        self._choose()
+
+    def step_down(self) -> None:
+        """Do before a replay what could not be recorded."""
+        self.strategy, self.recorded = "share", False
+        self._choose()
+
+    def fail(self) -> None:
+        """Let sglang's own code do it from now on."""
+        self._failed = self.native = True
+        self._choose()
+
+    def switch(self, on: bool) -> bool:
+        """Let ours do it, or sglang's own code; returns whether that takes effect: recorded work goes on."""
+        if self.recorded:
+            return False
+        self.native = self._failed or not on
+        self._choose()
+        return True
+
+    def rehearse(self) -> None:
+        """Record the work in a graph of no further use: raises what a capture would raise, before one is at stake."""
+        if not torch.cuda.is_available():
+            return
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._run(self._static)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _choose(self) -> None:
+        """Compose `replay`."""
+        call: Callable[[Any], None] = self._replay_recorded if self.recorded else self._replay_before
+        if self.native:
+            call = self._replay_natively
+        path = PATHS[MODES[self._native_mode.name]]
+        strategy = "off" if self.native else self.strategy
+        call = self._host.instrument(call, ENGINE, path, strategy, len(self._backends))
+        self.replay = call if self._spare is None or self.native else self._verified(call)
+
+    def _replay_recorded(self, batch: Any) -> None:
+        if self._backends[0].forward_metadata is not self._used[0]:
+            self._point()
+        if self._observe is not None:
+            self._observe(self._describe(batch))
+
+    def _replay_before(self, batch: Any) -> None:
+        live = self._describe(batch)
+        self._run(live)
+        if self._backends[0].forward_metadata is not self._used[0]:
+            self._point()
+        if self._observe is not None:
+            self._observe(live)
+
+    def _replay_natively(self, batch: Any) -> None:
+        native_replay(self._backends, batch, self._native_mode)
+
+    def _verified(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
+        every, left = self._host.verify, 1
+
+        def verified(batch: Any) -> None:
+            nonlocal left
+            call(batch)
+            left -= 1
+            if not left:
+                left = every
+                self._verify(batch)
+
+        return verified
+
+    def _verify(self, batch: Any) -> None:
+        """Compare what is there with sglang's own values; on a difference, put those there and report."""
+        live = self._describe(batch)
+        if values := tuple(self._differences(batch, live)):
+            native_replay(self._backends, batch, self._native_mode)
+            path = PATHS[live.mode]
+            self._host.mismatched(logger, Mismatch(ENGINE, path, self.strategy, live, self._geometry, values))
+
+    def _differences(
+        self, batch: Any, live: BatchDescriptor
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+        """Index, sglang's defined values and ours, of each step that differs."""
+        computed = None
+        for index, (metadata, offset) in enumerate(zip(self._used, self._offsets, strict=True)):
+            if index and metadata is self._used[0]:
+                continue
+            if offset != computed:
+                seen = SimpleNamespace(**vars(batch))
+                seen.seq_lens = batch.seq_lens[: self._batch_size] + offset
+                native_replay([shadow(self._backends[0], self._spare, self._batch_size)], seen, self._native_mode)
+                computed = offset
+            expected, got = compare(self._spare, metadata, live, self._geometry)
+            if differing(expected, got):
+                yield index, {n: v.clone() for n, v in expected.items()}, {n: v.clone() for n, v in got.items()}
+
+    def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
+        """The `DSAMetadata` that each backend gets."""
+        if self.strategy == "copy":
+            return self._own
+        first = replace(self._own[0], page_table_1=None) if drop_wide_table else self._own[0]
+        if not exact:
+            return (first,) * len(self._own)
+        tables = {"page_table_1": first.page_table_1, "real_page_table": first.real_page_table}
+        return (first, *(replace(metadata, **tables) for metadata in self._own[1:]))
+
+    def _refresher(self, exact: bool) -> Callable[[], None] | None:
+        """What refreshes the derived planes of all buffers that the plan computes in place."""
+        planes = list(zip(self._backends, self._used, strict=True))[: None if exact else 1]
+        made = [derived.refresher(*plane, self._native_mode, self._batch_size) for plane in planes]
+        steps = [step for step in made if step is not None]
+        if len(steps) < 2:
+            return steps[0] if steps else None
+
+        def refresh() -> None:
+            for step in steps:
+                step()
+
+        return refresh
+
+    def _point(self) -> None:
+        """Leave behind in Python what sglang's own replay leaves; only eager code looks at it."""
+        for backend, metadata in zip(self._backends, self._used, strict=True):
+            backend.set_dsa_prefill_impl(forward_batch=None)
+            backend.forward_metadata = metadata
+
+    def _hand_out(self, used: Sequence[Any]) -> None:
+        for backend, metadata in zip(self._backends, used, strict=True):
+            backend.decode_cuda_graph_metadata[self._batch_size] = metadata
+            backend.forward_metadata = metadata
+
+
+def _views(step: StepMetadata) -> Iterator[torch.Tensor]:
+    fields = (getattr(step, name) for name in StepMetadata.__dataclass_fields__ if name != "derived")
+    yield from (field for field in fields if field is not None)
+    yield from step.derived.values()

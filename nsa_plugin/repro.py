@@ -1,0 +1,207 @@
+"""Repro files: the batch of a verification that failed, and what `nsa-plugin verify` makes of it anywhere.
+
+An `.npz` without pickled objects: lengths, request rows, the live columns of the token table, the engine's values and
+ours, and `json` (settings, versions, sizes). No token, no text, no cache content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.base import Mismatch, differing
+from nsa_plugin.core import api
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.errors import InvalidValueError, UnavailableError, reject
+from nsa_plugin.core.metadata import TABLES, VECTORS, live_entries
+from nsa_plugin.settings import Settings
+
+LIMIT_FILES = 10
+"""Files that a directory may hold."""
+LIMIT_BYTES = 64 << 20
+"""Bytes that the arrays of a file may have, uncompressed."""
+PREFIX = "nsa-plugin-repro"
+DISTRIBUTIONS = ("nsa-plugin", "torch", "triton", "sglang", "sglang-kernel", "vllm")
+
+
+def write(directory: Path, mismatch: Mismatch, settings: Settings) -> Path:
+    """Write a repro file and return its path.
+
+    Raises
+    ------
+    UnavailableError
+        The directory holds `LIMIT_FILES` of them, the batch is larger than `LIMIT_BYTES`, or numpy is not installed.
+    OSError
+        The directory can't be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if len(list(directory.glob(f"{PREFIX}-*.npz"))) >= LIMIT_FILES:
+        raise UnavailableError(f"{directory} holds {LIMIT_FILES} repro files already; move them away")
+    arrays, facts = _batch(mismatch.batch, mismatch.geometry)
+    size = sum(array.numel() * array.element_size() for array in arrays.values())
+    left_out = []
+    columns = {"page_table_1": facts["width"], "real_page_table": -(-facts["width"] // mismatch.geometry.page_size)}
+    for step, *sides in mismatch.values:
+        wrong = differing(*sides)
+        for side, values in zip(("expected", "got"), sides, strict=True):
+            for name, value in values.items():
+                key = f"{side}/{step}/{name}"
+                value = value[:, : columns[name]] if name in TABLES else value
+                size += value.numel() * value.element_size()
+                if size > LIMIT_BYTES or (name in TABLES and name not in wrong):
+                    size -= value.numel() * value.element_size()
+                    left_out.append(key)
+                else:
+                    arrays[key] = value
+    if size > LIMIT_BYTES:
+        raise UnavailableError(f"a repro file of {size >> 20} MiB would be too large (limit: {LIMIT_BYTES >> 20})")
+    facts |= {
+        "engine": mismatch.engine, "path": mismatch.path, "strategy": mismatch.strategy, "fields": mismatch.fields,
+        "left_out": left_out, "settings": {name: value for name, value, _ in settings.rows()}, "versions": _versions(),
+    }  # fmt: skip
+    name = f"{PREFIX}-{mismatch.engine}-{mismatch.path.replace(' ', '-')}-{os.getpid()}"
+    number = sum(1 for _ in directory.glob(f"{name}-*.npz"))
+    path = directory / f"{name}-{number}.npz"
+    partial = path.with_suffix(".partial")
+    numpy = _numpy()
+    with partial.open("wb") as file:
+        numpy.savez_compressed(
+            file, json=json.dumps(facts), **{key: array.cpu().numpy() for key, array in arrays.items()}
+        )
+    partial.rename(path)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Repro:
+    """A loaded repro file.
+
+    Attributes
+    ----------
+    batch, geometry : what was prepared
+    expected, got : (step, field) to the engine's and our defined values
+    facts : settings, versions, path, strategy, fields that differed
+    """
+
+    batch: BatchDescriptor
+    geometry: Geometry
+    expected: Mapping[tuple[int, str], torch.Tensor]
+    got: Mapping[tuple[int, str], torch.Tensor]
+    facts: Mapping[str, Any]
+
+
+def load(path: Path) -> Repro:
+    """Read a repro file, onto the CPU. Raises `InvalidValueError` if it is none."""
+    numpy = _numpy()
+    sides: dict[str, dict[tuple[int, str], torch.Tensor]] = {"expected": {}, "got": {}}
+    try:
+        with numpy.load(path, allow_pickle=False) as stored:
+            facts = json.loads(str(stored["json"]))
+            arrays = {key: torch.from_numpy(stored[key]) for key in stored.files if key != "json"}
+        for key in [key for key in arrays if "/" in key]:
+            side, step, name = key.split("/")
+            sides[side][int(step), name] = arrays.pop(key)
+        slots: TokenTable | BlockTable
+        if facts["block_size"] is None:
+            slots = TokenTable(arrays["table"], arrays["requests"])
+        else:
+            slots = BlockTable(arrays["table"], facts["block_size"])
+        batch = BatchDescriptor(
+            ForwardMode(facts["mode"]), facts["batch_size"], arrays["seq_lens"], slots, facts["num_steps"],
+            tuple(facts["step_offsets"]), facts["draft_tokens"], arrays.get("extend_lens"),
+        )  # fmt: skip
+        geometry = Geometry(**facts["geometry"])
+    except OSError:
+        raise
+    except Exception as error:  # whatever numpy, zipfile or json make of a foreign file
+        reject(str(path), "a repro file of nsa-plugin", f"{type(error).__name__}: {error}", error=InvalidValueError)
+    return Repro(batch, geometry, sides["expected"], sides["got"], facts)
+
+
+def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
+    """Compute the batch again with `impl`; returns the fields that differ from what was recorded, "step N: field".
+
+    Under "engine" from the engine's values, under "plugin" from ours. Planes that only the engine's own functions
+    compute (schedules, plans) are not computed and not compared.
+    """
+    if impl == "triton" and torch.cuda.is_available():
+        repro = _on_gpu(repro)
+    result = api.precompute(repro.batch, repro.geometry, impl=impl)
+    differences: dict[str, list[str]] = {"engine": [], "plugin": []}
+    for who, recorded in (("engine", repro.expected), ("plugin", repro.got)):
+        for (step, name), value in sorted(recorded.items()):
+            if name not in VECTORS + TABLES:
+                continue
+            ours = live_entries(result, result.step(step), step).get(name)
+            if ours is None or not torch.equal(ours.cpu(), value):
+                differences[who].append(f"step {step}: {name}")
+    return differences
+
+
+def _batch(batch: BatchDescriptor, geometry: Geometry) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The batch with the rows and columns of its table that count, and what else it takes to make it again."""
+    size = batch.batch_size
+    seq_lens = batch.seq_lens[:size]
+    longest = int(seq_lens.max()) + batch.added_tokens + max(batch.offsets) if size else 0
+    unit = geometry.page_size
+    if isinstance(batch.slots, BlockTable):
+        unit = max(unit, batch.slots.block_size)
+    width = min(max(-(-longest // unit) * unit, unit), geometry.table_width)
+    arrays = {"seq_lens": seq_lens}
+    if batch.extend_lens is not None:
+        arrays["extend_lens"] = batch.extend_lens[:size]
+    block_size = None
+    if isinstance(batch.slots, TokenTable):
+        used, rows = torch.unique(batch.slots.req_pool_indices[:size], return_inverse=True)
+        arrays["table"] = batch.slots.req_to_token[used, :width]
+        arrays["requests"] = rows
+    else:
+        block_size = batch.slots.block_size
+        arrays["table"] = batch.slots.block_table[:size, : -(-width // block_size)]
+    facts = {
+        "mode": batch.mode.value, "batch_size": size, "num_steps": batch.num_steps, "block_size": block_size,
+        "step_offsets": batch.step_offsets, "draft_tokens": batch.draft_tokens, "width": width,
+        "geometry": dataclasses.asdict(dataclasses.replace(geometry, table_width=width)),
+    }  # fmt: skip
+    return {name: array.contiguous() for name, array in arrays.items()}, facts
+
+
+def _on_gpu(repro: Repro) -> Repro:
+    batch, slots = repro.batch, repro.batch.slots
+    moved = dataclasses.replace(
+        slots, **{field.name: _to_gpu(getattr(slots, field.name)) for field in dataclasses.fields(slots)}
+    )
+    batch = dataclasses.replace(
+        batch, seq_lens=batch.seq_lens.cuda(), slots=moved, extend_lens=_to_gpu(batch.extend_lens)
+    )
+    return dataclasses.replace(repro, batch=batch)
+
+
+def _to_gpu(value: Any) -> Any:
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError as error:
+        raise UnavailableError("repro files need numpy; pip install numpy") from error
+    return numpy

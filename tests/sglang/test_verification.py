@@ -1,0 +1,288 @@
+"""Verification at work, exact step lengths and the switch, on the real sglang backends."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_plugin import ForwardMode, hookimpl, repro
+from nsa_plugin.adapters.sglang import preparation
+from nsa_plugin.adapters.sglang.compare import differences, native_replay
+from nsa_plugin.cli import main
+from nsa_plugin.core import reference
+from nsa_plugin.testing import sglang_backends as kit
+from tests.sglang.batches import CONFIG, TABLE, TritonPrecompute, addresses, batch, capture_batch, record, replays
+from tests.sglang.conftest import Install
+
+LOGGER = "sglang.srt.plugins.nsa_plugin"
+MODES = ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
+
+
+class Sometimes:
+    """A precompute that gives one wrong value from call `right` on."""
+
+    def __init__(self, right: int, field: str) -> None:
+        self.left, self.field = right, field
+
+    @hookimpl
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
+        def bound(live: Any) -> None:
+            reference.precompute(live, out)
+            self.left -= 1
+            if self.left < 0:
+                value = getattr(out.steps[-1], self.field)
+                value[(0,) * value.dim()] += 1
+
+        return bound
+
+
+def made(mode: str, config: kit.Config = CONFIG, num_steps: int = 4) -> tuple[Any, list[Any]]:
+    """Something to hook, captured at batch size 4, and its backends."""
+    owner: Any = kit.make_multi_step(config, TABLE, num_steps) if mode == "DECODE" else kit.make_backend(config, TABLE)
+    owner.init_forward_metadata_out_graph(capture_batch(mode, 4), in_capture=True)
+    return owner, owner.attn_backends if mode == "DECODE" else [owner]
+
+
+def wrong(mode: str, reference: Any, live: Any, backends: list[Any]) -> list[str]:
+    """Fields in which any backend differs from sglang's own per-backend values."""
+    expected = kit.engine_metadata(reference, live, mode)
+    found = [
+        differences(expected, backend.forward_metadata, backend, live, preparation.MODES[mode]) for backend in backends
+    ]
+    return sorted({name for names in found for name in names})
+
+
+@pytest.mark.parametrize("decode_impl", ["fa3", "flashmla_kv"])
+@pytest.mark.parametrize("strategy", ["graph", "share", "copy"])
+@pytest.mark.parametrize("mode", MODES)
+def test_right_values_pass_and_captured_buffers_are_not_touched(
+    install: Install, mode: str, strategy: str, decode_impl: str
+) -> None:
+    config = kit.Config(decode_impl=decode_impl)
+    host, _ = install(strategy, verify=1)
+    owner, backends = made(mode, config)
+    buffers = [addresses(backend) for backend in backends]
+    for live in replays(mode, CONFIG.width - CONFIG.draft_tokens):
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+        assert wrong(mode, kit.make_backend(config, TABLE), live, backends) == []
+        assert [addresses(backend) for backend in backends] == buffers
+    assert not host.mismatches and not host.fallbacks and host.on
+
+
+@pytest.mark.parametrize("strategy", ["share", "copy"])
+@pytest.mark.parametrize(
+    ("mode", "field", "theirs"),
+    [
+        ("DECODE", "cache_seqlens", {"cache_seqlens", "seqlens_expanded", "paged_mqa_ctx_lens_2d"}),
+        ("DECODE", "real_page_table", {"real_page_table"}),
+        ("TARGET_VERIFY", "nsa_cu_seqlens_k", {"nsa_cu_seqlens_k"}),
+        ("DRAFT_EXTEND_V2", "page_table_1", {"page_table_1"}),
+    ],
+)
+def test_a_difference_gives_sglangs_values_switches_off_and_leaves_a_repro(
+    install: Install, caplog: pytest.LogCaptureFixture, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    mode: str, field: str, theirs: set[str], strategy: str,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
+    host, _ = install(strategy, Sometimes(3, field), verify=2, repro_dir=tmp_path)
+    owner, backends = made(mode)
+    fresh = kit.make_backend(CONFIG, TABLE)
+    batches = replays(mode, CONFIG.width - CONFIG.draft_tokens)
+    for number, live in enumerate(batches):
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+        if number >= 2:  # 0 is right and looked at, 1 right, 2 wrong and looked at, what follows is sglang's own
+            assert wrong(mode, fresh, live, backends) == []
+        assert host.on == (number < 2)
+    found = {key[3] for key in host.mismatches}
+    assert theirs & found and found <= theirs | {"paged_mqa_schedule_metadata", "topk_v2_plan", "num_splits"}
+    assert set(host.mismatches.values()) == {1}
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    (file,) = tmp_path.iterdir()
+    assert f"nsa-plugin verify {file}" in line and "computed other values than sglang's own path" in line
+    recorded = repro.load(file)
+    assert recorded.facts["settings"]["NSA_PLUGIN_VERIFY"] == "2"
+    assert recorded.facts["versions"]["sglang"] and recorded.batch.mode is preparation.MODES[mode]
+    assert torch.equal(recorded.batch.seq_lens, batches[2].seq_lens)
+    assert main(["verify", str(file)]) == 0  # the implementations here are right: it was the planted one
+    assert "Here every implementation gives the engine's values." in capsys.readouterr().out
+    assert f"step 0: {field}" in repro.recompute(recorded, "reference")["plugin"]
+
+
+def test_a_verification_that_fails_is_a_fall_back_not_an_error(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, _ = install("share", verify=1)
+    owner, backends = made("DECODE")
+    monkeypatch.setattr(preparation.Preparation, "_differences", lambda self, batch, live: 1 / 0)
+    live = replays("DECODE", CONFIG.width)[0]
+    owner.init_forward_metadata_out_graph(kit.replay_view(live))
+    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []
+    assert list(host.fallbacks) == [("sglang", "draft decode", "replay", "share", "ZeroDivisionError")]
+
+
+def test_the_number_of_repro_files_is_bounded(
+    install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(repro.LIMIT_FILES):
+        (tmp_path / f"{repro.PREFIX}-{number}.npz").touch()
+    install("share", Sometimes(1, "cu_seqlens_k"), verify=1, repro_dir=tmp_path)
+    owner, _ = made("DECODE")
+    owner.init_forward_metadata_out_graph(kit.replay_view(replays("DECODE", CONFIG.width)[0]))
+    assert len(list(tmp_path.iterdir())) == repro.LIMIT_FILES
+    assert "holds 10 repro files already; move them away" in caplog.text
+
+
+@pytest.mark.parametrize("decode_impl", ["fa3", "flashmla_kv"])
+@pytest.mark.parametrize("strategy", ["graph", "share"])
+@pytest.mark.parametrize(("num_steps", "plugins"), [(2, ()), (4, ()), (6, ()), (4, (TritonPrecompute(),))])
+def test_exact_step_lengths_are_sglangs_values_for_longer_sequences(
+    install: Install, monkeypatch: pytest.MonkeyPatch, num_steps: int, strategy: str, decode_impl: str,
+    plugins: tuple[object, ...],
+) -> None:  # fmt: skip
+    """Step i holds what sglang's own code computes for L + i + 1, and nothing else differs."""
+    config = kit.Config(decode_impl=decode_impl)
+    fresh = kit.make_backend(config, TABLE)
+    host, _ = install(strategy, *plugins, step_lengths="exact")
+    multi = kit.make_multi_step(config, TABLE, num_steps)
+    static = capture_batch("DECODE", 4)
+    multi.init_forward_metadata_out_graph(static, in_capture=True)
+    if strategy == "graph":
+        record(multi, static, monkeypatch)
+    held = [backend.forward_metadata for backend in multi.attn_backends]
+    assert len({metadata.real_page_table.data_ptr() for metadata in held}) == 1
+    assert len({metadata.cache_seqlens_int32.data_ptr() for metadata in held}) == num_steps - 1
+    buffers = [addresses(backend) for backend in multi.attn_backends]
+    for live in replays("DECODE", CONFIG.width - num_steps):
+        static.seq_lens.copy_(live.seq_lens)
+        static.req_pool_indices.copy_(live.req_pool_indices)
+        multi.init_forward_metadata_out_graph(kit.replay_view(live))
+        if strategy == "graph":
+            multi.init_forward_metadata_in_graph(static)
+        for index, backend in enumerate(multi.attn_backends):
+            longer = batch("DECODE", (live.seq_lens + index + 1).tolist(), live.req_pool_indices.tolist())
+            expected = kit.engine_metadata(fresh, longer, "DECODE")
+            assert differences(expected, backend.forward_metadata, backend, longer, ForwardMode.DECODE) == []
+        assert [addresses(backend) for backend in multi.attn_backends] == buffers
+    assert not host.fallbacks
+
+
+def test_exact_step_lengths_are_verified_against_the_same(install: Install) -> None:
+    host, _ = install("share", step_lengths="exact", verify=1)
+    multi, _ = made("DECODE")
+    for live in replays("DECODE", CONFIG.width - 4):
+        multi.init_forward_metadata_out_graph(kit.replay_view(live))
+    assert host.on and not host.mismatches and not host.fallbacks
+
+
+def test_a_wrong_last_step_is_found_with_exact_step_lengths(install: Install, tmp_path: Path) -> None:
+    host, _ = install("share", Sometimes(1, "cu_seqlens_k"), step_lengths="exact", verify=1, repro_dir=tmp_path)
+    multi, backends = made("DECODE")
+    live = replays("DECODE", CONFIG.width - 4)[0]
+    multi.init_forward_metadata_out_graph(kit.replay_view(live))
+    assert [key[3] for key in host.mismatches] == ["cu_seqlens_k"]
+    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []
+    (file,) = tmp_path.iterdir()
+    assert repro.recompute(repro.load(file), "reference") == {"engine": [], "plugin": ["step 2: cu_seqlens_k"]}
+
+
+@pytest.mark.parametrize(
+    ("topk", "seeded", "reason"),
+    [(2, False, "the draft is a tree"), (1, True, "all steps use the top-k indices of one")],
+)
+def test_exact_step_lengths_are_refused_where_steps_have_none(
+    install: Install, caplog: pytest.LogCaptureFixture, topk: int, seeded: bool, reason: str
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    install("auto", step_lengths="exact")
+    multi = kit.make_multi_step(CONFIG, TABLE, 4)
+    multi.topk = topk
+    static = capture_batch("DECODE", 4)
+    static.spec_info = type("Seed", (), {"dsa_topk_indices": torch.zeros(4, 8) if seeded else None})()
+    multi.init_forward_metadata_out_graph(static, in_capture=True)
+    live = replays("DECODE", CONFIG.width)[0]
+    multi.init_forward_metadata_out_graph(kit.replay_view(live))
+    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, multi.attn_backends) == []
+    assert sum(reason in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("settings", [{"verify": 1}, {"step_lengths": "exact"}, {"step_lengths": "exact", "verify": 1}])
+def test_undo_leaves_sglang_as_it_was_found(install: Install, settings: dict[str, Any]) -> None:
+    host, adapter = install("auto", **settings)
+    owner, backends = made("DECODE")
+    own = [backend.decode_cuda_graph_metadata[4] for backend in backends]
+    owner.init_forward_metadata_out_graph(kit.replay_view(replays("DECODE", CONFIG.width - 4)[0]))
+    adapter.undo()
+    held = [backend.decode_cuda_graph_metadata[4] for backend in backends]
+    assert len({id(metadata) for metadata in held}) == 3 and not any(
+        metadata is used for metadata in held for used in own
+    )
+    assert all(metadata.page_table_1 is not None for metadata in held)
+    plain = kit.make_multi_step(CONFIG, TABLE, 4).attn_backends[0]
+    assert all(vars(backend).keys() - {"forward_metadata"} == vars(plain).keys() for backend in backends)
+    live = replays("DECODE", CONFIG.width)[1]
+    native_replay(backends, live, live.forward_mode)
+    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []
+    assert host.switch(False, "nothing is installed any more") == []
+
+
+@pytest.mark.parametrize("strategy", ["share", "copy"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_switch_takes_effect_at_the_next_replay(
+    install: Install, monkeypatch: pytest.MonkeyPatch, mode: str, strategy: str
+) -> None:
+    """Off, sglang's own code writes the captured buffers; on again, ours does."""
+    called: list[str] = []
+
+    def spy(*arguments: Any) -> None:
+        called.append("sglang")
+        native_replay(*arguments)
+
+    monkeypatch.setattr(preparation, "native_replay", spy)
+    host, _ = install(strategy)
+    owner, backends = made(mode)
+    fresh, buffers = kit.make_backend(CONFIG, TABLE), [addresses(backend) for backend in backends]
+    batches = replays(mode, CONFIG.width - CONFIG.draft_tokens)
+    for live, on in zip(batches, (True, False, False, True, False), strict=True):
+        if host.on != on:
+            assert host.switch(on, "test") == []
+        called.clear()
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+        assert called == ([] if on else ["sglang"])
+        assert wrong(mode, fresh, live, backends) == []
+        assert [addresses(backend) for backend in backends] == buffers
+
+
+def test_what_a_graph_recorded_goes_on_and_the_switch_says_so(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, _ = install("graph")
+    multi = kit.make_multi_step(CONFIG, TABLE, 4)
+    static = capture_batch("DECODE", 4)
+    multi.init_forward_metadata_out_graph(static, in_capture=True)
+    record(multi, static, monkeypatch)
+    (line,) = host.switch(False, "test")
+    assert line.startswith("sglang: draft decode: 1 captured batch sizes keep the work") and line in caplog.text
+    live = replays("DECODE", CONFIG.width)[0]
+    static.seq_lens.copy_(live.seq_lens)
+    static.req_pool_indices.copy_(live.req_pool_indices)
+    multi.init_forward_metadata_out_graph(kit.replay_view(live))
+    multi.init_forward_metadata_in_graph(static)
+    # what is captured from now on is sglang's own, and stays so
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    assert len({id(backend.decode_cuda_graph_metadata[2]) for backend in multi.attn_backends}) == 3
+    assert host.switch(True, "test") == ["sglang: draft decode: was captured while switched off; it takes a restart"]
+
+
+def test_a_failed_path_stays_with_sglang_when_the_switch_goes_on(install: Install) -> None:
+    host, _ = install("share", Sometimes(99, "cu_seqlens_k"))
+    owner, backends = made("DECODE")
+    (captured,) = next(iter(host.manager.adapters()["sglang"]._paths[0]._prepared.values())).values()  # type: ignore[attr-defined]
+    captured.fail()
+    assert captured.switch(True) and captured.native
+    live = replays("DECODE", CONFIG.width)[0]
+    owner.init_forward_metadata_out_graph(kit.replay_view(live))
+    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []
