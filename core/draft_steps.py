@@ -88,7 +88,7 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: I
     device = steps[0].positions.device
     if resolve_impl(impl, device) == "reference":
         return lambda *batch: fill_reference(steps, limits, *batch)
-    from nsa_plugin.core.draft_kernels import draft_steps_kernel
+    from nsa_plugin.core.kernels.draft_steps import draft_steps_kernel
 
     addresses = [[step.positions.data_ptr(), step.slots.data_ptr(), step.seq_lens.data_ptr()] for step in steps]
     records = torch.tensor(addresses, dtype=torch.int64).to(device)

@@ -148,7 +148,7 @@ class StepUpdate:
 def _bind(
     rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
 ) -> list[Callable[[bool], None]]:
-    from nsa_plugin.core.step_update_kernel import step_update_kernel
+    from nsa_plugin.core.kernels.step_update import step_update_kernel
 
     groups, capacity = slots.slot_mapping.shape
     padding_programs = groups * -(-capacity // BLOCK)

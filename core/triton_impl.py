@@ -45,7 +45,7 @@ def bind_precompute(
     The returned function takes any batch of the same mode, batch size and kind of slots. `copies` need the same page
     tables as `out` has, and steps of equal lengths.
     """
-    from nsa_plugin.core import triton_kernels as kernels
+    from nsa_plugin.core.kernels import metadata
 
     geometry = out.geometry
     destinations = (*out.steps, *copies)
@@ -71,7 +71,7 @@ def bind_precompute(
             table, pool, block_size = slots.block_table, seq_lens, slots.block_size
         row_stride, column_stride = table.stride()
         words = row_stride % 4 == 0 and column_stride == 1 and table.data_ptr() % 16 == 0
-        kernels.metadata_kernel[grid](
+        metadata.metadata_kernel[grid](
             seq_lens, extend_lens, pool, table, records,
             seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(destinations),
             num_tables, records.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
@@ -83,7 +83,7 @@ def bind_precompute(
 
 def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> Callable[[], None]:
     """Bind the copy kernel to the buffers of `source` and of its destinations."""
-    from nsa_plugin.core import triton_kernels as kernels
+    from nsa_plugin.core.kernels import fast_copy
 
     batch, geometry = source.batch, source.geometry
     planes = tuple(destinations[0].derived) if destinations else ()
@@ -96,7 +96,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
 
     def launch() -> None:
-        kernels.copy_kernel[grid](
+        fast_copy.copy_kernel[grid](
             longest, extend_lens, sources, targets,
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
@@ -108,7 +108,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
 
 
 def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequence[str]) -> torch.Tensor:
-    """The destination table of the kernels (see triton_kernels): int64 [len(steps), words] on the buffers' device."""
+    """The destination table of the kernels (see kernels.tiles): int64 [len(steps), words] on the buffers' device."""
     rows = []
     for offset, step in zip(offsets, steps, strict=True):
         words = [offset]

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(part: str, field: str, value: Any, message
 )
 def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from nsa_plugin.core import step_update_kernel
+    from nsa_plugin.core.kernels import step_update as kernels
 
     launched = []
 
@@ -200,7 +200,7 @@ def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: launched.append(grid)
 
-    monkeypatch.setattr(step_update_kernel, "step_update_kernel", Kernel())
+    monkeypatch.setattr(kernels, "step_update_kernel", Kernel())
     case = _plain()
     update = StepUpdate(case.rows, case.slots, case.request_maps * maps, case.indexers * indexers, impl="triton")
     update.run(first=True)

@@ -162,7 +162,8 @@ def test_one_captured_graph_serves_changing_batches() -> None:
 
 
 def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
-    from nsa_plugin.core import triton_kernels
+    from nsa_plugin.core.kernels.fast_copy import copy_kernel
+    from nsa_plugin.core.kernels.metadata import metadata_kernel
 
     def run(size: int, width: int) -> None:
         seq_lens = torch.randint(1, width, (size,), device=DEVICE)
@@ -175,7 +176,7 @@ def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
         fast_copy(source, [PrecomputedMetadata.allocate(batch, geometry).steps[0]], impl="triton")
 
     def compiled() -> int:
-        kernels = (triton_kernels.metadata_kernel, triton_kernels.copy_kernel)
+        kernels = (metadata_kernel, copy_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     run(16, 4096)

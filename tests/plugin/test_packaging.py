@@ -12,7 +12,7 @@ import pytest
 
 LOOK = """
 import importlib, importlib.metadata as m
-for name in ("nsa_plugin.core.triton_kernels", "nsa_plugin.adapters.sglang.adapter", "nsa_plugin.demo.run", "nsa_plugin.testing.seed",
+for name in ("nsa_plugin.core.kernels.metadata", "nsa_plugin.adapters.sglang.adapter", "nsa_plugin.demo.run", "nsa_plugin.testing.seed",
              "nsa_plugin.testing.conformance", "nsa_plugin.doctor.run"):
     try:
         importlib.import_module(name)

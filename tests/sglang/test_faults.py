@@ -23,7 +23,7 @@ from triton.compiler.errors import CompilationError
 from nsa_plugin import BatchDescriptor, hookimpl
 from nsa_plugin.adapters.sglang import capabilities, preparation
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
-from nsa_plugin.core import triton_kernels
+from nsa_plugin.core.kernels import metadata
 from nsa_plugin.host import Host
 from nsa_plugin.testing import sglang_backends as kit
 from tests.sglang.batches import CONFIG, TABLE, TritonPrecompute, batch, capture_batch, replays
@@ -53,7 +53,7 @@ def does_not_compile(patch: pytest.MonkeyPatch) -> None:
 
             return launch
 
-    patch.setattr(triton_kernels, "metadata_kernel", Kernel())
+    patch.setattr(metadata, "metadata_kernel", Kernel())
 
 
 def capture_refused(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels. Each has a reference in plain torch, which it must equal."""

@@ -1,0 +1,220 @@
+"""Writes the metadata of a batch to any number of consumers.
+
+Destinations come as a table of records (addresses and strides, see `tiles`), so that their number and the batch's size
+and lengths are data: the kernel is compiled once per mode and set of dtypes, not per shape.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nsa_plugin.core.kernels.tiles import (
+    CACHE_SEQLENS,
+    CU_SEQLENS_K,
+    NSA_CACHE_SEQLENS,
+    NSA_CU_SEQLENS_K,
+    OFFSET,
+    PAGE_TABLE_1,
+    POSITIONS,
+    REAL_PAGE_TABLE,
+    SEQLENS_EXPANDED,
+    SLOT_MAPPING,
+    columns_of_tile,
+    pages_of_tile,
+    share_of_tiles,
+    table_at,
+    tiles_of_request,
+    vector_at,
+)
+
+# fmt: off
+
+
+@triton.jit
+def _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE: tl.constexpr):
+    """KV slots of token positions of one request, from its row of the token or block table."""
+    if TOKEN_TABLE:
+        return tl.load(source + columns * column_stride, mask=live, other=0).to(tl.int32)
+    else:
+        block = columns // block_size
+        first = tl.load(source + block * column_stride, mask=live, other=0).to(tl.int32) * block_size
+        return first + columns - block * block_size
+
+
+@triton.jit
+def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, BLOCK: tl.constexpr):
+    """cache_seqlens and cu_seqlens_k of one destination."""
+    cache_seqlens, cache_stride = vector_at(record, CACHE_SEQLENS)
+    cu_seqlens, cu_stride = vector_at(record, CU_SEQLENS_K)
+    added += tl.load(record + OFFSET).to(tl.int32)
+    running = tl.full((), 0, tl.int32)
+    tl.store(cu_seqlens, running)
+    start = 0
+    while start < batch_size:
+        request = start + tl.arange(0, BLOCK)
+        there = request < batch_size
+        length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
+        length = tl.where(there, tl.minimum(length, limit), 0)
+        tl.store(cache_seqlens + request * cache_stride, length, mask=there)
+        tl.store(cu_seqlens + (request + 1) * cu_stride, running + tl.cumsum(length, 0), mask=there)
+        running += tl.sum(length, 0)
+        start += BLOCK
+
+
+@triton.jit
+def _write_tokens(
+    seq_lens, seq_stride, req_pool_indices, pool_stride, table, row_stride, column_stride, record, batch_size, added, limit,
+    block_size, TOKEN_TABLE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """positions and slot_mapping of one destination, if it has them."""
+    batch_size = tl.where(tl.load(record + POSITIONS) == 0, 0, batch_size)
+    positions = tl.load(record + POSITIONS).to(tl.pointer_type(tl.int64))
+    position_stride = tl.load(record + POSITIONS + 1)
+    slot_mapping = tl.load(record + SLOT_MAPPING).to(tl.pointer_type(tl.int64))
+    slot_stride = tl.load(record + SLOT_MAPPING + 1)
+    added += tl.load(record + OFFSET).to(tl.int32)
+    start = 0
+    while start < batch_size:
+        request = start + tl.arange(0, BLOCK)
+        there = request < batch_size
+        length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
+        length = tl.minimum(length, limit)
+        position = tl.maximum(length - 1, 0)
+        row = request.to(tl.int64)
+        if TOKEN_TABLE:
+            row = tl.load(req_pool_indices + request * pool_stride, mask=there, other=0).to(tl.int64)
+        slot = _slots(table + row * row_stride, position, there & (length > 0), column_stride, block_size, TOKEN_TABLE)
+        tl.store(positions + request * position_stride, position.to(tl.int64), mask=there)
+        tl.store(slot_mapping + request * slot_stride, tl.where(length > 0, slot, -1).to(tl.int64), mask=there)
+        start += BLOCK
+
+
+@triton.jit
+def _write_row_vectors(
+    seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk, rows_per_request,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """seqlens_expanded, nsa_cache_seqlens and nsa_cu_seqlens_k of one destination."""
+    expanded, expanded_stride = vector_at(record, SEQLENS_EXPANDED)
+    clipped, clipped_stride = vector_at(record, NSA_CACHE_SEQLENS)
+    cu_clipped, cu_stride = vector_at(record, NSA_CU_SEQLENS_K)
+    added += tl.load(record + OFFSET).to(tl.int32)
+    running = tl.full((), 0, tl.int32)
+    first_row = tl.full((), 0, tl.int32)
+    tl.store(cu_clipped, running)
+    start = 0
+    while start < batch_size * rows_per_request:
+        candidate = start + tl.arange(0, BLOCK)
+        request = candidate // rows_per_request
+        position = candidate - request * rows_per_request
+        there = request < batch_size
+        if RAGGED:
+            rows = tl.load(extend_lens + request * extend_stride, mask=there, other=0).to(tl.int32)
+            there = there & (position < rows)
+            row = first_row + tl.cumsum(there.to(tl.int32), 0) - 1
+            first_row += tl.sum(there.to(tl.int32), 0)
+        else:
+            rows = rows_per_request
+            row = candidate
+        length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
+        visible = tl.maximum(tl.minimum(length, limit) - rows + position + 1, 0)
+        kept = tl.where(there, tl.minimum(visible, index_topk), 0)
+        tl.store(expanded + row * expanded_stride, visible, mask=there)
+        tl.store(clipped + row * clipped_stride, kept, mask=there)
+        tl.store(cu_clipped + (row + 1) * cu_stride, running + tl.cumsum(kept, 0), mask=there)
+        running += tl.sum(kept, 0)
+        start += BLOCK
+
+
+@triton.jit(
+    do_not_specialize=[
+        "seq_stride", "extend_stride", "pool_stride", "table_row_stride", "table_column_stride", "num_destinations",
+        "num_tables", "record_words", "batch_size", "added", "longest_added", "limit", "table_width", "index_topk",
+        "rows_per_request", "block_size",
+    ],
+    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations"],
+)
+def metadata_kernel(
+    seq_lens, extend_lens, req_pool_indices, table, destinations,
+    seq_stride, extend_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
+    record_words, batch_size, added, longest_added, limit, table_width, index_topk, rows_per_request, block_size,
+    page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
+    TOKENS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Metadata of one batch.
+
+    Programs 0 … 2 * num_destinations - 1 write the vectors of a destination each (requests, then rows); the others
+    share the page tables of the first `num_tables` destinations: each tile is read once and written to all of them.
+    """
+    program = tl.program_id(0)
+    if program < 2 * num_destinations:
+        record = destinations + (program // 2) * record_words
+        if program % 2 == 0:
+            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, BLOCK)
+            if TOKENS:
+                _write_tokens(
+                    seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, table_column_stride,
+                    record, batch_size, added, limit, block_size, TOKEN_TABLE, BLOCK,
+                )
+        else:
+            _write_row_vectors(
+                seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
+                rows_per_request, RAGGED, BLOCK,
+            )
+        return
+    # Without the wide table only the first column of each page is looked at.
+    unit: tl.constexpr = 1 if WIDE else page_size
+    worker = program - 2 * num_destinations
+    num_workers = tl.num_programs(0) - 2 * num_destinations
+    request, tile, first_row, remaining = share_of_tiles(
+        worker, num_workers, seq_lens, seq_stride, extend_lens, extend_stride, batch_size, longest_added, table_width, unit,
+        rows_per_request, TILE, RAGGED, BLOCK,
+    )
+    column_stride = table_column_stride.to(tl.int64)
+    if ALIGNED:
+        column_stride = 1
+    wide, wide_row, wide_column = table_at(destinations, PAGE_TABLE_1, ALIGNED)
+    real, real_row, real_column = table_at(destinations, REAL_PAGE_TABLE, False)
+    while remaining > 0:
+        length, rows, stop = tiles_of_request(
+            request, tile, remaining, seq_lens, seq_stride, extend_lens, extend_stride, longest_added, table_width, unit,
+            rows_per_request, TILE, RAGGED,
+        )
+        remaining -= stop - tile
+        table_row = request.to(tl.int64)
+        if TOKEN_TABLE:
+            table_row = tl.load(req_pool_indices + request * pool_stride).to(tl.int64)
+        source = table + table_row * table_row_stride
+        if ALIGNED:
+            source = table + tl.multiple_of(table_row * table_row_stride, 4)
+        while tile < stop:
+            if WIDE:
+                columns, live = columns_of_tile(tile, length, TILE, ALIGNED)
+                slots = _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE)
+            if REAL:
+                pages = pages_of_tile(tile, TILE, page_size, WIDE)
+                exist = pages * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
+                numbers = _slots(source, pages * page_size, exist, column_stride, block_size, TOKEN_TABLE) // page_size
+            t = 0
+            while t < num_tables:
+                k = 0
+                while k < rows:
+                    row = (first_row + k).to(tl.int64)
+                    if WIDE:
+                        start = wide + row * wide_row
+                        if ALIGNED:
+                            start = tl.multiple_of(start, 16)
+                        tl.store(start + columns * wide_column, slots, mask=live)
+                    if REAL:
+                        tl.store(real + row * real_row + pages * real_column, numbers, mask=exist)
+                    k += 1
+                t += 1
+                if num_tables > 1:  # on to the next, at last to the first again
+                    record = destinations + (t % num_tables) * record_words
+                    wide, wide_row, wide_column = table_at(record, PAGE_TABLE_1, ALIGNED)
+                    real, real_row, real_column = table_at(record, REAL_PAGE_TABLE, False)
+            tile += 1
+        first_row += rows
+        request += 1
+        tile = tl.full((), 0, tl.int64)

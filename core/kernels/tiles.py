@@ -1,0 +1,135 @@
+"""What the metadata and copy kernels share: destination records, and the cutting of page tables into tiles.
+
+Work on page tables is cut into tiles of live columns. Every program finds its equal share of all tiles from the
+lengths on the device, so the host reads nothing and no program looks at a dead column.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# One destination's record: int64 words. A vector takes (address, stride), a table (address, row stride, column
+# stride), positions and slots (address, stride), a derived plane (address, number of 4-byte words); address 0 means that it is not there.
+OFFSET: tl.constexpr = tl.constexpr(0)
+CACHE_SEQLENS: tl.constexpr = tl.constexpr(1)
+CU_SEQLENS_K: tl.constexpr = tl.constexpr(3)
+SEQLENS_EXPANDED: tl.constexpr = tl.constexpr(5)
+NSA_CACHE_SEQLENS: tl.constexpr = tl.constexpr(7)
+NSA_CU_SEQLENS_K: tl.constexpr = tl.constexpr(9)
+PAGE_TABLE_1: tl.constexpr = tl.constexpr(11)
+REAL_PAGE_TABLE: tl.constexpr = tl.constexpr(14)
+POSITIONS: tl.constexpr = tl.constexpr(17)
+SLOT_MAPPING: tl.constexpr = tl.constexpr(19)
+DERIVED: tl.constexpr = tl.constexpr(21)
+
+# fmt: off
+
+
+@triton.jit
+def vector_at(record, field):
+    """Address and stride of a vector."""
+    return tl.load(record + field).to(tl.pointer_type(tl.int32)), tl.load(record + field + 1)
+
+
+@triton.jit
+def table_at(record, field, ALIGNED: tl.constexpr):
+    """Address, row stride and column stride of a page table."""
+    address = tl.load(record + field).to(tl.pointer_type(tl.int32))
+    row_stride = tl.load(record + field + 1)
+    if ALIGNED:
+        return tl.multiple_of(address, 16), tl.multiple_of(row_stride, 4), tl.full((), 1, tl.int64)
+    else:
+        return address, row_stride, tl.load(record + field + 2)
+
+
+@triton.jit
+def _requests_at(
+    first, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
+    TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Tiles and rows of `BLOCK` requests from `first` on, 0 past the batch."""
+    request = first + tl.arange(0, BLOCK)
+    there = request < batch_size
+    length = tl.load(lengths + request * length_stride, mask=there, other=0).to(tl.int32) + added
+    columns = tl.cdiv(tl.minimum(length, limit), unit)
+    tiles = tl.where(there & (columns > 0), tl.cdiv(columns, TILE), 0)
+    rows = tl.zeros((BLOCK,), tl.int32)
+    if RAGGED:
+        rows = tl.load(extend_lens + request * extend_stride, mask=there, other=0).to(tl.int32)
+        tiles = tl.where(rows > 0, tiles, 0)
+    return tiles, rows
+
+
+@triton.jit
+def share_of_tiles(
+    worker, num_workers, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
+    rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Where this worker's contiguous share of all tiles starts: request, tile, its first row; and how many tiles."""
+    total = tl.full((), 0, tl.int64)
+    start = 0
+    while start < batch_size:
+        tiles, rows = _requests_at(
+            start, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE, RAGGED, BLOCK
+        )
+        total += tl.sum(tiles, 0)
+        start += BLOCK
+    first = worker * total // num_workers
+    count = (worker + 1) * total // num_workers - first
+    request = tl.full((), 0, tl.int32)
+    first_row = tl.full((), 0, tl.int32)
+    passed = tl.full((), 0, tl.int64)
+    seen = tl.full((), 0, tl.int64)
+    start = 0
+    while start < batch_size:
+        tiles, rows = _requests_at(
+            start, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit, TILE, RAGGED, BLOCK
+        )
+        before = (seen + tl.cumsum(tiles, 0) <= first) & (start + tl.arange(0, BLOCK) < batch_size)
+        request += tl.sum(before.to(tl.int32), 0)
+        passed += tl.sum(tl.where(before, tiles, 0), 0)
+        if RAGGED:
+            first_row += tl.sum(tl.where(before, rows, 0), 0)
+        seen += tl.sum(tiles, 0)
+        start += BLOCK
+    if not RAGGED:
+        first_row = request * rows_per_request
+    return request, first - passed, first_row, count
+
+
+@triton.jit
+def tiles_of_request(
+    request, tile, remaining, lengths, length_stride, extend_lens, extend_stride, added, table_width, unit,
+    rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr,
+):
+    """Live columns and rows of a request, and the tile before which this worker stops in it."""
+    length = tl.minimum(tl.load(lengths + request * length_stride).to(tl.int32) + added, table_width)
+    rows = rows_per_request
+    if RAGGED:
+        rows = tl.load(extend_lens + request * extend_stride).to(tl.int32)
+    num_tiles = tl.where((rows > 0) & (length > 0), tl.cdiv(tl.cdiv(length, unit), TILE), 0)
+    return length, rows, tl.minimum(tile + remaining, num_tiles)
+
+
+@triton.jit
+def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns of a tile of the wide table, and which of them may be written.
+
+    Aligned rows are whole 16-byte words, so the tail of the last live word may be written too.
+    """
+    if ALIGNED:
+        length = tl.multiple_of(tl.cdiv(length, 4) * 4, 4)
+    columns = tl.multiple_of((tile * TILE).to(tl.int32), TILE) + tl.arange(0, TILE)
+    return columns, columns < length
+
+
+@triton.jit
+def pages_of_tile(tile, TILE: tl.constexpr, page_size: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of the real page table that belong to a tile; a tile is one of them where there is no wide table."""
+    if WIDE and page_size <= TILE:
+        return (tile * (TILE // page_size)).to(tl.int32) + tl.arange(0, TILE // page_size)
+    elif WIDE:  # the pages that start in the tile: one or none
+        return tl.cdiv(tile * TILE, page_size).to(tl.int32) + tl.arange(0, 1)
+    else:
+        return (tile * TILE).to(tl.int32) + tl.arange(0, TILE)
