@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host, Strategy
 from nsa_plugin.adapters.sglang import derived
+from nsa_plugin.adapters.sglang.attached import Attached
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.core.batch import ForwardMode
 
@@ -34,7 +34,7 @@ PATHS = {
     ForwardMode.DRAFT_EXTEND: "draft extend",
 }
 
-_recorded: WeakKeyDictionary[Any, list[Preparation]] = WeakKeyDictionary()
+_recorded: Attached[list[Preparation]] = Attached("recorded")
 """What captured graphs of each backend may still run, after an undo too: its buffers must outlive them."""
 
 
@@ -170,7 +170,7 @@ class Path:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._prepared: WeakKeyDictionary[Any, dict[Any, Preparation]] = WeakKeyDictionary()
+        self._prepared: Attached[dict[Any, Preparation]] = Attached("prepared")
 
     def hooks(self) -> dict[str, Callable[..., None]]:
         """Method of the class to the function that stands in for it; that gets the original method first."""
