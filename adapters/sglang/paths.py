@@ -11,16 +11,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host, Strategy
+from nsa_plugin.adapters.sglang.attached import Attached
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
 from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS, Preparation
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
-_recorded: WeakKeyDictionary[Any, list[Preparation]] = WeakKeyDictionary()
+_recorded: Attached[list[Preparation]] = Attached("recorded")
 """What captured graphs of each backend may still run, after an undo too: its buffers must outlive them."""
 
 
@@ -34,7 +34,7 @@ class Path:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._prepared: WeakKeyDictionary[Any, dict[Any, Preparation]] = WeakKeyDictionary()
+        self._prepared: Attached[dict[Any, Preparation]] = Attached("prepared")
         self._spares = SpareBuffers()
         self._captured_off: set[str] = set()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.vllm import agreement
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -38,10 +39,12 @@ def unsupported(builder: Any) -> str:
 
 
 def _init(host: Host, original: Callable[..., None]) -> Callable[..., None]:
+    objection = functools.cache(agreement.objection)  # one vote per process
+
     @functools.wraps(original)
     def init(builder: Any, *args: Any, **kwargs: Any) -> None:
         original(builder, *args, **kwargs)
-        problem = unsupported(builder)
+        problem = unsupported(builder) or objection()
         builder.supports_draft_decode_metadata_update = not problem
         host.using(logger, ENGINE, PATH, f"off ({problem})" if problem else "graph")
 

@@ -118,7 +118,7 @@ def start(options: argparse.Namespace, steps: int, variant: str, port: int) -> E
         environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
     config = {
-        "model": str(options.model), "steps": steps, "max_batch_size": max(options.batch), "port": port,
+        "model": str(options.model), "steps": steps, "tp": options.tp, "max_batch_size": max(options.batch), "port": port,
         "max_tokens": max(options.batch) * (max(options.prompt) + options.new_tokens + 1024),
     }  # fmt: skip
     return Engine(f"{steps} {variant}", HERE / f"{options.engine}_worker.py", config, environment, options.out)
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--probe", type=Path, required=True, help="folder with the installed probe")
     parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
     parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="+", default=[1024, 16384])
