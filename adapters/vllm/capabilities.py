@@ -64,6 +64,17 @@ LACKING_HOOK: tuple[tuple[str, str], ...] = (
 each draft step. `FLASHMLA_SPARSE` gets one, unless `adapter.unsupported` names what is not covered."""
 
 
+def uncovered_builder(builder: Any) -> str:
+    """Empty, or which parallelism of a metadata builder is not covered."""
+    for name, meaning in (
+        ("dcp_world_size", "decode context parallelism"),
+        ("pcp_world_size", "prefill context parallelism"),
+    ):
+        if getattr(builder, name, 1) > 1:
+            return f"{meaning} is not covered"
+    return ""
+
+
 def uncovered_speculator(speculator: Any) -> str:
     """Empty, or why the step of a fused draft is left to vLLM."""
     if speculator.block_tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
+from nsa_plugin.adapters.vllm.capabilities import uncovered_builder
 
 INDEXER = "vllm.v1.attention.backends.mla.indexer"
 FLASHINFER_SPARSE = "vllm.v1.attention.backends.mla.flashinfer_mla_sparse"
@@ -109,20 +110,10 @@ def _unknown_fields(module: str, fields: dict[str, frozenset[str]]) -> str:
     return ""
 
 
-def _parallel(builder: Any) -> str:
-    for name, meaning in (
-        ("dcp_world_size", "decode context parallelism"),
-        ("pcp_world_size", "prefill context parallelism"),
-    ):
-        if getattr(builder, name, 1) > 1:
-            return f"{meaning} is not covered"
-    return ""
-
-
 def _sparse_refused(builder: Any) -> str:
     settings = builder.vllm_config.attention_config
     hisparse = getattr(settings, "hisparse_config", None) is not None
-    return _parallel(builder) or ("HiSparse is not covered" if hisparse else "")
+    return uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
 
 
 def _keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
@@ -149,7 +140,7 @@ def _keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | No
 def _indexer_refused(builder: Any) -> str:
     if builder.compress_ratio > 1:
         return "a compressed indexer cache has slots of its own, computed anew for every step"
-    return _parallel(builder)
+    return uncovered_builder(builder)
 
 
 def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:

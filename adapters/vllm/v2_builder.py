@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import agreement
+from nsa_plugin.adapters.vllm import agreement, capabilities
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -29,13 +29,8 @@ def hooks(host: Host, owner: type) -> Mapping[str, Callable[..., Any]]:
 
 def unsupported(builder: Any) -> str:
     """Empty, or what about the builder is not covered."""
-    for name, meaning in (
-        ("dcp_world_size", "decode context parallelism"),
-        ("pcp_world_size", "prefill context parallelism"),
-    ):
-        if getattr(builder, name, 1) > 1:
-            return f"{meaning} is not covered"
-    return "HiSparse is not covered" if getattr(builder, "use_hisparse", False) else ""
+    hisparse = getattr(builder, "use_hisparse", False)
+    return capabilities.uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
 
 
 def _init(host: Host, original: Callable[..., None]) -> Callable[..., None]:
