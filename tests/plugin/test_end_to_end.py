@@ -1,0 +1,72 @@
+"""The end-to-end driver with a stand-in for the engine: turns, comparison of tokens, figures, table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "end_to_end"
+WORKER = """
+import json, os, sys, time
+sys.path.insert(0, os.environ["PYTHONPATH"].split(os.pathsep)[0])
+import host_times
+config = json.loads(os.environ["E2E_CONFIG"])
+strategy = os.environ.get("NSA_PLUGIN_STRATEGY")
+if strategy == "off" and config["steps"] == 8:
+    sys.exit("planted: this one does not start")
+class Scheduler:
+    def run_batch(self):
+        time.sleep(0.0005)
+host_times.from_first_call("__main__", "Scheduler", "run_batch", ())
+scheduler = Scheduler()
+print("nsa-plugin: loaded", file=sys.stderr)
+print(json.dumps({"ready": True, "start_s": 0.1}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["op"] == "quit":
+        break
+    start = time.perf_counter()
+    for _ in range(request["max_new_tokens"]):
+        scheduler.run_batch()
+    wrong = WRONG and strategy == "auto"
+    tokens = [[prompt[0]] * (request["max_new_tokens"] - 1) + [7 + wrong] for prompt in request["prompts"]]
+    answer = {"start": start, "end": time.perf_counter(), "tokens": tokens, "rounds": [len(one) for one in tokens]}
+    print(json.dumps(answer), flush=True)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> None:
+    example = tmp_path / "example"
+    shutil.copytree(EXAMPLE, example)
+    (example / "sglang_worker.py").write_text(f"WRONG = {wrong}\n{WORKER}")
+    results, out = tmp_path / "r.json", tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "run.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"), "--out", str(out),
+         "--steps", "4", "8", "--batch", "1", "2", "--prompt", "16", "--new-tokens", "60", "--seconds-per-cell", "0",
+         "--json", str(results)],
+        cwd=example, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "planted: this one does not start" in done.stdout
+    found = json.loads(results.read_text())
+    assert [(cell["steps"], cell["batch"]) for cell in found["cells"]] == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    for cell in found["cells"]:
+        variants = ["no plugin", "off", "auto"] if cell["steps"] == 4 else ["no plugin", "auto"]
+        assert list(cell["variants"]) == variants
+        for name, figures in cell["variants"].items():
+            assert figures["same_tokens"] == (name != "auto" or not wrong)
+            assert figures["first_difference"][0] == [None if figures["same_tokens"] else 59] * cell["batch"]
+            assert 400 < figures["round_us_median"] < figures["round_us_p99"] * 1.001
+            assert figures["round us"]["per_round"] == 1 and figures["rounds"] == [60] * cell["batch"]
+    assert any("nsa-plugin: loaded" in line for line in found["logs"]["4 auto"])
+    table = subprocess.run(
+        [sys.executable, "report.py", str(results)], cwd=example, capture_output=True, text=True, check=True
+    ).stdout
+    assert table.count("differ" if wrong else "same") == 4 and "| 4 | 16 | 2 |" in table
