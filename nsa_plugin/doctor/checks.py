@@ -157,10 +157,11 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
     met = [wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu) for plan in plans]
     for plan, fulfilled in zip(plans, met, strict=True):
         why = "once there is a GPU; none was found" if plan.strategy == "graph" and not gpu else plan.why
-        detail = f"strategy {plan.strategy}" + (f" ({why})" if why else "")
+        left = plan.strategy == "off" != wanted
+        detail = ("left to the engine" if left else f"strategy {plan.strategy}") + (f" ({why})" if why else "")
         lacking: Status = "note" if any(met) or problems else "fail"
         fix = "" if fulfilled else "set NSA_PLUGIN_STRATEGY=auto"
-        yield Check("path", f"{name}: {plan.path}", "ok" if fulfilled else lacking, detail, fix)
+        yield Check("path", f"{name}: {plan.path}", "ok" if fulfilled and not left else lacking, detail, fix)
     for variable in settings.beyond(getattr(adapter, "features", frozenset())):
         yield Check(
             "engine", f"{name}: {variable}", "fail", "can't be had with this engine", f"unset {variable} for it"

@@ -97,7 +97,7 @@ def test_a_problem_of_an_installed_engine_fails_unless_switched_off(
     toy.plans = (PathPlan("draft decode", "off", "x.y is missing"),)
     status, found = report(capsys)
     assert status == 1 and found["sglang"]["fix"] == "use a release that has it"
-    assert found["sglang: draft decode"]["detail"] == "strategy off (x.y is missing)"
+    assert found["sglang: draft decode"]["detail"] == "left to the engine (x.y is missing)"
     monkeypatch.setenv("NSA_PLUGIN_STRATEGY", "off")
     assert report(capsys)[0] == 0
 
