@@ -39,7 +39,7 @@ class Part:
     module: str
     owner: str
     needs: tuple[Need, ...]
-    hooks: Callable[[Host, type], Mapping[str, Callable[..., Any]]]
+    hooks: Callable[[Host, type, Callable[[], bool]], Mapping[str, Callable[..., Any]]]
 
 
 V2_PARTS = (
@@ -47,13 +47,13 @@ V2_PARTS = (
         capabilities.MODULE,
         capabilities.BUILDER,
         capabilities.NEEDS,
-        lambda host, owner: v2_builder.hooks(host, owner),
+        lambda host, owner, live: v2_builder.hooks(host, owner, live),
     ),
     Part(
         capabilities.SPECULATOR_MODULE,
         capabilities.SPECULATOR,
         capabilities.STEP_NEEDS,
-        lambda host, owner: v2_step.hooks(host, owner),
+        lambda host, owner, live: v2_step.hooks(host, owner, live),
     ),
 )
 """All of them or none."""
@@ -142,6 +142,7 @@ class VllmAdapter:
             watch.cancel()
         self._watches = []
         self._patches.undo()
+        self._patches = Patches()
 
     def _patch(self, host: Host, part: Part, problems: list[str], warned: list[bool]) -> None:
         """Patch one part; what is wrong goes to `problems`, takes back the others and keeps later ones from starting."""
@@ -151,14 +152,16 @@ class VllmAdapter:
             problems += missing(part.needs)
             if not problems:
                 owner = pkgutil.resolve_name(part.owner)
-                for name, replacement in part.hooks(host, owner).items():
-                    self._patches.set(owner, name, replacement)
+                patches = self._patches
+                for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
+                    patches.set(owner, name, replacement)
         except Exception as error:
             logger.exception("nsa-plugin: patching %s failed", part.owner)
             problems.append(str(error))
         if problems:
             self._leave_v2_alone()
-            logger.warning("nsa-plugin: Model Runner V2 is left as it is: %s", "; ".join(problems))
+            if self._served:  # else install() returns it, for whoever called it to log
+                logger.warning("nsa-plugin: Model Runner V2 is left as it is: %s", "; ".join(problems))
         elif not warned:
             warned.append(True)
             warn_if_untested(logger, "vllm", capabilities.TESTED)

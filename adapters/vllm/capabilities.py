@@ -77,9 +77,18 @@ def uncovered_builder(builder: Any) -> str:
 
 def uncovered_speculator(speculator: Any) -> str:
     """Empty, or why the step of a fused draft is left to vLLM."""
-    if speculator.block_tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:
+    tables = speculator.block_tables
+    if tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:
         return "context parallelism is not covered"
-    return ""
+    return not_vllms(type(tables).compute_slot_mappings)
+
+
+def not_vllms(function: Any) -> str:
+    """Empty, or that a method which would be left out is not vLLM's own: whatever it does must go on."""
+    written_in = getattr(function, "__globals__", {}).get("__name__", repr(function))
+    if written_in.partition(".")[0] == "vllm":
+        return ""
+    return f"{getattr(function, '__qualname__', function)} was patched by {written_in}"
 
 
 def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["request map", "indexer", "other"]:
@@ -91,7 +100,7 @@ def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["reques
     rows = getattr(metadata, "num_decode_tokens", None)
     if rows != num_reqs:
         return "other"
-    if getattr(update, "only_the_request_map", False):
+    if update is not None and getattr(update, "only_the_request_map", None) is update:
         return "request map"
     if update is not pkgutil.resolve_name(INDEXER).update_draft_decode_metadata:
         return "other"

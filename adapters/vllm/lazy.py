@@ -26,18 +26,21 @@ class WhenImported(MetaPathFinder):
             sys.meta_path.insert(0, self)
 
     def cancel(self) -> None:
-        """Forget about it, if the module has not been imported."""
+        """Forget about it, unless the module has been imported."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Leave the search to the others; stand behind the loader that they find."""
+        """Leave the search to the others; stand behind the loader that they find, at every attempt until one succeeds."""
         if fullname != self._name:
             return None
-        self.cancel()
-        spec = importlib.util.find_spec(fullname)
+        self.cancel()  # the search below must not come here again
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader
@@ -45,6 +48,7 @@ class WhenImported(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            self.cancel()
             self._call()
 
         loader.exec_module = exec_module

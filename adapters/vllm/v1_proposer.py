@@ -28,6 +28,7 @@ from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.adapters.vllm.lazy import WhenImported
+from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_metadata import DecodeBatch, KeptSteps, keeper_of
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, bind_draft_steps, check_source
@@ -50,7 +51,7 @@ class V1Draft:
 
     def __init__(self) -> None:
         self._watch: WhenImported | None = None
-        self._originals: dict[str, Any] = {}
+        self._patches = Patches()
         self._patch_made: _Patch | None = None
 
     def probe(self) -> list[str]:
@@ -63,13 +64,14 @@ class V1Draft:
             self._watch = WhenImported(capabilities.V1_MODULE, lambda: self._patch(host))
 
     def undo(self) -> None:
-        """Put the methods back, by identity."""
+        """Put the methods back, by identity; what somebody has wrapped since leaves all drafts to vLLM."""
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        for name, original in self._originals.items():
-            setattr(pkgutil.resolve_name(capabilities.V1_PROPOSER), name, original)
-        self._originals = {}
+        if self._patch_made is not None:
+            self._patch_made.retire()
+        self._patches.undo()
+        self._patches, self._patch_made = Patches(), None
 
     def switch(self, on: bool) -> None:
         """Leave all drafts to vLLM from the next one on (with its stale caches cleared), or serve them again."""
@@ -84,9 +86,8 @@ class V1Draft:
             base = pkgutil.resolve_name(capabilities.V1_PROPOSER)
             update, build = (vars(base)[name] for name in (UPDATE, BUILD))
             patch = self._patch_made = _Patch(host, base, update, build)
-            self._originals = {UPDATE: update, BUILD: build}
-            setattr(base, UPDATE, functools.wraps(update)(patch.update()))
-            setattr(base, BUILD, functools.wraps(build)(patch.build()))
+            self._patches.set(base, UPDATE, functools.wraps(update)(patch.update()))
+            self._patches.set(base, BUILD, functools.wraps(build)(patch.build()))
         except Exception as error:
             logger.exception("nsa-plugin: Model Runner V1 is left as it is: %s", error)
 
@@ -107,6 +108,10 @@ class _Patch:
         self._stock_update, self._stock_build = update, build
         self._drafts: WeakKeyDictionary[Any, _Served] = WeakKeyDictionary()
         self.on = self._on_for_this_draft = True
+
+    def retire(self) -> None:
+        """Leave everything to vLLM from now on, in a draft that has begun, too."""
+        self.on = self._on_for_this_draft = False
 
     def build(self) -> Callable[..., Any]:
         """In place of `build_per_group_and_layer_attn_metadata`."""
@@ -180,7 +185,8 @@ class _Patch:
         for name in (UPDATE, BUILD):
             if getattr(kind, name) is not getattr(self._base, name):
                 return f"{kind.__name__} has its own {name}"
-        return unsupported(proposer)
+        theirs = capabilities.not_vllms(self._stock_update) or capabilities.not_vllms(self._stock_build)
+        return theirs or unsupported(proposer)
 
 
 def unsupported(proposer: Any) -> str:

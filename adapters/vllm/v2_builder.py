@@ -19,12 +19,15 @@ PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
 
 
-def hooks(host: Host, owner: type) -> Mapping[str, Callable[..., Any]]:
-    """Replacements of the methods of `owner`, the `FlashMLASparseMetadataBuilder`, by name; none if it has its own."""
+def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., Any]]:
+    """Replacements of the methods of `owner`, the `FlashMLASparseMetadataBuilder`, by name; none if it has its own.
+
+    They pass their calls on to the originals when they are not `live`.
+    """
     if METHOD in vars(owner):
         logger.info("nsa-plugin: this vLLM updates FlashMLA-sparse metadata in place itself; it is left as it is")
         return {}
-    return MappingProxyType({"__init__": _init(host, owner.__init__), METHOD: _update(host)})  # type: ignore[misc]
+    return MappingProxyType({"__init__": _init(host, owner.__init__, live), METHOD: _update(host)})  # type: ignore[misc]
 
 
 def unsupported(builder: Any) -> str:
@@ -33,12 +36,14 @@ def unsupported(builder: Any) -> str:
     return capabilities.uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
 
 
-def _init(host: Host, original: Callable[..., None]) -> Callable[..., None]:
+def _init(host: Host, original: Callable[..., None], live: Callable[[], bool]) -> Callable[..., None]:
     objection = functools.cache(agreement.objection)  # one vote per process
 
     @functools.wraps(original)
     def init(builder: Any, *args: Any, **kwargs: Any) -> None:
         original(builder, *args, **kwargs)
+        if not live():
+            return
         problem = unsupported(builder) or objection()
         builder.supports_draft_decode_metadata_update = not problem
         host.using(logger, ENGINE, PATH, f"off ({problem})" if problem else "graph")
@@ -66,7 +71,8 @@ def _update(host: Host) -> Callable[[Any, Any], None]:
                 host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
         request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
 
-    update_draft_decode_metadata.only_the_request_map = True  # type: ignore[attr-defined]
+    # Not merely True: functools.wraps copies attributes to whatever wraps this function and may do more.
+    update_draft_decode_metadata.only_the_request_map = update_draft_decode_metadata  # type: ignore[attr-defined]
     return update_draft_decode_metadata
 
 

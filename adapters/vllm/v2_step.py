@@ -107,10 +107,19 @@ class DeferredSlots:
             self.tables.compute_slot_mappings(*args, **kwargs)
 
 
-def hooks(host: Host, owner: type) -> Hooks:
-    """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name."""
+def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name.
+
+    They pass their calls on to the originals when they are not `live`.
+    """
     generate, update = getattr(owner, GENERATE), getattr(owner, UPDATE)
     failed = False
+
+    def uncovered(speculator: Any) -> str:
+        """Empty, or why this speculator's step stays as it is: slots may only be put off if nothing comes in between."""
+        if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
+            return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
+        return capabilities.not_vllms(update) or capabilities.uncovered_speculator(speculator)
 
     def fell_back(error: Exception) -> None:
         nonlocal failed
@@ -123,9 +132,11 @@ def hooks(host: Host, owner: type) -> Hooks:
         def original() -> Any:
             return generate(speculator, num_reqs, num_tokens_padded, attn_metadata, *args, **kwargs)
 
-        if failed or attn_metadata is None or capabilities.uncovered_speculator(speculator):
+        if failed or not live() or attn_metadata is None:
             return original()
         try:
+            if problem := uncovered(speculator):
+                raise Uncovered(problem)
             step = Step(speculator, attn_metadata, num_reqs)
         except Uncovered as reason:
             host.using(logger, ENGINE, PATH, f"off ({reason})")

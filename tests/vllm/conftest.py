@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from nsa_plugin.adapters.vllm.adapter import VllmAdapter
     from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
     from nsa_plugin.host import Host
+    from tests.vllm.drafts import Step
 
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -21,6 +24,38 @@ os.environ["VLLM_PLUGINS"] = ""  # the tests themselves say when the plugin is i
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def install() -> Iterator[Callable[..., tuple[Host, VllmAdapter]]]:
+    """Installs the adapter; undoes it after the test."""
+    from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+    from tests.installing import installer
+
+    yield from installer(VllmAdapter)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    """The lines of a level or above that this plugin has logged since the start of the test."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.plugins.nsa_plugin")
+    return lambda level: [
+        record.getMessage()
+        for record in {id(record): record for record in caplog.records}.values()
+        if record.levelno >= level and record.name.startswith("vllm.plugins.nsa_plugin")
+    ]
+
+
+@pytest.fixture(scope="session")
+def expected() -> list[Step]:
+    """What every draft step of every batch sees where vLLM rebuilds its metadata."""
+    from tests.vllm.drafts import LAYOUT, TOKENS, proposals
+    from tests.vllm.harness import Draft
+
+    draft = Draft(*LAYOUT, TOKENS)
+    assert not draft.speculator.supports_decode_metadata_update
+    return proposals(draft)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from nsa_plugin.adapters.vllm import capabilities, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
-from tests.installing import installer
 from tests.vllm.engine import BATCHES, LAYOUTS
 from tests.vllm.harness import CAPTURED, Draft
 
@@ -79,12 +78,6 @@ def deep_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexer, "get_paged_mqa_logits_metadata", schedule)
     monkeypatch.setattr(indexer, "num_compute_units", lambda *_: NUM_SMS)
     monkeypatch.setattr(indexer, "native_next_n_supported", lambda n: n in (1, 2, 4))
-
-
-@pytest.fixture
-def install() -> Iterator[Install]:
-    """Installs the adapter; undoes it after the test."""
-    yield from installer(VllmAdapter)
 
 
 def drafts(layout: str, tokens: int, poison: bool = False) -> list[dict[str, torch.Tensor]]:

@@ -1,0 +1,112 @@
+"""Other plugins that wrap or replace the methods that ours patches, before or after it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.core.kernels import draft_steps
+from nsa_plugin.host import Host
+from nsa_plugin.testing.watching import restored
+from tests.vllm import v1_harness
+from tests.vllm.drafts import LAYOUT, TOKENS, Step, proposals, unequal
+from tests.vllm.engine import VllmEngine
+from tests.vllm.harness import Draft
+
+Install = Callable[..., tuple[Host, VllmAdapter]]
+
+
+class Wrapper:
+    """Another plugin, which counts the calls of one method, and then passes them on."""
+
+    def __init__(self, owner: str, name: str) -> None:
+        self.owner, self.name, self.calls = pkgutil.resolve_name(owner), name, 0
+        inner: Any = getattr(self.owner, name, None)
+
+        @functools.wraps(inner)
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            self.calls += 1
+            return inner(*arguments, **keywords)
+
+        self.method = counted
+        setattr(self.owner, name, counted)
+
+
+@pytest.mark.parametrize("before_us", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(capabilities.BUILDER, "__init__"), (capabilities.BUILDER, v2_builder.METHOD),
+     (capabilities.SPECULATOR, v2_step.GENERATE), (capabilities.SPECULATOR, v2_step.UPDATE)],
+)  # fmt: skip
+def test_another_plugin_wraps_a_method_of_v2(
+    install: Install, log: Any, expected: list[Step], owner: str, name: str, before_us: bool
+) -> None:
+    """Both work: where ours would leave theirs out, that step is vLLM's, and theirs. An undo does not take theirs away."""
+    with restored(VllmEngine()):
+        if before_us:
+            other = Wrapper(owner, name)
+        host, adapter = install("graph")
+        if not before_us:
+            other = Wrapper(owner, name)
+        draft = Draft(*LAYOUT, TOKENS)
+        other.calls = 0 if name != "__init__" else other.calls
+        assert unequal(expected, proposals(draft)) == [] and not host.fallbacks
+        fused = not (before_us and name == v2_builder.METHOD)  # theirs does not say that it may be used
+        assert draft.speculator.supports_decode_metadata_update == fused
+        assert bool(other.calls) == fused
+        left_out = [line for line in log(logging.INFO) if "draft step: strategy off (" in line]
+        assert len(left_out) == (name == v2_step.UPDATE) and all(name in line for line in left_out)
+        adapter.undo()
+        assert vars(other.owner)[name] is other.method
+        assert_named_once(log, name, before_us)
+        draft = Draft(*LAYOUT, TOKENS)
+        assert unequal(expected, proposals(draft)) == [] and not draft.speculator.supports_decode_metadata_update
+
+
+@pytest.mark.parametrize("before_us", [True, False])
+@pytest.mark.parametrize("name", [v1_proposer.UPDATE, v1_proposer.BUILD])
+def test_another_plugin_wraps_a_method_of_v1(
+    install: Install, monkeypatch: pytest.MonkeyPatch, log: Any, hopper: None, name: str, before_us: bool
+) -> None:
+    draft = v1_harness.V1Draft("auto", 4, TOKENS)
+    want = v1_harness.reference(draft)
+    with restored(VllmEngine()):
+        if before_us:
+            other = Wrapper(capabilities.V1_PROPOSER, name)
+        host, adapter = install("copy")
+        if not before_us:
+            other = Wrapper(capabilities.V1_PROPOSER, name)
+        v1_harness.assert_same(want, v1_harness.proposals(draft))
+        assert other.calls >= len(want) and not host.fallbacks
+        left_out = [line for line in log(logging.INFO) if f"{name} was patched by {__name__})" in line]
+        assert len(left_out) == before_us
+        adapter.undo()
+        assert vars(other.owner)[name] is other.method
+        assert_named_once(log, name, before_us)
+        monkeypatch.setattr(v1_proposer, "DraftSteps", None)
+        monkeypatch.delattr(draft_steps, "draft_steps_kernel")
+        v1_harness.assert_same(want, v1_harness.reference(draft))
+        assert not host.fallbacks
+
+
+def assert_named_once(log: Any, name: str, before_us: bool) -> None:
+    """The undo says that it leaves somebody else's method in place, if it does."""
+    lines = log(logging.WARNING)
+    assert len(lines) == (not before_us)
+    assert all(f"{name} was patched by somebody else too" in line and "undo theirs first" in line for line in lines)
+
+
+def test_a_later_plugin_that_replaces_the_update_of_a_step(install: Install, expected: list[Step]) -> None:
+    """It never calls ours: no slots may be waiting for that."""
+    host, _ = install()
+    stock = pkgutil.resolve_name(capabilities.SPECULATOR).__mro__[1].__dict__[v2_step.UPDATE]
+    with restored(VllmEngine()):
+        setattr(pkgutil.resolve_name(capabilities.SPECULATOR), v2_step.UPDATE, lambda *arguments: stock(*arguments))
+        assert unequal(expected, proposals(Draft(*LAYOUT, TOKENS))) == [] and not host.fallbacks

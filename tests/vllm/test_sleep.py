@@ -1,0 +1,142 @@
+"""vLLM's sleep mode, and buffers that its runner makes anew: what captured graphs of ours may rely on."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.device_allocator import AllocationData, sleep_mode_backend
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu_worker import Worker
+
+from nsa_plugin.adapters.vllm import v2_step
+from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.host import Host
+from tests.vllm.drafts import LAYOUT, TOKENS, Step, proposals, unequal
+from tests.vllm.harness import CAPTURED, CPU, Draft
+
+Install = Callable[..., tuple[Host, VllmAdapter]]
+
+
+class Memory:
+    """vLLM's own sleep mode over tensors on a CPU: memory that is given back holds garbage until it is mapped again."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, tensors: dict[str, list[torch.Tensor]]) -> None:
+        patch.setitem(sys.modules, "vllm.cumem_allocator", None)  # needs a driver
+        cumem = importlib.import_module("vllm.device_allocator.cumem")
+        patch.setattr(cumem, "libcudart", SimpleNamespace(cudaMemcpy=ctypes.memmove))
+        patch.setattr(cumem, "unmap_and_release", lambda handle: ctypes.memset(handle[2], 0x5A, handle[1]))
+        patch.setattr(cumem, "create_and_map", lambda handle: None)
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        allocator = cumem.CuMemAllocator()
+        for tag, held in tensors.items():
+            for tensor in held:
+                size, address = tensor.untyped_storage().nbytes(), tensor.untyped_storage().data_ptr()
+                allocator.pointer_to_data[address] = AllocationData((0, size, address, 0), tag)
+        patch.setattr("vllm.device_allocator.get_mem_allocator_instance", lambda: allocator)
+        self.backend = sleep_mode_backend.CuMemBackend()
+
+
+class Recorded:
+    """`v2_step.Step`, of which the first is run for ever, as by a CUDA graph: with the addresses that it was bound to."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.step: v2_step.Step | None = None
+        self._bind = v2_step.Step
+        patch.setattr(v2_step, "Step", self)
+
+    def __call__(self, *arguments: Any) -> v2_step.Step:
+        if arguments[-1] > CAPTURED:
+            return self._bind(*arguments)
+        if self.step is None:
+            self.step = self._bind(*arguments)
+        self.step._first = True
+        return self.step
+
+
+def tensors_of(*holders: Any) -> list[torch.Tensor]:
+    """Every tensor that objects, or lists in them, hold."""
+    values = [value for holder in holders for value in vars(holder).values()]
+    values += [
+        vars(item).get("gpu") for value in values if isinstance(value, list) for item in value if hasattr(item, "gpu")
+    ]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.numel()]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleeping_and_waking(
+    install: Install, monkeypatch: pytest.MonkeyPatch, expected: list[Step], level: int
+) -> None:
+    """What the runner made with its KV cache is at the same addresses, with the same contents: graphs go on."""
+    host, _ = install()
+    recorded = Recorded(monkeypatch)
+    draft = Draft(*LAYOUT, TOKENS)
+    cache = torch.ones(64)
+    assert unequal(expected, proposals(draft)) == []
+    memory = Memory(monkeypatch, {"runtime": tensors_of(draft.tables, *draft.builders), "kv_cache": [cache]})
+    before = draft.tables.slot_mappings.clone()
+    memory.backend.suspend(level)
+    assert not torch.equal(draft.tables.slot_mappings, before)
+    memory.backend.resume()
+    assert torch.equal(draft.tables.slot_mappings, before) and not (cache == 1).any()
+    assert unequal(expected, proposals(draft)) == [] and recorded.step is not None
+    assert not host.fallbacks
+
+
+def test_what_a_runner_makes_with_its_cache_keeps_its_contents_while_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's worker makes block tables and metadata builders in the pool "runtime", which sleep mode offloads."""
+    pools: list[str] = []
+    seen: list[list[str]] = []
+
+    @contextmanager
+    def pool(tag: str) -> Iterator[None]:
+        pools.append(tag)
+        yield
+        pools.remove(tag)
+
+    worker = SimpleNamespace(
+        cache_config=SimpleNamespace(), vllm_config=SimpleNamespace(kv_transfer_config=None),
+        _maybe_get_memory_pool_context=pool,
+        model_runner=SimpleNamespace(initialize_kv_cache=lambda *_, **__: seen.append(list(pools))),
+    )  # fmt: skip
+    config = SimpleNamespace(
+        num_blocks=1,
+        kv_cache_layout=None,
+        hash_block_size=64,
+        cache_hit_alignment_tokens=64,
+        needs_kv_cache_zeroing=False,
+    )
+    Worker.initialize_from_config(worker, config)
+    assert seen == [["runtime"]]
+
+
+def test_buffers_that_the_runner_makes_anew_take_a_new_capture(
+    install: Install, monkeypatch: pytest.MonkeyPatch, expected: list[Step]
+) -> None:
+    """As when vLLM has measured its graphs with a small cache: it captures anew, and nothing of ours is older than that."""
+    host, _ = install()
+    draft = Draft(*LAYOUT, TOKENS)
+    with monkeypatch.context() as patch:
+        Recorded(patch)
+        proposals(draft)
+        made_anew(draft)
+        assert "slots" in unequal(expected, proposals(draft)), "a graph that is older than the buffers writes elsewhere"
+    made_anew(draft)
+    assert unequal(expected, proposals(draft)) == [] and not host.fallbacks
+
+
+def made_anew(draft: Draft) -> None:
+    """As vLLM's runner does in `initialize_kv_cache`, and then captures."""
+    sizes = draft.sizes
+    draft.tables = BlockTables([64], sizes.requests, sizes.tokens, [sizes.model_len // 64], CPU)
+    with set_current_vllm_config(draft.config):
+        draft.speculator.set_attn(None, draft.cache, draft.tables, draft.buffers, draft.groups)
+        draft.speculator.decode_cudagraph_manager = draft.graphs = type(draft.graphs)(draft)
