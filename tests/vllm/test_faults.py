@@ -116,7 +116,7 @@ def test_batches_larger_than_any_captured_one_take_the_same_step(install: Instal
 
 @pytest.mark.parametrize("without_attention", [True, False])
 def test_a_dummy_batch_between_two_drafts(
-    install: Install, log: Any, expected: list[Step], without_attention: bool
+    install: Install, monkeypatch: pytest.MonkeyPatch, log: Any, expected: list[Step], without_attention: bool
 ) -> None:
     """What a rank without requests runs, and what vLLM warms up with."""
     host, _ = install()
@@ -127,13 +127,17 @@ def test_a_dummy_batch_between_two_drafts(
     counts = torch.ones(CAPTURED + 1, dtype=torch.int32)
     state = [torch.zeros(16, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.float32, torch.int64)]
     hidden = torch.zeros((CAPTURED + 1) * width, 128).bfloat16()
-    with set_current_vllm_config(draft.config):
+    steps: list[None] = []
+    run = v2_step.Step.run
+    with monkeypatch.context() as patch, set_current_vllm_config(draft.config):
+        patch.setattr(v2_step.Step, "run", lambda step: steps.append(run(step)))
         draft.model.record = not without_attention
         metadata, slots = draft.graphs.inputs()
         draft.speculator.propose(
             batch, metadata, slots, hidden, None, counts, counts - 1, *state, dummy_run=True,
             skip_attn_for_dummy_run=without_attention,
         )  # fmt: skip
+    assert len(steps) == (0 if without_attention else TOKENS - 1)
     draft.model.record = True
     assert unequal(expected, proposals(draft)) == []
     assert not host.fallbacks and not log(logging.WARNING)
@@ -178,9 +182,7 @@ def test_an_engine_that_was_updated_under_us(
 
 
 @pytest.mark.parametrize("module", [capabilities.MODULE, capabilities.SPECULATOR_MODULE, capabilities.V1_MODULE])
-def test_an_engine_that_can_be_imported_by_half(
-    monkeypatch: pytest.MonkeyPatch, log: Any, module: str, expected: list[Step]
-) -> None:
+def test_an_engine_that_can_be_imported_by_half(monkeypatch: pytest.MonkeyPatch, log: Any, module: str) -> None:
     """vLLM sees the error that it would see without the plugin. An import that succeeds later is patched."""
     package, _, name = module.rpartition(".")
     monkeypatch.setattr(importlib.import_module(package), name, sys.modules[module])  # put back after the test
@@ -200,9 +202,9 @@ def test_an_engine_that_can_be_imported_by_half(
     adapter = entry._hosts["vllm"].manager.adapter("vllm")
     assert isinstance(adapter, VllmAdapter) and not log(logging.WARNING)
     owner = pkgutil.resolve_name(next(owner for owner in OWNERS if owner.startswith(module)))
-    patched_now = dict(vars(owner))
+    with_ours = dict(vars(owner))
     adapter.undo()
-    assert {name for name, value in patched_now.items() if vars(owner).get(name) is not value}
+    assert any(vars(owner).get(name) is not value for name, value in with_ours.items())
 
 
 PROCESSES = """

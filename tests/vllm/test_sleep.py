@@ -33,8 +33,10 @@ class Memory:
         patch.setitem(sys.modules, "vllm.cumem_allocator", None)  # needs a driver
         cumem = importlib.import_module("vllm.device_allocator.cumem")
         patch.setattr(cumem, "libcudart", SimpleNamespace(cudaMemcpy=ctypes.memmove))
-        patch.setattr(cumem, "unmap_and_release", lambda handle: ctypes.memset(handle[2], 0x5A, handle[1]))
-        patch.setattr(cumem, "create_and_map", lambda handle: None)
+        patch.setattr(cumem, "unmap_and_release", self._give_back)
+        self.mapped: list[tuple[int, ...]] = []
+        patch.setattr(cumem, "create_and_map", self.mapped.append)
+        self.given_back: list[tuple[int, ...]] = []
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
         allocator = cumem.CuMemAllocator()
         for tag, held in tensors.items():
@@ -43,6 +45,11 @@ class Memory:
                 allocator.pointer_to_data[address] = AllocationData((0, size, address, 0), tag)
         patch.setattr("vllm.device_allocator.get_mem_allocator_instance", lambda: allocator)
         self.backend = sleep_mode_backend.CuMemBackend()
+
+    def _give_back(self, handle: tuple[int, ...]) -> None:
+        _, size, address, _ = handle
+        ctypes.memset(address, 0x5A, size)
+        self.given_back.append(handle)
 
 
 class Recorded:
@@ -86,6 +93,7 @@ def test_sleeping_and_waking(
     memory.backend.suspend(level)
     assert not torch.equal(draft.tables.slot_mappings, before)
     memory.backend.resume()
+    assert memory.mapped == memory.given_back, "vLLM maps other addresses"
     assert torch.equal(draft.tables.slot_mappings, before) and not (cache == 1).any()
     assert unequal(expected, proposals(draft)) == [] and recorded.step is not None
     assert not host.fallbacks
