@@ -284,7 +284,7 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     assert main(["doctor", "--json"]) == 0
     found = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
     paths = {name.removeprefix("vllm: "): detail for name, detail in found.items() if name.startswith("vllm: ")}
-    left = {f"draft decode with {name}": f"strategy off ({why})" for name, why in capabilities.LACKING_HOOK}
+    left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in capabilities.LACKING_HOOK}
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")
     assert paths == left
