@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ def main() -> int:
     groups = [tests[first :: options.groups] for first in range(options.groups)]
     with ThreadPoolExecutor(options.groups) as pool:
         jobs = [pool.submit(run, tool, group, options.seconds) for tool in options.tools for group in groups if group]
-        results = [job.result() for job in jobs]
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
+        results = []
+        for job in as_completed(jobs):
+            results.append(job.result())
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
     wrong = [result for result in results if not result["clean"]]
     for tool in options.tools:
         clean = sum(len(result["tests"]) for result in results if result["tool"] == tool and result["clean"])
