@@ -43,18 +43,8 @@ class Part:
 
 
 V2_PARTS = (
-    Part(
-        capabilities.MODULE,
-        capabilities.BUILDER,
-        capabilities.NEEDS,
-        lambda host, owner, live: v2_builder.hooks(host, owner, live),
-    ),
-    Part(
-        capabilities.SPECULATOR_MODULE,
-        capabilities.SPECULATOR,
-        capabilities.STEP_NEEDS,
-        lambda host, owner, live: v2_step.hooks(host, owner, live),
-    ),
+    Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
+    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_step.hooks),
 )
 """All of them or none."""
 

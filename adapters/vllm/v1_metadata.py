@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
+from nsa_plugin.adapters.vllm.capabilities import INDEXER_MODULE as INDEXER
 from nsa_plugin.adapters.vllm.capabilities import uncovered_builder
+from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 
-INDEXER = "vllm.v1.attention.backends.mla.indexer"
 FLASHINFER_SPARSE = "vllm.v1.attention.backends.mla.flashinfer_mla_sparse"
 FLASHMLA_SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
 
@@ -167,17 +168,13 @@ def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | N
 
 
 def _schedule(builder: Any) -> Callable[[Any], None] | None:
-    """Recomputes DeepGEMM's schedule where the builder has one: it depends on the lengths of each step."""
-    module = importlib.import_module(INDEXER)
-    if not (module.current_platform.is_cuda() and module.has_deep_gemm()):
+    """Recomputes DeepGEMM's schedule where the builder has one."""
+    schedule = scheduler(builder)
+    if schedule is None:
         return None
-    block_size, num_sms = builder.kv_cache_spec.num_states, builder.num_sms
 
     def refresh(metadata: Any) -> None:
-        decode = metadata.decode
-        decode.schedule_metadata = module.get_paged_mqa_logits_metadata(
-            decode.seq_lens, block_size, num_sms, indices=decode.indices
-        )
+        metadata.decode.schedule_metadata = schedule(metadata.decode)
 
     return refresh
 

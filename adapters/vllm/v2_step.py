@@ -17,6 +17,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 from nsa_plugin.core.triton_impl import is_available
@@ -26,7 +27,6 @@ ENGINE = "vllm"
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
 UPDATE = "_update_draft_decode_metadata"
-METHOD = "update_draft_decode_metadata"
 Hooks = Mapping[str, Callable[..., Any]]
 
 
@@ -190,20 +190,15 @@ def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
 
 
 def _schedule(builder: Any, decode: Any) -> Callable[[], None]:
-    from vllm.v1.attention.backends.mla import indexer
-
-    if not (indexer.current_platform.is_cuda() and indexer.has_deep_gemm()):
+    schedule = scheduler(builder)
+    if schedule is None:
         return lambda: None
 
     def compute() -> None:
         """DeepGEMM's own tensor takes the place of the captured one: its readers are recorded after this."""
-        schedule = indexer.get_paged_mqa_logits_metadata(
-            decode.seq_lens, builder.kv_cache_spec.num_states, builder.num_sms, indices=decode.indices
-        )
-        if schedule.shape != decode.schedule_metadata.shape:
-            raise RuntimeError(
-                f"a schedule of shape {tuple(schedule.shape)}, not {tuple(decode.schedule_metadata.shape)}"
-            )
-        decode.schedule_metadata = schedule
+        made = schedule(decode)
+        if made.shape != decode.schedule_metadata.shape:
+            raise RuntimeError(f"a schedule of shape {tuple(made.shape)}, not {tuple(decode.schedule_metadata.shape)}")
+        decode.schedule_metadata = made
 
     return compute

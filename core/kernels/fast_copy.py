@@ -31,9 +31,7 @@ from nsa_plugin.core.kernels.tiles import (
 
 
 @triton.jit
-def _copy_vector(source, destination, field, size, BLOCK: tl.constexpr):
-    origin, origin_stride = vector_at(source, field)
-    target, target_stride = vector_at(destination, field)
+def _copy_strided(origin, origin_stride, target, target_stride, size, BLOCK: tl.constexpr):
     start = 0
     while start < size:
         index = start + tl.arange(0, BLOCK)
@@ -43,17 +41,19 @@ def _copy_vector(source, destination, field, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _copy_vector(source, destination, field, size, BLOCK: tl.constexpr):
+    origin, origin_stride = vector_at(source, field)
+    target, target_stride = vector_at(destination, field)
+    _copy_strided(origin, origin_stride, target, target_stride, size, BLOCK)
+
+
+@triton.jit
 def _copy_tokens(source, destination, field, size, BLOCK: tl.constexpr):
     """Copy positions or slots to a destination that has them."""
     size = tl.where(tl.load(destination + field) == 0, 0, size)
     origin, origin_stride = tl.load(source + field).to(tl.pointer_type(tl.int64)), tl.load(source + field + 1)
     target, target_stride = tl.load(destination + field).to(tl.pointer_type(tl.int64)), tl.load(destination + field + 1)
-    start = 0
-    while start < size:
-        index = start + tl.arange(0, BLOCK)
-        values = tl.load(origin + index * origin_stride, mask=index < size)
-        tl.store(target + index * target_stride, values, mask=index < size)
-        start += BLOCK
+    _copy_strided(origin, origin_stride, target, target_stride, size, BLOCK)
 
 
 @triton.jit

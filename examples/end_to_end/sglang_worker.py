@@ -6,20 +6,12 @@ tp (tensor parallel ranks; optional).
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from serving import captured_sizes, serve
 from trace_summary import summarise
-
-
-def captured_sizes(largest: int) -> list[int]:
-    """Batch sizes that CUDA graphs are captured for: powers of two, and the largest."""
-    return sorted({*(1 << exponent for exponent in range(largest.bit_length())), largest} - {1 << largest.bit_length()})
 
 
 def engine(config: dict[str, Any]) -> Any:
@@ -69,24 +61,5 @@ def profile(served: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"error": f"no trace in {folder}"}
 
 
-def main() -> None:
-    """Serve requests from stdin until it is told to quit."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # the engine's own output goes to stderr
-    started = time.perf_counter()
-    served = engine(json.loads(os.environ["E2E_CONFIG"]))
-    print(json.dumps({"ready": True, "start_s": time.perf_counter() - started}), file=out)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["op"] == "quit":
-            break
-        answer = (generate if request["op"] == "generate" else profile)(served, request)
-        print(json.dumps(answer), file=out)
-    time.sleep(2)  # the probe writes when nothing happens
-    threading.Timer(10, os._exit, [0]).start()
-    served.shutdown()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(engine, {"generate": generate, "profile": profile}, lambda served: served.shutdown())

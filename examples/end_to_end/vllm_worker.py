@@ -11,15 +11,13 @@ no FlashInfer, no flash-attention and no network.
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import shutil
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from serving import captured_sizes, serve
 from trace_summary import summarise
 
 BLOCK = 64
@@ -40,8 +38,7 @@ ENVIRONMENT = {
 
 def capture_sizes(steps: int, max_batch_size: int) -> list[int]:
     """Tokens of the captured graphs: of a draft step (one per request) and of a verify round (steps + 1)."""
-    batches = [1 << exponent for exponent in range(max_batch_size.bit_length()) if 1 << exponent <= max_batch_size]
-    batches = sorted({*batches, max_batch_size})
+    batches = captured_sizes(max_batch_size)
     return sorted({*batches, *(batch * (steps + 1) for batch in batches)})
 
 
@@ -104,32 +101,17 @@ def profile(served: Any, request: dict[str, Any]) -> dict[str, Any]:
     return summarise(Path(f"{plain}.gz")) | {"drafts": max(count or 0 for count in answer["rounds"])}
 
 
-def main() -> None:
-    """Serve requests from stdin until it is told to quit."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # the engine's own output goes to stderr
-    started = time.perf_counter()
+def engine(config: dict[str, Any]) -> Any:
+    """The engine, its logging configured first: `LLM` does so only after it has loaded the plugins, and loses their lines."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
     from vllm.config.logging import LoggingConfig
     from vllm.logger import configure_logging_if_needed
 
-    # LLM would configure logging only after it has loaded the plugins, and lose their lines.
     configure_logging_if_needed(LoggingConfig())
-    served = LLM(**arguments(json.loads(os.environ["E2E_CONFIG"])))
-    print(json.dumps({"ready": True, "start_s": time.perf_counter() - started}), file=out)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["op"] == "quit":
-            break
-        answer = (generate if request["op"] == "generate" else profile)(served, request)
-        print(json.dumps(answer), file=out)
-    time.sleep(2)  # the probe writes when nothing happens
-    threading.Timer(10, os._exit, [0]).start()
-    served.llm_engine.engine_core.shutdown()
-    os._exit(0)
+    return LLM(**arguments(config))
 
 
 if __name__ == "__main__":
-    main()
+    serve(engine, {"generate": generate, "profile": profile}, lambda served: served.llm_engine.engine_core.shutdown())

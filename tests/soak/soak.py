@@ -26,6 +26,7 @@ import torch
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, PrecomputedMetadata, ReplayPlan, TokenTable, precompute
 from nsa_plugin.core.metadata import TABLES, VECTORS, differing_fields
 from nsa_plugin.core.plan import PlanStrategy
+from nsa_plugin.testing import sglang_backends as kit
 from nsa_plugin.trace import Round, Sizes, generate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,13 +129,11 @@ class Sglang:
     """sglang's real backends with the adapter installed; on a GPU with what it records in CUDA graphs."""
 
     def __init__(self, native: str, sizes: Sizes) -> None:
-        from nsa_plugin.testing import sglang_backends as kit
-
-        self.name, self._native, self._kit = f"sglang {native}", native, kit
+        self.name, self._native = f"sglang {native}", native
         config = kit.Config(
             sizes.width, sizes.max_requests, max(sizes.captured), DRAFT_TOKENS, _index_topk(sizes), sizes.page_size
         )
-        table = _table(sizes)
+        table = kit.req_to_token(config, DEVICE)
         self._fresh = kit.make_backend(config, table)
         decode = native == "DECODE"
         self._owner: Any = kit.make_multi_step(config, table, 4) if decode else kit.make_backend(config, table)
@@ -163,12 +162,12 @@ class Sglang:
         from nsa_plugin.adapters.sglang.preparation import MODES
 
         static, _, _ = self._captured[len(entry.seq_lens)]
-        expected = self._kit.engine_metadata(self._fresh, static, self._native)
+        expected = kit.engine_metadata(self._fresh, static, self._native)
         mode = MODES[self._native]
         return [
             name
             for backend in self._backends
-            for name in self._kit.differences(expected, backend.forward_metadata, backend, static, mode)
+            for name in kit.differences(expected, backend.forward_metadata, backend, static, mode)
         ]
 
     def addresses(self) -> list[int]:
@@ -183,7 +182,7 @@ class Sglang:
 
     def _batch(self, seq_lens: torch.Tensor, requests: torch.Tensor) -> Any:
         rows = seq_lens.numel() * (1 if self._native == "DECODE" else DRAFT_TOKENS)
-        return self._kit.make_batch(self._native, seq_lens.to(DEVICE), requests.to(DEVICE), rows)
+        return kit.make_batch(self._native, seq_lens.to(DEVICE), requests.to(DEVICE), rows)
 
 
 def soak(subjects: list[Subject], replays: int, sizes: Sizes, seed: int) -> dict[str, Any]:
@@ -243,11 +242,8 @@ def _index_topk(sizes: Sizes) -> int:
 
 
 def _table(sizes: Sizes) -> torch.Tensor:
-    """Slots as a paged allocator hands them out: shuffled pages, contiguous within a page."""
-    pages = -(-sizes.width // sizes.page_size)
-    order = torch.randperm(sizes.max_requests * pages, generator=torch.Generator().manual_seed(0))
-    slots = order.view(sizes.max_requests, -1, 1) * sizes.page_size + torch.arange(sizes.page_size)
-    return slots.reshape(sizes.max_requests, -1)[:, : sizes.width].to(torch.int32).contiguous().to(DEVICE)
+    config = kit.Config(width=sizes.width, max_requests=sizes.max_requests, page_size=sizes.page_size)
+    return kit.req_to_token(config, DEVICE)
 
 
 def _recorded(work: Any) -> Any:
