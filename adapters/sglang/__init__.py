@@ -1,1 +1,1 @@
-"""sglang's DeepSeek Sparse Attention backends (0.5.13 and later)."""
+"""sglang's DeepSeek Sparse Attention backends (0.5.11 and later; its name for it was NSA before 0.5.13)."""

@@ -3,6 +3,9 @@
 Patches, each to go when sglang itself computes the metadata of a draft once, fresh for every backend
 (sglang pull requests 14781, 17554 and 29499 went part of the way; 38213, the reuse of a draft's metadata, is open):
 
+(For 0.5.11 and 0.5.12 read `NativeSparseAttn…` and, for the two methods, `init_forward_metadata_capture_cuda_graph` and
+`…_replay_cuda_graph`: `capabilities.Names`. They go with the support of those releases.)
+
 - `DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph` and `…_in_graph`: one computation for all draft
   backends, before the draft's graph or recorded in it. The shipped code also leaves the DeepGEMM schedule and the top-k
   plan of the first three backends stale when there are more than two.
@@ -19,9 +22,9 @@ import pkgutil
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
-from nsa_plugin.adapters.probe import installed_version, missing, warn_if_untested
+from nsa_plugin.adapters.probe import installed_version, warn_if_untested
 from nsa_plugin.adapters.sglang import capabilities
-from nsa_plugin.adapters.sglang.paths import MultiStepDraft, Path, SingleBackend, usable
+from nsa_plugin.adapters.sglang.paths import MultiStepDraft, Path, SingleBackend, not_graph, usable
 from nsa_plugin.adapters.sglang.preparation import ENGINE
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
@@ -36,7 +39,7 @@ class SglangAdapter:
     def __init__(self) -> None:
         self._paths: list[Path] = []
         self._hooks: dict[str, Any] = {}
-        self._left_alone: list[str] = []
+        self._left_alone = ""
 
     def probe(self) -> list[str]:
         """What the installed sglang lacks; empty if it fits."""
@@ -50,11 +53,10 @@ class SglangAdapter:
             return problems
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType, _current_plugin_source
 
-        self._left_alone = missing(capabilities.SINGLE_NEEDS)
+        self._left_alone = capabilities.lacking("draft extend")
         warn_if_untested(logger, "sglang", capabilities.TESTED)
-        paths: dict[str, Path] = {capabilities.MULTI_STEP: MultiStepDraft(host)}
-        if not self._left_alone:
-            paths[capabilities.BACKEND] = SingleBackend(host)
+        names = capabilities.names()
+        paths: dict[str, Path] = {names.multi_step: MultiStepDraft(host), names.backend: SingleBackend(host)}
         self._paths = list(paths.values())
         try:
             for owner, path in paths.items():
@@ -91,11 +93,9 @@ class SglangAdapter:
 
     def summary(self) -> str:
         """What is accelerated and what is left alone, for one log line."""
-        served = ["the multi-step draft"] + ([] if self._left_alone else ["target verify", "draft extend"])
+        served = ["the multi-step draft", "target verify"] + ([] if self._left_alone else ["draft extend"])
         text = f"sglang {installed_version('sglang')}: metadata of {', '.join(served)} is computed once"
-        return text + (
-            f"; target verify and draft extend are left alone: {self._left_alone[0]}" if self._left_alone else ""
-        )
+        return text + (f"; draft extend is left alone: {self._left_alone}" if self._left_alone else "")
 
     def switch(self, on: bool) -> list[str]:
         """Use sglang's own path from the next replay on, or ours again; returns what goes on as before."""
@@ -104,20 +104,23 @@ class SglangAdapter:
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done for each path with the host's settings; asks the installed sglang, captures nothing."""
         problems = self.probe()
-        plans = [PathPlan("draft decode", *_plan(host, problems))]
-        single = problems or missing(capabilities.SINGLE_NEEDS)
-        return plans + [PathPlan(path, *_plan(host, single)) for path in ("target verify", "draft extend")]
+        problem = problems[0] if problems else ""
+        extend = problem or capabilities.lacking("draft extend")
+        needs = {"draft decode": problem, "target verify": problem, "draft extend": extend}
+        return [PathPlan(path, *_plan(host, lacking)) for path, lacking in needs.items()]
 
 
-def _plan(host: Host, problems: list[str]) -> tuple[str, str]:
+def _plan(host: Host, problem: str) -> tuple[str, str]:
     """The strategy that would be tried first, and why not a better one."""
-    if problems:
-        return "off", problems[0]
+    if problem:
+        return "off", problem
     if not host.strategies:
         return "off", "switched off"
     strategies = usable(host)
     if strategies[0] == "graph":
         return "graph", ""
+    if host.strategies[0] == "graph" and (why := not_graph()):
+        return strategies[0], why
     if host.verify and host.strategies[0] == "graph":
         return strategies[0], "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
     return strategies[0], "NSA_PLUGIN_STRATEGY asks for it"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.base import differing
+from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
 from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
@@ -16,15 +19,25 @@ from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
 
 def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None:
     """Let sglang's per-backend code compute the metadata of a batch, into the buffers that the backends hold."""
+    arguments = {name: getattr(batch, name, None) for name in names().arguments}
     for backend in backends:
-        backend._apply_cuda_graph_metadata(
+        unhooked(backend, names().own_path)(
             bs=batch.batch_size,
             req_pool_indices=batch.req_pool_indices,
             seq_lens=batch.seq_lens,
             seq_lens_cpu=batch.seq_lens_cpu,
             forward_mode=native_mode,
             spec_info=batch.spec_info,
+            **arguments,
         )
+
+
+def unhooked(backend: Any, method: str) -> Callable[..., None]:
+    """A method of a backend; without hooks if it is one that we hook, or ours would be asked for the same batch again."""
+    if method in names().hooks:
+        return partial(inspect.unwrap(getattr(type(backend), method)), backend)
+    bound: Callable[..., None] = getattr(backend, method)
+    return bound
 
 
 def shadow(backend: Any, metadata: Any, batch_size: int) -> Any:
@@ -43,9 +56,9 @@ def defined_values(metadata: Any, expected: Any, batch: BatchDescriptor, sizes: 
     """
     values = live_entries(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(metadata))
     for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
-        if getattr(metadata, name) is not None:
+        if getattr(metadata, name, None) is not None:
             values[name] = getattr(metadata, name)
-    if getattr(metadata, "topk_v2_plan", None) is not None and _plan_is_written(expected.dsa_seqlens_expanded):
+    if getattr(metadata, "topk_v2_plan", None) is not None and _plan_is_written(consumer(expected).seqlens_expanded):
         plan = metadata.topk_v2_plan
         rows = plan[1 : int(plan[0, 1]) + 1]
         values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])

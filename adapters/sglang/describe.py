@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata, same_buffer
 
 FIELDS = {
     "cache_seqlens": "cache_seqlens_int32",
     "cu_seqlens_k": "cu_seqlens_k",
-    "seqlens_expanded": "dsa_seqlens_expanded",
-    "nsa_cache_seqlens": "dsa_cache_seqlens_int32",
-    "nsa_cu_seqlens_k": "dsa_cu_seqlens_k",
+    "seqlens_expanded": "{prefix}_seqlens_expanded",
+    "nsa_cache_seqlens": "{prefix}_cache_seqlens_int32",
+    "nsa_cu_seqlens_k": "{prefix}_cu_seqlens_k",
     "page_table_1": "page_table_1",
     "real_page_table": "real_page_table",
 }
-"""Field of `StepMetadata` to field of sglang's `DSAMetadata`."""
+"""Field of `StepMetadata` to field of sglang's `DSAMetadata` or `NSAMetadata`."""
+
+
+def batch_to_capture(
+    bs: int, num_tokens: int, req_pool_indices: Any, seq_lens: Any, encoder_lens: Any, forward_mode: Any,
+    spec_info: Any, **others: Any,
+) -> SimpleNamespace:  # fmt: skip
+    """A batch for the arguments of a backend's `init_forward_metadata_capture_cuda_graph` (0.5.11, 0.5.12)."""
+    return SimpleNamespace(
+        batch_size=bs, req_pool_indices=req_pool_indices, seq_lens=seq_lens, seq_lens_cpu=seq_lens.cpu(),
+        encoder_lens=encoder_lens, forward_mode=forward_mode, spec_info=spec_info,
+    )  # fmt: skip
+
+
+def batch_to_replay(
+    bs: int, req_pool_indices: Any, seq_lens: Any, seq_lens_sum: int, encoder_lens: Any, forward_mode: Any,
+    spec_info: Any, seq_lens_cpu: Any, **others: Any,
+) -> SimpleNamespace:  # fmt: skip
+    """A batch for the arguments of a backend's `init_forward_metadata_replay_cuda_graph` (0.5.11, 0.5.12)."""
+    return SimpleNamespace(
+        batch_size=bs, req_pool_indices=req_pool_indices, seq_lens=seq_lens, seq_lens_cpu=seq_lens_cpu,
+        seq_lens_sum=seq_lens_sum, encoder_lens=encoder_lens, forward_mode=forward_mode, spec_info=spec_info,
+    )  # fmt: skip
 
 
 def describe(
@@ -51,7 +75,7 @@ def geometry(backend: Any, metadata: Any) -> Geometry:
     """Constants of a backend and of one of its captured `DSAMetadata`."""
     table, width = metadata.page_table_1, backend.req_to_token.shape[1]
     return Geometry(
-        index_topk=backend.dsa_index_topk,
+        index_topk=getattr(backend, names().of("_index_topk")),
         page_size=metadata.page_size,
         table_width=width if table is None else min(width, table.shape[1]),
         num_sms=multiprocessors(backend.req_to_token.device),
@@ -66,12 +90,19 @@ def consumer(metadata: Any) -> StepMetadata:
         for name in ("paged_mqa_schedule_metadata", "topk_v2_plan", "paged_mqa_ctx_lens_2d")
         if getattr(metadata, name, None) is not None
     }
+    planes = vectors_and_tables(metadata)
     lengths = derived.get("paged_mqa_ctx_lens_2d")
     if lengths is not None and any(
-        same_buffer(lengths, vector) for vector in (metadata.cache_seqlens_int32, metadata.dsa_seqlens_expanded)
+        same_buffer(lengths, planes[name]) for name in ("cache_seqlens", "seqlens_expanded")
     ):
         del derived["paged_mqa_ctx_lens_2d"]
     if metadata.flashmla_metadata is not None:
         derived["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata
         derived["num_splits"] = metadata.flashmla_metadata.num_splits
-    return StepMetadata(**{ours: getattr(metadata, theirs) for ours, theirs in FIELDS.items()}, derived=derived)
+    return StepMetadata(**planes, derived=derived)
+
+
+def vectors_and_tables(metadata: Any) -> dict[str, Any]:
+    """The planes of a `DSAMetadata` by the name of their field in `StepMetadata`."""
+    prefix = names().prefix
+    return {ours: getattr(metadata, theirs.format(prefix=prefix)) for ours, theirs in FIELDS.items()}

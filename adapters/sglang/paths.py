@@ -10,14 +10,18 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host, Strategy
 from nsa_plugin.adapters.sglang.attached import Attached
+from nsa_plugin.adapters.sglang.capabilities import lacking, names
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
+from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS, Preparation
+from nsa_plugin.core.metadata import same_buffer
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
 _recorded: Attached[list[Preparation]] = Attached("recorded")
@@ -40,10 +44,15 @@ class Path:
 
     def hooks(self) -> dict[str, Callable[..., None]]:
         """Method of the class to the function that stands in for it; that gets the original method first."""
-        return {
-            "init_forward_metadata_out_graph": self.out_graph,
-            "init_forward_metadata_in_graph": self.in_graph,
-        }
+        return {method: getattr(self, ours) for method, ours in names().hooks.items()}
+
+    def batch_to_capture(self, *arguments: Any, **keywords: Any) -> Any:
+        """The batch in the arguments of `init_forward_metadata_capture_cuda_graph`."""
+        raise NotImplementedError
+
+    def batch_to_replay(self, *arguments: Any, **keywords: Any) -> Any:
+        """The batch in the arguments of `init_forward_metadata_replay_cuda_graph`."""
+        raise NotImplementedError
 
     def backends(self, owner: Any) -> Sequence[Any]:
         """The DSA backends that `owner`, the object whose method is hooked, prepares."""
@@ -65,22 +74,21 @@ class Path:
         self, original: Callable[..., None], owner: Any, forward_batch: Any, in_capture: bool = False
     ) -> None:
         """Stand in for `init_forward_metadata_out_graph`: before a capture, or before each replay."""
-        native_mode = self.native_mode(owner, forward_batch)
         if in_capture:
             original(owner, forward_batch, in_capture=True)
-            if native_mode is not None:
-                self._capture(owner, forward_batch, native_mode)
-            return
-        preparation = self._find(owner, forward_batch, native_mode)
-        if preparation is None:
+            self._captured(owner, forward_batch)
+        elif not self._replayed(owner, forward_batch):
             original(owner, forward_batch, in_capture=False)
-        else:
-            try:
-                preparation.replay(forward_batch)
-            except Exception as error:
-                preparation.fail()
-                native_replay(self.backends(owner), forward_batch, native_mode)  # raises what is sglang's own to raise
-                self._fell_back(native_mode, "replay", preparation.strategy, error)
+
+    def capture(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
+        """Stand in for `init_forward_metadata_capture_cuda_graph`: before a capture."""
+        original(owner, *arguments, **keywords)
+        self._captured(owner, self.batch_to_capture(*arguments, **keywords))
+
+    def replay(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
+        """Stand in for `init_forward_metadata_replay_cuda_graph`: before each replay."""
+        if not self._replayed(owner, self.batch_to_replay(*arguments, **keywords)):
+            original(owner, *arguments, **keywords)
 
     def in_graph(self, original: Callable[..., None], owner: Any, forward_batch: Any) -> None:
         """Stand in for `init_forward_metadata_in_graph`: what is launched here becomes part of the captured graph."""
@@ -128,7 +136,27 @@ class Path:
         prepared = self._prepared.get(owner)
         return None if prepared is None else prepared.get((native_mode, batch.batch_size))
 
-    def _capture(self, owner: Any, batch: Any, native_mode: Any) -> None:
+    def _replayed(self, owner: Any, batch: Any) -> bool:
+        """Prepare the metadata of a live batch; False to leave it to sglang."""
+        native_mode = self.native_mode(owner, batch)
+        preparation = self._find(owner, batch, native_mode)
+        if preparation is None:
+            return False
+        try:
+            preparation.replay(batch)
+        except Exception as error:
+            preparation.fail()
+            native_replay(self.backends(owner), batch, native_mode)  # raises what is sglang's own to raise
+            self._fell_back(native_mode, "replay", preparation.strategy, error)
+        return True
+
+    def _captured(self, owner: Any, batch: Any) -> None:
+        """Take over a batch size for which sglang has just made its own metadata."""
+        native_mode = self.native_mode(owner, batch)
+        if native_mode is not None:
+            self._take_over(owner, batch, native_mode)
+
+    def _take_over(self, owner: Any, batch: Any, native_mode: Any) -> None:
         prepared = self._prepared.setdefault(owner, {})
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
@@ -169,7 +197,9 @@ class Path:
                 self._fell_back(native_mode, "capture", strategy, error)
             else:
                 prepared[key] = preparation
-                self._host.using(logger, ENGINE, path, strategy + preparation.note)
+                why = not_graph() if self._host.strategies[0] == "graph" else ""
+                note = preparation.note + (f", not graph: {why}" if why else "")
+                self._host.using(logger, ENGINE, path, strategy + note)
                 if known is None:
                     self._host.buffers(ENGINE, path, strategy, preparation.size)
                 return
@@ -181,6 +211,9 @@ class Path:
 
 class MultiStepDraft(Path):
     """`DeepseekSparseAttnMultiStepBackend`: all draft backends at once, always as DECODE."""
+
+    batch_to_capture = staticmethod(lambda forward_batch: forward_batch)
+    batch_to_replay = staticmethod(lambda forward_batch, bs: forward_batch)  # its batch_size is bs
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
@@ -225,9 +258,16 @@ class MultiStepDraft(Path):
             problem = "the draft is a tree (--speculative-eagle-topk above 1)"
         elif getattr(batch.spec_info, "dsa_topk_indices", None) is not None:
             problem = "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
+        elif any(same_buffer(lengths, batch.seq_lens) for lengths in self._lengths(owner, batch.batch_size)):
+            problem = "all steps read the lengths of the batch itself, of which there is one set"
         if problem:
             self._host.using(logger, ENGINE, PATHS[MODES["DECODE"]], f"with sglang's own step lengths: {problem}")
         return not problem
+
+    def _lengths(self, owner: Any, batch_size: int) -> list[torch.Tensor]:
+        """The lengths that each backend reads. Up to 0.5.14 they are the runner's own where those are int32."""
+        held = [backend.decode_cuda_graph_metadata[batch_size] for backend in self.backends(owner)]
+        return [metadata.cache_seqlens_int32 for metadata in held]
 
     def cuda_graph_state(self, original: Callable[..., None], owner: Any, max_bs: int, max_num_tokens: int) -> None:
         """Stand in for `init_cuda_graph_state`: one page table for all draft backends, which hold equal values always.
@@ -259,11 +299,16 @@ class MultiStepDraft(Path):
 class SingleBackend(Path):
     """`DeepseekSparseAttnBackend`: target verify and draft extend. Its decode belongs to no draft and is left alone."""
 
+    batch_to_capture = staticmethod(batch_to_capture)
+    batch_to_replay = staticmethod(batch_to_replay)
+
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         from sglang.srt.model_executor.forward_batch_info import ForwardMode as NativeMode
 
-        self._modes = {NativeMode.TARGET_VERIFY, NativeMode.DRAFT_EXTEND_V2}
+        self._modes = {NativeMode.TARGET_VERIFY}
+        if not lacking("draft extend"):
+            self._modes.add(NativeMode.DRAFT_EXTEND_V2)
 
     def backends(self, owner: Any) -> Sequence[Any]:
         """The backend itself."""
@@ -277,15 +322,19 @@ class SingleBackend(Path):
 
 def usable(host: Host) -> tuple[Strategy, ...]:
     """Strategies to try. With verification not `graph`: recorded work runs when a difference can't be repaired any more."""
-    return tuple(strategy for strategy in host.strategies if strategy != "graph" or not host.verify)
+    no_graph = host.verify or not_graph()
+    return tuple(strategy for strategy in host.strategies if strategy != "graph" or not no_graph)
+
+
+def not_graph() -> str:
+    """Empty, or why sglang gives no opportunity to record the work in its graphs."""
+    return "" if "in_graph" in names().hooks.values() else lacking("graph")
 
 
 def unsupported(backend: Any) -> str:
     """Empty, or what about the backend is not covered."""
-    from sglang.srt.layers.attention import dsa_backend
-
     if getattr(backend, "dsa_index_kpool", 1) > 1:
         return "pooled index keys (index_kpool > 1) are not covered"
-    if getattr(dsa_backend, "_is_hip", False):
+    if getattr(import_module(names().module), "_is_hip", False):
         return "ROCm is not covered"
     return ""

@@ -12,6 +12,7 @@ import torch
 
 from nsa_plugin.adapters.base import Host, Mismatch, Strategy, differing
 from nsa_plugin.adapters.sglang import derived
+from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, compare, native_replay, shadow
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
@@ -76,6 +77,7 @@ class Preparation:
         first, mode = backends[0], MODES[native_mode.name]
         self.strategy = strategy
         self.recorded = self.native = self._failed = False
+        self._dispatch = f"set_{names().prefix}_prefill_impl"
         self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
         self._batch_size = batch.batch_size
         self._own = tuple(backend.decode_cuda_graph_metadata[self._batch_size] for backend in backends)
@@ -227,6 +229,8 @@ class Preparation:
             if offset != computed:
                 seen = SimpleNamespace(**vars(batch))
                 seen.seq_lens = batch.seq_lens[: self._batch_size] + offset
+                if batch.seq_lens_cpu is not None:
+                    seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
                 native_replay([shadow(self._backends[0], self._spare, self._batch_size)], seen, self._native_mode)
                 computed = offset
             expected, got = compare(self._spare, metadata, live, self._geometry)
@@ -260,7 +264,7 @@ class Preparation:
     def _point(self) -> None:
         """Leave behind in Python what sglang's own replay leaves; only eager code looks at it."""
         for backend, metadata in zip(self._backends, self._used, strict=True):
-            backend.set_dsa_prefill_impl(forward_batch=None)
+            getattr(backend, self._dispatch)(forward_batch=None)
             backend.forward_metadata = metadata
 
     def _hand_out(self, used: Sequence[Any]) -> None:

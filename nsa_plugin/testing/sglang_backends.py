@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import pkgutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.sglang import compare
+from nsa_plugin.adapters.sglang.capabilities import GENERATIONS, NSA, names
 from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.adapters.sglang.describe import describe, geometry
 from nsa_plugin.core.batch import ForwardMode
@@ -64,9 +66,7 @@ def make_backend(config: Config, table: torch.Tensor) -> Any:
 
 def make_multi_step(config: Config, table: torch.Tensor, num_steps: int) -> Any:
     """A `DeepseekSparseAttnMultiStepBackend` with `num_steps - 1` draft backends and CUDA-graph buffers."""
-    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnMultiStepBackend
-
-    multi: Any = object.__new__(DeepseekSparseAttnMultiStepBackend)
+    multi: Any = object.__new__(pkgutil.resolve_name(names().multi_step))
     vars(multi).update(
         topk=1, speculative_num_steps=num_steps, _sink_pad_cache={},
         attn_backends=[_bare_backend(config, table, step, num_steps) for step in range(num_steps - 1)],
@@ -76,26 +76,31 @@ def make_multi_step(config: Config, table: torch.Tensor, num_steps: int) -> Any:
 
 
 def _bare_backend(config: Config, table: torch.Tensor, step: int, num_steps: int) -> Any:
-    from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend
-    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
     from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
     device = table.device
     sm = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    backend: Any = object.__new__(DeepseekSparseAttnBackend)
+    of = names().of
+    backend: Any = object.__new__(pkgutil.resolve_name(names().backend))
     vars(backend).update(
         device=device, device_sm_major=sm, num_q_heads=64, num_dcp_q_heads=64, flashmla_kv_num_q_heads=64,
-        physical_page_size=config.page_size, real_page_size=config.page_size, max_context_len=config.width, dsa_index_topk=config.index_topk, dsa_index_kpool=1,
+        physical_page_size=config.page_size, real_page_size=config.page_size, max_context_len=config.width,
+        dsa_index_kpool=1,
         speculative_num_draft_tokens=config.draft_tokens, speculative_num_steps=num_steps, speculative_step_id=step, topk=1,
-        use_mha=False, use_fused_topk=True, dsa_kv_cache_store_fp8=True, hisparse_coordinator=None,
-        dsa_decode_impl=config.decode_impl, dsa_prefill_impl="flashmla_sparse", enable_auto_select_prefill_impl=False,
+        use_mha=False, use_fused_topk=True, hisparse_coordinator=None, enable_auto_select_prefill_impl=False,
         token_to_kv_pool=SimpleNamespace(index_page_size=64, dtype=torch.float8_e4m3fn),
-        dsa_topk_backend=DSATopKBackend.SGL_KERNEL, req_to_token=table,
+        req_to_token=table,
         _is_in_breakable_cuda_graph=lambda: False, _is_in_tc_piecewise_cuda_graph=lambda: False,
         _get_device_sm=lambda: 10 * sm, _is_blackwell=lambda: sm == 10,
         _arange_buf=torch.arange(16384, dtype=torch.int32, device=device),
         _memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
+        **{
+            of("_index_topk"): config.index_topk, of("_decode_impl"): config.decode_impl,
+            of("_prefill_impl"): "flashmla_sparse", of("_kv_cache_store_fp8"): True,
+        },
     )  # fmt: skip
+    if (topk := _first_module((f"{ATTENTION}.dsa.dsa_topk_backend",))) is not None:
+        backend.dsa_topk_backend = topk.DSATopKBackend.SGL_KERNEL
     if hasattr(backend, "_init_kpool_metadata_fusion"):
         backend._init_kpool_metadata_fusion()
     return backend
@@ -118,6 +123,43 @@ def make_batch(mode: str, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor
 def replay_view(batch: Any, padding: int = 0) -> SimpleNamespace:
     """The namespace that sglang's CUDA-graph runners pass at replay instead of a `ForwardBatch`."""
     return SimpleNamespace(**vars(batch), num_padding=padding)
+
+
+def before_capture(owner: Any, batch: Any) -> None:
+    """What sglang's runners call before they capture the graph of a multi-step, or of one, backend."""
+    if hasattr(owner, "init_forward_metadata_out_graph"):
+        owner.init_forward_metadata_out_graph(batch, in_capture=True)
+    elif hasattr(owner, "attn_backends"):
+        owner.init_forward_metadata_capture_cuda_graph(batch)
+    else:
+        owner.init_forward_metadata_capture_cuda_graph(*capture_arguments(batch).values())
+
+
+def capture_arguments(batch: Any) -> dict[str, Any]:
+    """What one backend of 0.5.11 or 0.5.12 gets before a capture, in order."""
+    return {
+        "bs": batch.batch_size, "num_tokens": batch.input_ids.numel(), "req_pool_indices": batch.req_pool_indices,
+        "seq_lens": batch.seq_lens, "encoder_lens": None, "forward_mode": batch.forward_mode, "spec_info": batch.spec_info,
+    }  # fmt: skip
+
+
+def in_graph(owner: Any, batch: Any) -> None:
+    """What they call within the graph that they capture, if anything."""
+    if hasattr(owner, "init_forward_metadata_in_graph"):
+        owner.init_forward_metadata_in_graph(batch)
+
+
+def before_replay(owner: Any, batch: Any, view: SimpleNamespace) -> None:
+    """What they call before a replay with a live batch; `view` is its `replay_view`."""
+    if hasattr(owner, "init_forward_metadata_out_graph"):
+        owner.init_forward_metadata_out_graph(view)
+    elif hasattr(owner, "attn_backends"):
+        owner.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+    else:
+        owner.init_forward_metadata_replay_cuda_graph(
+            batch.batch_size, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_sum, None, batch.forward_mode,
+            batch.spec_info, seq_lens_cpu=batch.seq_lens_cpu,
+        )  # fmt: skip
 
 
 def num_sms() -> int:
@@ -189,14 +231,15 @@ COPY_KERNELS = (
     "sglang.kernels.ops.attention.fused_metadata_copy",
     "sglang.jit_kernel.fused_metadata_copy",
 )
+BACKENDS = tuple(generation.module for generation in GENERATIONS)
+DEEP_GEMM = {"get_paged_mqa_logits_metadata": schedule, "get_num_sms": num_sms}
 FLASH_MLA = ("sglang.kernels.ops.attention.flash_mla_interface", "sgl_kernel.flash_mla")
 STAND_INS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
     (("sglang.kernels.ops.attention.dsv4.topk", "sglang.jit_kernel.dsv4.topk"), "plan_topk_v2", topk_plan),
     (COPY_KERNELS, "fused_metadata_copy_cuda", _fused_copy),
     (COPY_KERNELS, "fused_metadata_copy_multi_cuda", _fused_copy_to_three),
-    ((f"{ATTENTION}.dsa_backend",), "is_cuda", lambda: True),
-    ((f"{ATTENTION}.dsa_backend",), "deep_gemm",
-     types.SimpleNamespace(get_paged_mqa_logits_metadata=schedule, get_num_sms=num_sms)),
+    (BACKENDS, "is_cuda", lambda: True),
+    (BACKENDS[:1], "deep_gemm", types.SimpleNamespace(**DEEP_GEMM)),
     ((f"{ATTENTION}.dsa.dsa_metadata_manager",), "is_cuda", lambda: True),
     ((f"{ATTENTION}.dsa.dsa_backend_mtp_precompute",), "_is_cuda", True),
 )  # fmt: skip
@@ -233,8 +276,7 @@ def stand_ins() -> Iterator[None]:
     if torch.cuda.is_available() or "is_cuda" in vars(torch.Tensor):
         yield
         return
-    from sglang.srt.layers.attention import dsa_backend
-
+    dsa_backend = importlib.import_module(names().module)
     replaced = [
         (owner, name, value)
         for paths, name, value in STAND_INS
@@ -246,10 +288,12 @@ def stand_ins() -> Iterator[None]:
             (dsa_backend, "resolve_paged_mqa_logits_metadata_fn", lambda: schedule),
             (dsa_backend, "resolve_num_sms", num_sms),
         ]
-    interfaces = {}
-    for module in FLASH_MLA:
-        interfaces[module] = types.ModuleType(module)
-        interfaces[module].get_mla_metadata = flash_mla  # type: ignore[attr-defined]
+    functions: dict[str, dict[str, Any]] = {module: {"get_mla_metadata": flash_mla} for module in FLASH_MLA}
+    if names() is NSA:  # imports it where it uses it
+        functions["deep_gemm"] = DEEP_GEMM
+    interfaces = {module: types.ModuleType(module) for module in functions}
+    for module, members in functions.items():
+        vars(interfaces[module]).update(members)
     absent = object()
     saved = [(owner, name, vars(owner).get(name, absent)) for owner, name, _ in replaced]
     saved_modules = {name: sys.modules.get(name) for name in interfaces}
@@ -294,9 +338,11 @@ def engine_metadata(backend: Any, batch: Any, mode: str) -> Any:
     """
     from sglang.srt.model_executor.forward_batch_info import ForwardMode as NativeMode
 
-    for _ in range(1 if batch.batch_size in backend.decode_cuda_graph_metadata else 2):
-        backend._apply_cuda_graph_metadata(
-            bs=batch.batch_size, req_pool_indices=batch.req_pool_indices, seq_lens=batch.seq_lens,
-            seq_lens_cpu=batch.seq_lens_cpu, forward_mode=NativeMode[mode], spec_info=None,
-        )  # fmt: skip
+    batch = SimpleNamespace(**vars(batch) | {"forward_mode": NativeMode[mode]})
+    if batch.batch_size not in backend.decode_cuda_graph_metadata:
+        if names().own_path in names().hooks:
+            compare.unhooked(backend, "init_forward_metadata_capture_cuda_graph")(**capture_arguments(batch))
+        else:
+            compare.native_replay((backend,), batch, batch.forward_mode)
+    compare.native_replay((backend,), batch, batch.forward_mode)
     return backend.decode_cuda_graph_metadata[batch.batch_size]

@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.sglang import capabilities, paths, preparation
 from nsa_plugin.testing import sglang_backends as backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
@@ -49,13 +48,15 @@ SHIPPED_DEFECTS = frozenset({"paged_mqa_schedule_metadata", "topk_v2_plan"})
 class SglangCase(Case):
     """A multi-step draft ("DECODE") or a single backend.
 
-    `spare` rows make the buffers that come at a replay longer than the batch.
+    `spare` rows make the buffers that come at a replay longer than the batch; `captured` is the type of the lengths at
+    the capture (sglang's own draft runners before 0.5.15: int32).
     """
 
     mode: str = "DECODE"
     num_steps: int = 1
     config: backends.Config = STANDARD
     lengths: torch.dtype = torch.int64
+    captured: torch.dtype = torch.int64
     sizes: tuple[int, ...] = (4,)
     spare: int = 0
 
@@ -97,9 +98,17 @@ CASES = (
     single("TARGET_VERIFY", name=", flashmla_kv", config=FLASHMLA),
     single("DRAFT_EXTEND_V2", name=", flashmla_kv", config=FLASHMLA),
     draft(4, "several captured sizes", name=", several sizes", sizes=(4, 2, 1)),
-    draft(4, "int32 lengths", name=", int32, longer buffers", lengths=torch.int32, spare=3),
+    draft(4, "int32 lengths", name=", int32, longer buffers", lengths=torch.int32, captured=torch.int32, spare=3),
+    draft(4, name=", captured with int32", captured=torch.int32),
     draft(4, name=", page size 1", config=SMALL_PAGES),
-    draft(4, name=", page size 1, int32, longer buffers", config=SMALL_PAGES, lengths=torch.int32, spare=3),
+    draft(
+        4,
+        name=", page size 1, int32, longer buffers",
+        config=SMALL_PAGES,
+        lengths=torch.int32,
+        captured=torch.int32,
+        spare=3,
+    ),
 )
 """The first of each path is the one in which errors are planted."""
 
@@ -128,20 +137,22 @@ class SglangSession(Session):
 
     def _capture(self, size: int, device: torch.device) -> None:
         """As sglang's runners: with every request at the fill length 1, row 0; once without a graph, then with it."""
-        static = self._static[size] = make_batch(replace(self._case, spare=0), [1] * size, [0] * size, device)
-        self._owner.init_forward_metadata_out_graph(static, in_capture=True)
+        static = self._static[size] = make_batch(
+            replace(self._case, spare=0, lengths=self._case.captured), [1] * size, [0] * size, device
+        )
+        backends.before_capture(self._owner, static)
         # the captured kernels read what the backends hold now, whatever they hold later
         self._captured[size] = [backend.forward_metadata for backend in self._backends]
-        self._owner.init_forward_metadata_in_graph(static)
+        backends.in_graph(self._owner, static)
         if device.type == "cuda":
             graph = self._graphs[size] = torch.cuda.CUDAGraph()
             spare = torch.zeros(1, device=device)
             with torch.cuda.graph(graph):
                 spare.add_(1)  # a graph may not be empty
-                self._owner.init_forward_metadata_in_graph(static)
+                backends.in_graph(self._owner, static)
         else:
             with mock.patch.object(paths, "capturing", lambda: True):
-                self._owner.init_forward_metadata_in_graph(static)
+                backends.in_graph(self._owner, static)
 
     def prepare(self, round: int) -> None:
         """As sglang's runners: the live batch goes into the static buffers, and a namespace stands for the batch."""
@@ -149,7 +160,7 @@ class SglangSession(Session):
         static = self._static[self._batch.batch_size]
         static.seq_lens.copy_(self._batch.seq_lens[: self._batch.batch_size])
         static.req_pool_indices.copy_(self._batch.req_pool_indices[: self._batch.batch_size])
-        self._owner.init_forward_metadata_out_graph(self._views[round])
+        backends.before_replay(self._owner, self._batch, self._views[round])
 
     def read(self) -> list[Values]:
         """Run the graph; then the defined values of every backend's metadata."""
@@ -157,7 +168,7 @@ class SglangSession(Session):
         if size in self._graphs:
             self._graphs[size].replay()
         else:
-            self._owner.init_forward_metadata_in_graph(self._static[size])
+            backends.in_graph(self._owner, self._static[size])
         return [
             read_values(self._case, metadata, backend, self._batch)
             for backend, metadata in zip(self._backends, self._captured[size], strict=True)
@@ -215,9 +226,11 @@ class SglangEngine(Engine):
     def __init__(self, cases: Sequence[SglangCase] = CASES, plugins: Sequence[object] = ()) -> None:
         self._cases = cases
         self._plugins = plugins
-        if problems := missing(capabilities.SINGLE_NEEDS):  # 0.5.13, 0.5.14
-            self._cases = [case for case in cases if case.mode == "DECODE"]
-            self.never = {**self.never, "target verify": problems[0], "draft extend": problems[0]}
+        if paths.not_graph():  # 0.5.11, 0.5.12
+            self.strategies = ("share", "copy")
+        if problem := capabilities.lacking("draft extend"):  # before 0.5.15
+            self._cases = [case for case in cases if case.mode != "DRAFT_EXTEND_V2"]
+            self.never = {**self.never, "draft extend": problem}
         forward_batch = pkgutil.resolve_name("sglang.srt.model_executor.forward_batch_info.ForwardBatch")
         self.batch_types = (forward_batch, SimpleNamespace)
 
@@ -254,7 +267,7 @@ class SglangEngine(Engine):
 
     def patched(self) -> Sequence[object]:
         """The two backend classes."""
-        return [pkgutil.resolve_name(path) for path in (capabilities.MULTI_STEP, capabilities.BACKEND)]
+        return [pkgutil.resolve_name(path) for path in (capabilities.names().multi_step, capabilities.names().backend)]
 
     def state(self) -> object:
         """sglang's own books on hooks."""
@@ -265,7 +278,9 @@ class SglangEngine(Engine):
     def obstacles(self) -> Sequence[Obstacle]:
         """Each need in turn, and an installation that breaks off half-way."""
         # members of an Enum can't be taken out
-        removable = [need for need in capabilities.NEEDS if not re.search(r"\.(ForwardMode|HookType)\.", need.path)]
+        removable = [
+            need for need in capabilities.names().needs() if not re.search(r"\.(ForwardMode|HookType)\.", need.path)
+        ]
         absent = [Obstacle(need.path.rpartition(".")[2], without(need.path)) for need in removable]
         return [*absent, Obstacle("the third hook fails", _third_hook_fails(), probed=False)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsa_plugin.adapters.probe import Need
@@ -14,13 +14,29 @@ TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What the adapter needs of the releases that have a module.
+
+    Attributes
+    ----------
+    module : by which a release is known to go by these names
+    paths : path to the needs that serve it
+    strategies : strategy to what it needs besides, on any path
+    """
+
+    module: str
+    paths: Mapping[str, tuple[Need, ...]]
+    strategies: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine in the release matrix.
 
     Attributes
     ----------
     releases : oldest first
-    paths : path to the needs that serve it
+    needs : of each of its generations, newest first
     strategies : that its adapter offers
     requirements : file
         Of the newest release's environment.
@@ -31,7 +47,7 @@ class Engine:
     """
 
     releases: tuple[str, ...]
-    paths: Mapping[str, tuple[Need, ...]]
+    needs: tuple[Needs, ...]
     strategies: tuple[str, ...]
     requirements: Path
     pinned: tuple[str, ...] = ()
@@ -40,11 +56,21 @@ class Engine:
     variables: tuple[tuple[str, str], ...] = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
-SINGLE = (*sglang.NEEDS, *sglang.SINGLE_NEEDS)
+SGLANG = tuple(
+    Needs(
+        names.module,
+        {
+            "draft decode": names.needs(), "target verify": names.needs(),
+            "draft extend": (*names.needs(), *names.needs("draft extend")),
+        },
+        {"graph": names.needs("graph")},
+    )
+    for names in sglang.GENERATIONS
+)  # fmt: skip
 ENGINES = {
     "sglang": Engine(
         releases=("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23"),
-        paths={"draft decode": sglang.NEEDS, "target verify": SINGLE, "draft extend": SINGLE},
+        needs=SGLANG,
         strategies=("graph", "share", "copy"),
         requirements=TESTS / "sglang" / "requirements.txt",
         pinned=("transformers",),
@@ -53,7 +79,7 @@ ENGINES = {
     ),
     "vllm": Engine(
         releases=("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"),
-        paths={"draft decode": vllm.NEEDS},
+        needs=(Needs(vllm.MODULE, {"draft decode": vllm.NEEDS}),),
         strategies=("graph",),
         requirements=TESTS / "vllm" / "requirements.txt",
         variables=(

@@ -79,7 +79,9 @@ def _pip(python: Path, *arguments: str) -> None:
 def check(name: str, wheel: Path, environment: Path) -> Row:
     """A row of the table: what is faithful, what was only probed, what is left alone and why."""
     engine, source = ENGINES[name], Wheel(wheel)
-    found = {path: source.missing(needs) for path, needs in engine.paths.items()}
+    needs = next((needs for needs in engine.needs if source.module(needs.module) is not None), engine.needs[0])
+    lacks = {strategy: source.missing(needs.strategies.get(strategy, ())) for strategy in engine.strategies}
+    found = {path: source.missing(wanted) for path, wanted in needs.paths.items()}
     row: Row = {
         "engine": name,
         "release": release_of(wheel),
@@ -87,7 +89,10 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
         "how": "static",
     }
     cells = {
-        path: dict.fromkeys(engine.strategies, f"unsupported: {problems[0]}" if problems else "static only")
+        path: {
+            strategy: f"unsupported: {(*problems, *lacking)[0]}" if problems or lacking else "static only"
+            for strategy, lacking in lacks.items()
+        }
         for path, problems in found.items()
     }
     row["paths"] = cells

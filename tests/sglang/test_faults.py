@@ -150,9 +150,9 @@ def test_a_field_that_sglang_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_can_be_imported_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
     before = methods()
-    monkeypatch.setitem(sys.modules, capabilities.BACKEND_MODULE, None)
+    monkeypatch.setitem(sys.modules, capabilities.DSA.module, None)
     (problem,) = SglangAdapter().install(Host())
-    assert "found ModuleNotFoundError" in problem and "install sglang 0.5.13 or later, complete" in problem
+    assert "found ModuleNotFoundError" in problem and "install sglang 0.5.11 or later, complete" in problem
     monkeypatch.undo()
     assert methods() == before
 
@@ -223,7 +223,7 @@ def test_a_capture_that_is_aborted_in_the_middle(
     """sglang's error reaches sglang; a second attempt captures, and what had been captured before stays right."""
     host, adapter = install(strategy)
     owner, backends = made("DECODE")
-    cls = pkgutil.resolve_name(capabilities.BACKEND)
+    cls = pkgutil.resolve_name(capabilities.DSA.backend)
 
     def out_of_memory(self: Any, forward_batch: Any) -> None:
         raise torch.OutOfMemoryError("planted")

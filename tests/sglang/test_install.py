@@ -15,15 +15,15 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from nsa_plugin import ForwardMode
-from nsa_plugin.adapters.probe import installed_version, missing
+from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.adapters.sglang import capabilities
 from nsa_plugin.testing import sglang_backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch
 from tests.sglang.conftest import Install
 
-CLASSES = [pkgutil.resolve_name(path) for path in (capabilities.MULTI_STEP, capabilities.BACKEND)]
+CLASSES = [pkgutil.resolve_name(path) for path in (capabilities.DSA.multi_step, capabilities.DSA.backend)]
 METHOD = "init_forward_metadata_out_graph"
-TARGET = f"{capabilities.MULTI_STEP}.{METHOD}"
+TARGET = f"{capabilities.DSA.multi_step}.{METHOD}"
 LOGGER = "sglang.srt.plugins.nsa_plugin"
 
 
@@ -33,7 +33,7 @@ def methods() -> list[dict[str, Any]]:
 
 def test_probe_of_the_installed_release_is_clean() -> None:
     assert capabilities.probe() == []
-    assert missing(capabilities.SINGLE_NEEDS) == []
+    assert capabilities.lacking("graph") == capabilities.lacking("draft extend") == ""
     assert installed_version("sglang") in capabilities.TESTED
 
 
@@ -62,14 +62,20 @@ def test_other_plugins_hooks_on_the_same_method_stay(install: Install) -> None:
         setattr(CLASSES[0], METHOD, original)
 
 
-def test_a_release_without_the_static_draft_extend_keeps_only_the_multi_step_hook(
-    monkeypatch: pytest.MonkeyPatch, install: Install
+def test_a_release_without_the_static_draft_extend_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(CLASSES[1], "_refresh_topk_v2_plan")
+    caplog.set_level(logging.INFO, LOGGER)
     before = methods()
-    _, adapter = install("auto")
-    assert methods()[1] == before[1] and methods()[0] != before[0]
-    assert "target verify and draft extend are left alone" in adapter.summary()
+    host, adapter = install("auto")
+    assert "draft extend is left alone: looked for" in adapter.summary()
+    assert [plan.strategy for plan in adapter.paths(host)] == ["graph", "graph", "off"]
+    backend = kit.make_backend(CONFIG, TABLE)
+    backend._refresh_topk_v2_plan = lambda metadata: None  # sglang's own code calls it here
+    for mode in ("TARGET_VERIFY", "DRAFT_EXTEND_V2"):
+        backend.init_forward_metadata_out_graph(capture_batch(mode, 2), in_capture=True)
+    assert [line for line in caplog.messages if "strategy" in line] == ["nsa-plugin: target verify: strategy graph"]
     adapter.undo()
     assert methods() == before
 
