@@ -13,8 +13,8 @@ import torch
 
 from nsa_plugin.core.api import Impl, resolve_impl
 from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.errors import InvalidTypeError, reject
-from nsa_plugin.core.validation import INTEGERS
+from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least
+from nsa_plugin.core.errors import reject
 
 BLOCK = 128
 """Rows that a program of the kernel takes through all steps."""
@@ -137,32 +137,18 @@ def fill_reference(
 
 def check_source(positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int) -> None:
     """Raise unless `fill` can read a batch of `batch_size` requests from these tensors (shapes and dtypes, no values)."""
-    for name, tensor, dims in (
-        ("positions", positions, 1),
-        ("seq_lens", seq_lens, 1),
-        ("block_table", table.block_table, 2),
-    ):
-        if tensor.dtype not in INTEGERS:
-            reject(name, "int32 or int64", tensor.dtype, error=InvalidTypeError)
-        if tensor.dim() != dims or tensor.shape[0] < batch_size:
-            reject(name, f"{dims} dimension(s), the first >= batch_size ({batch_size})", tuple(tensor.shape))
-    if table.block_table.shape[1] < 1 or table.block_size < 1:
-        reject("block_table", "at least one block of at least one token", tuple(table.block_table.shape))
+    checks = TensorChecks(positions.device, "positions")
+    checks.vector("positions", positions, batch_size, INTEGERS)
+    checks.vector("seq_lens", seq_lens, batch_size, INTEGERS)
+    checks.table("block_table", table.block_table, batch_size, 1, INTEGERS)
+    at_least("block_size", table.block_size, 1)
 
 
 def _check(steps: Sequence[DraftStep], limits: DraftLimits) -> None:
     if not steps:
         reject("steps", "at least one draft step", "none")
-    if limits.max_model_len < 1:
-        reject("limits.max_model_len", "at least 1", limits.max_model_len)
-    device = steps[0].positions.device
+    at_least("limits.max_model_len", limits.max_model_len, 1)
+    checks = TensorChecks(steps[0].positions.device, "steps[0].positions")
     for index, step in enumerate(steps):
         for name, dtype in (("positions", torch.int64), ("slots", torch.int64), ("seq_lens", torch.int32)):
-            tensor: torch.Tensor = getattr(step, name)
-            field = f"steps[{index}].{name}"
-            if tensor.dtype != dtype:
-                reject(field, dtype, tensor.dtype, error=InvalidTypeError)
-            if tensor.dim() != 1 or not tensor.is_contiguous():
-                reject(field, "a contiguous vector", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}")
-            if tensor.device != device:
-                reject(field, f"a tensor on {device}", tensor.device)
+            checks.vector(f"steps[{index}].{name}", getattr(step, name), 0, (dtype,), contiguous=True)

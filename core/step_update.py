@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from nsa_plugin.core.api import Impl, resolve_impl
-from nsa_plugin.core.errors import InvalidTypeError, reject
+from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least
+from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import same_buffer
 
 PAD_SLOT = -1
@@ -225,53 +227,33 @@ def _check(
     rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
 ) -> None:
     n, groups = rows.num_rows, len(slots.tables)
-    if n < 1:
-        reject("num_rows", "an int >= 1", n)
-    either = (torch.int32, torch.int64)
-    _vector("positions", rows.positions, n, either)
-    _vector("seq_lens", rows.seq_lens, n)
-    _vector("query_start_loc", rows.query_start_loc, n + 1)
-    _vector("table_rows", rows.table_rows, n, either)
+    at_least("num_rows", n, 1)
+    checks = TensorChecks(rows.seq_lens.device, "seq_lens")
+    vector, table = partial(checks.vector, contiguous=True), partial(checks.table, contiguous_rows=True)
+    vector("positions", rows.positions, n, INTEGERS)
+    vector("seq_lens", rows.seq_lens, n)
+    vector("query_start_loc", rows.query_start_loc, n + 1)
+    vector("table_rows", rows.table_rows, n, INTEGERS)
     for name, dtypes in (
         ("addresses", (torch.uint64, torch.int64)), ("row_strides", (torch.int64,)), ("block_sizes", (torch.int32,)),
         ("enabled", (torch.bool,)),
     ):  # fmt: skip
-        _vector(name, getattr(slots, name), groups, dtypes)
-    _matrix("slot_mapping", slots.slot_mapping, groups, n, (torch.int64,))
-    for index, table in enumerate(slots.tables):
-        _matrix(f"tables[{index}]", table, 1, 1)
+        vector(name, getattr(slots, name), groups, dtypes)
+    table("slot_mapping", slots.slot_mapping, groups, n, (torch.int64,))
+    for index, blocks in enumerate(slots.tables):
+        table(f"tables[{index}]", blocks, 1, 1)
     for index, request_map in enumerate(request_maps):
-        _vector(f"request_maps[{index}]", request_map, n)
+        vector(f"request_maps[{index}]", request_map, n)
     for index, indexer in enumerate(indexers):
         name = f"indexers[{index}]"
         if not 1 <= len(indexer.ones) <= 2:
             reject(f"{name}.ones", "one or two tensors", len(indexer.ones))
         vectors = [("lengths", indexer.lengths), *((f"ones[{i}]", ones) for i, ones in enumerate(indexer.ones))]
-        for field, vector in (*vectors, ("indices", indexer.indices)):
-            if vector is not None:
-                _vector(f"{name}.{field}", vector, n)
+        for field, value in (*vectors, ("indices", indexer.indices)):
+            if value is not None:
+                vector(f"{name}.{field}", value, n)
         width = indexer.table.shape[-1]
-        _matrix(f"{name}.table", indexer.table, n, width)
-        _matrix(f"{name}.source", indexer.source, n, width)
+        table(f"{name}.table", indexer.table, n, width)
+        table(f"{name}.source", indexer.source, n, 0)
         if indexer.source.shape[1] != width:
             reject(f"{name}.source", f"{width} columns, as the table has", indexer.source.shape[1])
-
-
-def _vector(name: str, value: torch.Tensor, size: int, dtypes: tuple[torch.dtype, ...] = (torch.int32,)) -> None:
-    _dtype(name, value, dtypes)
-    if value.dim() != 1 or value.shape[0] < size or not value.is_contiguous():
-        reject(name, f"a contiguous vector of at least {size}", f"shape {tuple(value.shape)}, strides {value.stride()}")
-
-
-def _matrix(
-    name: str, value: torch.Tensor, rows: int, columns: int, dtypes: tuple[torch.dtype, ...] = (torch.int32,)
-) -> None:
-    _dtype(name, value, dtypes)
-    if value.dim() != 2 or value.shape[0] < rows or value.shape[1] < columns or value.stride(1) != 1:
-        shape = f"shape {tuple(value.shape)}, strides {value.stride()}"
-        reject(name, f"at least {rows} rows of {columns}, each contiguous", shape)
-
-
-def _dtype(name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if value.dtype not in dtypes:
-        reject(name, " or ".join(map(str, dtypes)), value.dtype, error=InvalidTypeError)

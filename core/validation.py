@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least
 from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import (
     TABLES,
@@ -18,28 +19,26 @@ from nsa_plugin.core.metadata import (
     vector_sizes,
 )
 
-INTEGERS = (torch.int32, torch.int64)
-
 
 def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless `batch` and `geometry` are well formed and fit each other (shapes, dtypes, devices; no values)."""
     if not isinstance(batch.mode, ForwardMode):
         reject("mode", "a ForwardMode", repr(batch.mode), error=InvalidTypeError)
-    _at_least("batch_size", batch.batch_size, 0)
-    _at_least("num_steps", batch.num_steps, 1)
-    _at_least("draft_tokens", batch.draft_tokens, 1)
+    at_least("batch_size", batch.batch_size, 0)
+    at_least("num_steps", batch.num_steps, 1)
+    at_least("draft_tokens", batch.draft_tokens, 1)
     for name in ("index_topk", "page_size", "table_width", "num_sms"):
-        _at_least(f"geometry.{name}", getattr(geometry, name), 1)
+        at_least(f"geometry.{name}", getattr(geometry, name), 1)
     if geometry.page_size & (geometry.page_size - 1):
         reject("geometry.page_size", "a power of two", geometry.page_size)
-    device = batch.seq_lens.device
-    _check_vector("seq_lens", batch.seq_lens, batch.batch_size, device, INTEGERS)
+    checks = _checks(batch)
+    checks.vector("seq_lens", batch.seq_lens, batch.batch_size, INTEGERS)
     _check_steps(batch)
-    _check_slots(batch, geometry, device)
+    _check_slots(batch, geometry, checks)
     if batch.extend_lens is not None:
         if batch.mode is not ForwardMode.DRAFT_EXTEND:
             reject("extend_lens", "None outside DRAFT_EXTEND", f"a tensor in {batch.mode.name}")
-        _check_vector("extend_lens", batch.extend_lens, batch.batch_size, device, INTEGERS)
+        checks.vector("extend_lens", batch.extend_lens, batch.batch_size, INTEGERS)
 
 
 def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
@@ -82,27 +81,19 @@ def check_shared(consumers: Sequence[StepMetadata]) -> None:
 
 def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless the buffers of `step` can hold the metadata of one step of `batch`."""
-    rows, device = batch.num_rows, batch.seq_lens.device
+    checks = _checks(batch)
     for vector, size in vector_sizes(batch).items():
-        _check_vector(f"{name}.{vector}", getattr(step, vector), size, device, (torch.int32,))
+        checks.vector(f"{name}.{vector}", getattr(step, vector), size)
     tokens = [vector for vector in TOKENS if getattr(step, vector) is not None]
     if tokens and (len(tokens) < len(TOKENS) or batch.mode is not ForwardMode.DECODE):
         reject(f"{name}.{tokens[0]}", "both positions and slot_mapping in DECODE, else neither", "a tensor")
     for vector in tokens:
-        _check_vector(f"{name}.{vector}", getattr(step, vector), batch.batch_size, device, (torch.int64,))
+        checks.vector(f"{name}.{vector}", getattr(step, vector), batch.batch_size, (torch.int64,))
     for table, width in zip(TABLES, (geometry.table_width, geometry.real_width), strict=True):
         value = getattr(step, table)
         if value is None and table == "page_table_1" and geometry.page_size > 1:
             continue
-        _check_tensor(f"{name}.{table}", value, 2, device, (torch.int32,))
-        if value.shape[0] < rows:
-            reject(
-                f"{name}.{table}", f"at least {rows} rows", value.shape[0], fix="make the buffers for the largest batch"
-            )
-        if value.shape[1] < width:
-            reject(f"{name}.{table}", f"at least {width} columns", value.shape[1])
-        if (rows > 1 and value.stride(0) == 0) or (width > 1 and value.stride(1) == 0):
-            reject(f"{name}.{table}", "strides without overlap", value.stride(), fix="do not pass an expanded tensor")
+        checks.table(f"{name}.{table}", value, batch.num_rows, width)
     for plane, value in step.derived.items():
         if value.element_size() % 4 or not value.is_contiguous():
             reject(
@@ -147,20 +138,24 @@ def _check_steps(batch: BatchDescriptor) -> None:
     if batch.step_offsets and len(batch.step_offsets) != batch.num_steps:
         reject("step_offsets", f"{batch.num_steps} offsets (num_steps), or none", f"{len(batch.step_offsets)}")
     for offset in batch.step_offsets:
-        _at_least("step_offsets", offset, 0)
+        at_least("step_offsets", offset, 0)
     if batch.mode is not ForwardMode.DECODE and batch.num_steps != 1:
         reject("num_steps", f"1 in {batch.mode.name}", batch.num_steps)
 
 
-def _check_slots(batch: BatchDescriptor, geometry: Geometry, device: torch.device) -> None:
+def _checks(batch: BatchDescriptor) -> TensorChecks:
+    return TensorChecks(batch.seq_lens.device, "seq_lens")
+
+
+def _check_slots(batch: BatchDescriptor, geometry: Geometry, checks: TensorChecks) -> None:
     slots = batch.slots
     if isinstance(slots, TokenTable):
-        _check_tensor("req_to_token", slots.req_to_token, 2, device, INTEGERS)
-        _check_vector("req_pool_indices", slots.req_pool_indices, batch.batch_size, device, INTEGERS)
+        checks.tensor("req_to_token", slots.req_to_token, 2, INTEGERS)
+        checks.vector("req_pool_indices", slots.req_pool_indices, batch.batch_size, INTEGERS)
         table = "req_to_token"
     elif isinstance(slots, BlockTable):
-        _check_tensor("block_table", slots.block_table, 2, device, INTEGERS)
-        _at_least("block_size", slots.block_size, 1)
+        checks.tensor("block_table", slots.block_table, 2, INTEGERS)
+        at_least("block_size", slots.block_size, 1)
         if slots.block_table.shape[0] < batch.batch_size:
             reject("block_table", f"at least {batch.batch_size} rows (batch_size)", slots.block_table.shape[0])
         table = "block_table"
@@ -170,44 +165,8 @@ def _check_slots(batch: BatchDescriptor, geometry: Geometry, device: torch.devic
         reject(table, f"rows that name at least {geometry.table_width} tokens (table_width)", slots.width())
 
 
-def _check_tensor(
-    name: str, value: object, dimensions: int, device: torch.device, dtypes: tuple[torch.dtype, ...]
-) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        reject(name, "a tensor", type(value).__name__, error=InvalidTypeError)
-    if value.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        reject(
-            name,
-            wanted,
-            str(value.dtype).removeprefix("torch."),
-            fix=f"convert with .to({dtypes[0]})",
-            error=InvalidTypeError,
-        )
-    if value.dim() != dimensions:
-        reject(name, f"{dimensions} dimension(s)", f"shape {tuple(value.shape)}")
-    if value.device != device:
-        reject(name, f"device {device} (that of seq_lens)", f"device {value.device}")
-    return value
-
-
-def _check_vector(name: str, value: object, size: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    tensor = _check_tensor(name, value, 1, device, dtypes)
-    if tensor.shape[0] < size:
-        reject(name, f"at least {size} entries", tensor.shape[0], fix="make the buffers for the largest batch")
-    if size > 1 and tensor.stride(0) == 0:
-        reject(name, "a stride other than 0", tensor.stride(), fix="do not pass an expanded tensor")
-
-
 def _check_range(name: str, values: torch.Tensor, low: int, high: int, meaning: str) -> None:
     wrong = ((values < low) | (values > high)).nonzero()
     if wrong.numel():
         index = int(wrong[0])
         reject(f"{name}[{index}]", f"{low} to {high} ({meaning})", int(values[index]))
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        reject(name, f"an int >= {least}", repr(value), error=InvalidTypeError)
-    if value < least:
-        reject(name, f"an int >= {least}", value)

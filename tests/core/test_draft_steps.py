@@ -162,10 +162,10 @@ def vector(dtype: torch.dtype = torch.int64, stride: int = 1) -> torch.Tensor:
     ("steps", "limits", "error", "message"),
     [
         ([], DraftLimits(8, PastEnd.PAD), InvalidValueError, "steps: expected at least one draft step"),
-        ([DraftStep(vector(), vector(), vector(torch.int32))], DraftLimits(0, PastEnd.PAD), InvalidValueError, "max_model_len"),
-        ([DraftStep(vector(), vector(), vector())], DraftLimits(8, PastEnd.PAD), InvalidTypeError, r"steps\[0\].seq_lens: expected torch.int32"),
+        ([DraftStep(vector(), vector(), vector(torch.int32))], DraftLimits(0, PastEnd.PAD), InvalidValueError, "max_model_len: expected an int >= 1, got 0"),
+        ([DraftStep(vector(), vector(), vector())], DraftLimits(8, PastEnd.PAD), InvalidTypeError, r"steps\[0\].seq_lens: expected int32, got int64"),
         ([DraftStep(vector(stride=2), vector(), vector(torch.int32))], DraftLimits(8, PastEnd.PAD), InvalidValueError, "contiguous vector"),
-        ([DraftStep(vector(), vector(), vector(torch.int32).to("meta"))], DraftLimits(8, PastEnd.PAD), InvalidValueError, "on cpu, got meta"),
+        ([DraftStep(vector(), vector(), vector(torch.int32).to("meta"))], DraftLimits(8, PastEnd.PAD), InvalidValueError, r"device cpu \(that of steps\[0\].positions\), got device meta"),
     ],
 )  # fmt: skip
 def test_bad_destinations_are_named(
@@ -179,8 +179,8 @@ def test_bad_destinations_are_named(
     ("positions", "table", "error", "message"),
     [
         (torch.zeros(3), torch.zeros(3, 2, dtype=torch.int32), InvalidTypeError, "positions: expected int32 or int64"),
-        (torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int32), InvalidValueError, "positions: expected 1"),
-        (torch.zeros(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int32), InvalidValueError, "at least one block"),
+        (torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int32), InvalidValueError, "positions: expected at least 3 entries, got 2"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int32), InvalidValueError, "block_table: expected at least 1 columns, got 0"),
     ],
 )  # fmt: skip
 def test_bad_sources_are_named(
