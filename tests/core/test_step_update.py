@@ -179,7 +179,12 @@ def _plain() -> Case:
             "slot_mapping: expected at least 2 columns, got 1",
         ),
         ("slots", "enabled", torch.zeros(1), "enabled: expected bool, got float32"),
-        ("slots", "slot_mapping", torch.zeros(1, 8, dtype=torch.int64)[:, ::2], "slot_mapping: expected rows of stride 1"),
+        (
+            "slots",
+            "slot_mapping",
+            torch.zeros(1, 8, dtype=torch.int64)[:, ::2],
+            "slot_mapping: expected rows of stride 1",
+        ),
         (
             "slots",
             "enabled",
