@@ -197,7 +197,7 @@ class Path:
                 self._fell_back(native_mode, "capture", strategy, error)
             else:
                 prepared[key] = preparation
-                why = not_graph() if self._host.strategies[0] == "graph" else ""
+                why = not_graph() if self._host.strategies[0] == "graph" and not self._host.verify else ""
                 note = preparation.note + (f", not graph: {why}" if why else "")
                 self._host.using(logger, ENGINE, path, strategy + note)
                 if known is None:
