@@ -50,7 +50,7 @@ class SglangHarness:
             multi = self._multi[name] = kit.make_multi_step(config, table, num_steps)
             for size in sizes.captured:
                 fill = torch.ones(size, dtype=torch.int64, device=table.device)
-                multi.init_forward_metadata_out_graph(kit.make_batch("DECODE", fill, fill - 1), in_capture=True)
+                kit.before_capture(multi, kit.make_batch("DECODE", fill, fill - 1))
 
     def run(self, entry: Round) -> list[str]:
         """Prepare a round with every contender; return the plugin's values that differ from the per-backend code's."""
@@ -66,7 +66,7 @@ class SglangHarness:
                 for backend in multi.attn_backends:
                     kit.engine_metadata(backend, batch, "DECODE")
             else:
-                multi.init_forward_metadata_out_graph(kit.replay_view(batch))
+                kit.before_replay(multi, batch, kit.replay_view(batch))
             synchronize()
             self.seconds[name].append(time.perf_counter() - start)
         expected = self._multi[first].attn_backends[0].forward_metadata
