@@ -87,6 +87,42 @@ def test_what_is_missing_is_named(wheel: Path, path: str, parameters: tuple[str,
     assert problem.startswith(f"looked for {path}") and found in problem
 
 
+REGISTRY = """
+_current_plugin_source = None
+class HookType:
+    AROUND = 1
+class HookRegistry:
+    _hooks = {}
+    _patched = set()
+    def register(cls, target, hook, hook_type): ...
+    def apply_hooks(cls): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        (["nsa_backend"], "nsa_backend.NativeSparseAttnMultiStepBackend.init_forward_metadata_capture_cuda_graph"),
+        (
+            ["dsa_backend", "nsa_backend"],
+            "dsa_backend.DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph",
+        ),
+        ([], "dsa_backend.DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph"),
+    ],
+)
+def test_a_wheel_is_probed_for_the_names_that_it_goes_by(tmp_path: Path, there: list[str], named: str) -> None:
+    path = tmp_path / "sglang-9.9-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("sglang/srt/plugins/hook_registry.py", REGISTRY)
+        for module in there:
+            archive.writestr(f"sglang/srt/layers/attention/{module}.py", "")
+    row = run.check("sglang", path, tmp_path / "no environment")
+    assert row["how"] == "static"
+    for strategies in row["paths"].values():
+        for state in strategies.values():
+            assert state.startswith(f"unsupported: looked for sglang.srt.layers.attention.{named}")
+
+
 def test_pins_and_release_come_from_the_wheel(wheel: Path) -> None:
     assert run.release_of(wheel) == "2.0"
     assert run.pins(wheel, ("pinned", "loose", "extra")) == ["pinned==1.2.3"]
