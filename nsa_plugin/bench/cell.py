@@ -140,7 +140,7 @@ class Contender:
     host : calls to measure the host with, one per input; None if there is nothing to call
     gpu : calls to measure the GPU with
     run : prepare input i completely
-    consumers : the buffers that are filled
+    consumers : the buffers that are filled, if the reference knows them
     """
 
     name: str
