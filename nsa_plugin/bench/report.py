@@ -147,8 +147,7 @@ def plot(results: Results, path: Path) -> None:
     else:
         right.text(0.5, 0.5, "no GPU: nothing to show", transform=right.transAxes, ha="center")
     for panel in (left, middle, right):
-        panel.set_ylim(bottom=0)
-        panel.margins(y=0.1)
+        panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
         panel.grid(axis="y", alpha=0.3)
     left.legend()
     figure.suptitle(title(results), fontsize=9)

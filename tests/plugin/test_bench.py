@@ -106,6 +106,11 @@ def test_an_engine_that_is_not_there_is_named(
         assert f"--engine {engine} needs {engine} installed" in out and f"pip install 'nsa-plugin[{engine}]'" in out
 
 
+def test_a_table_without_room_for_draft_tokens_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--width", "64"]) == 2
+    assert "--width: expected more than 64 columns" in " ".join(capsys.readouterr().out.split())
+
+
 def test_vllm_has_one_mode(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--engine", "vllm", "--mode", "decode", "verify"]) == 2
     assert "--mode: expected decode with --engine vllm, got decode verify" in " ".join(capsys.readouterr().out.split())

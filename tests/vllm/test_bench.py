@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,12 @@ def test_a_step_that_is_left_to_vllm_is_no_result(
     from vllm.v1.worker.gpu.block_table import BlockTables
 
     right = BlockTables.compute_slot_mappings
-    monkeypatch.setattr(BlockTables, "compute_slot_mappings", lambda *args, **kwargs: right(*args, **kwargs))
+
+    @functools.wraps(right)
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(BlockTables, "compute_slot_mappings", theirs)
     assert main([*CELL, "--json", str(tmp_path / "b.json")]) == 2
     assert "the one kernel could not be had" in " ".join(capsys.readouterr().out.split())
 
