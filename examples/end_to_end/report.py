@@ -26,7 +26,7 @@ Cell = dict[str, Any]
 def reduce(results: dict[str, Any]) -> dict[str, Any]:
     """What is worth keeping of a run: per cell and variant, figures and whether the tokens are the same."""
     cells = []
-    for cell in results["cells"]:
+    for cell in sorted(results["cells"], key=lambda cell: (cell["steps"], cell["prompt"], cell["batch"])):
         reference = cell["runs"][0]["tokens"]
         variants: dict[str, Any] = {}
         for variant in dict.fromkeys(run["variant"] for run in cell["runs"]):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import random
@@ -76,6 +77,10 @@ class Engine:
             return self._read()
         finally:
             timer.cancel()
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
 
     def quit(self) -> None:
         """Let it end; kill it if it does not."""
@@ -150,26 +155,32 @@ def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator
     """Cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
     rng = random.Random(options.seed)
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    for steps in options.steps:
-        present = [variant for variant in VARIANTS if f"{steps} {variant}" in engines]
-        for length in options.prompt:
-            for batch in options.batch:
-                prompts = [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for _ in range(batch)]
-                cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
-                one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
-                many = one | {"max_new_tokens": options.new_tokens}
-                for variant in present:
-                    engines[f"{steps} {variant}"].ask(one | {"max_new_tokens": WARM_UP_TOKENS})
-                    answer = engines[f"{steps} {variant}"].ask(one)
-                    cell["first"][variant] = answer["end"] - answer["start"]
-                started, turn = time.perf_counter(), 0
-                while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
-                    for variant in present[turn % len(present) :] + present[: turn % len(present)]:
-                        answer = engines[f"{steps} {variant}"].ask(many)
-                        cell["runs"].append({"variant": variant, "turn": turn, **answer})
-                    turn += 1
-                say(f"steps {steps}, prompt {length}, batch {batch}: {turn} turns")
-                yield cell
+    begun = time.perf_counter()
+    for batch, length, steps in itertools.product(options.batch, options.prompt, options.steps):
+        if time.perf_counter() - begun > options.seconds:
+            say(f"batch {batch}, prompt {length}, steps {steps}: left out, over {options.seconds:.0f} s")
+            continue
+        present = [name for name in VARIANTS if (engine := engines.get(f"{steps} {name}")) and engine.alive()]
+        prompts = [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for _ in range(batch)]
+        cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
+        one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
+        many = one | {"max_new_tokens": options.new_tokens}
+        try:
+            for variant in present:
+                engines[f"{steps} {variant}"].ask(one | {"max_new_tokens": WARM_UP_TOKENS})
+                answer = engines[f"{steps} {variant}"].ask(one)
+                cell["first"][variant] = answer["end"] - answer["start"]
+            started, turn = time.perf_counter(), 0
+            while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
+                for variant in present[turn % len(present) :] + present[: turn % len(present)]:
+                    answer = engines[f"{steps} {variant}"].ask(many)
+                    cell["runs"].append({"variant": variant, "turn": turn, **answer})
+                turn += 1
+        except (RuntimeError, OSError) as error:
+            say(f"batch {batch}, prompt {length}, steps {steps}: left out, {error}")
+            continue
+        say(f"batch {batch}, prompt {length}, steps {steps}: {turn} turns")
+        yield cell
 
 
 def record(options: argparse.Namespace, engine: Engine) -> None:
@@ -216,6 +227,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--most", type=int, default=3, help="turns per cell at most")
+    parser.add_argument("--seconds", type=float, default=1800, help="no further cell after this time")
     parser.add_argument("--seconds-per-cell", type=float, default=30, help="no further turn after this time")
     parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
     parser.add_argument("--seed", type=int, default=0)
