@@ -143,7 +143,7 @@ def _subject(cell: Cell, options: Options, device: torch.device, wheel: Path | N
         from nsa_plugin.bench.vllm_engine import Vllm
     except ImportError as error:
         raise UnavailableError(
-            f"--engine vllm drives the speculator of Model Runner V2, as vLLM 0.32 and 0.33 have it; this vLLM: {error}"
+            f"--engine vllm drives the speculator of Model Runner V2, as vLLM 0.32 and later have it: {error}"
         ) from error
     return Vllm(cell, device)
 

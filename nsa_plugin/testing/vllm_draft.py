@@ -144,8 +144,7 @@ class Graphs:
     def body(self) -> None:
         """What a graph records: the whole draft if its metadata stays in place, else one step."""
         speculator, size = self._draft.speculator, self._draft.sizes.captured
-        fused = speculator.supports_decode_metadata_update
-        run = speculator._generate_fused_drafts if fused else speculator._generate_draft
+        run = speculator._generate_fused_drafts if self._draft.fused else speculator._generate_draft
         steps = speculator.num_speculative_steps
         run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
 
@@ -232,6 +231,11 @@ class Draft:
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
             self.graphs: Any = graphs(self)
             self.speculator.decode_cudagraph_manager = self.graphs
+
+    @property
+    def fused(self) -> bool:
+        """Whether the whole draft is one graph."""
+        return bool(self.speculator.supports_decode_metadata_update)
 
     @property
     def builders(self) -> list[Any]:

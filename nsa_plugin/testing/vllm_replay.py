@@ -11,24 +11,27 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-from nsa_plugin.adapters.vllm import adapter as vllm_adapter
+from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.adapters.vllm import v2_builder, v2_step
+from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.settings import Settings
-from nsa_plugin.testing.vllm_draft import Draft, DraftModel, Graphs, Sizes
+from nsa_plugin.testing.vllm_draft import Draft, DraftModel, Graphs, Sizes, Speculator
 from nsa_plugin.testing.watching import WatchedHost
 
 LAYOUTS = {"fp8 64 heads": ("fp8_ds_mla", 64), "fp8 16 heads": ("fp8_ds_mla", 16), "bf16 64 heads": ("auto", 64)}
 """Dtype of the KV cache and attention heads per GPU: each takes other branches of the metadata builders."""
 STOCK, IN_PLACE, ONE_KERNEL = "vllm stock", "vllm in place", "one kernel"
+STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE)
+"""Methods of the speculator that "one kernel" replaces and "vllm in place" leaves as they are."""
 POISON = 7
 BUFFERS = (
     "req_id_per_token_buffer", "decode_seq_lens_buffer", "decode_lens_buffer", "per_req_decode_lens_buffer",
@@ -128,13 +131,8 @@ class ReplayedDraft(Draft):
         self.tables.apply_staged_writes()
         for builder in self.builders:
             setattr(builder, v2_builder.METHOD, getattr(builder, v2_builder.METHOD))
-        for name in (v2_step.GENERATE, v2_step.UPDATE):
+        for name in STEP_METHODS:
             setattr(self.speculator, name, getattr(self.speculator, name))
-
-    @property
-    def fused(self) -> bool:
-        """Whether the whole draft is one graph."""
-        return bool(self.speculator.supports_decode_metadata_update)
 
     def without_metadata(self) -> None:
         """Leave the metadata of the steps as it was captured, from the next capture on."""
@@ -239,17 +237,24 @@ def ways(layout: str, tokens: int, sizes: Sizes) -> Iterator[dict[str, ReplayedD
     Raises
     ------
     UnavailableError
-        vLLM cannot be patched, or an update could not be had.
+        vLLM is too old or cannot be patched, or an update could not be had.
     """
-    host, adapter = WatchedHost(Settings()), vllm_adapter.VllmAdapter()
-    drafts = {STOCK: ReplayedDraft(layout, tokens, sizes)}
+    if absent := [name for name in STEP_METHODS if not hasattr(Speculator, name)]:
+        raise UnavailableError(
+            f"looked for the speculator of vLLM 0.32 and later, found vLLM {installed_version('vllm')} without "
+            f"{', '.join(absent)}"
+        )
+    host, adapter = WatchedHost(Settings()), VllmAdapter()
+    shipped = ReplayedDraft(layout, tokens, sizes)
     try:
-        for way, parts in ((IN_PLACE, vllm_adapter.V2_PARTS[:1]), (ONE_KERNEL, vllm_adapter.V2_PARTS)):
-            adapter.undo()
-            with mock.patch.object(vllm_adapter, "V2_PARTS", parts):
-                if problems := adapter.install(host):
-                    raise UnavailableError("; ".join(problems))
-            drafts[way] = ReplayedDraft(layout, tokens, sizes)
+        if problems := adapter.install(host):
+            raise UnavailableError("; ".join(problems))
+        in_place, drafts = ReplayedDraft(layout, tokens, sizes), {STOCK: shipped}
+        for name in STEP_METHODS:
+            setattr(
+                in_place.speculator, name, MethodType(getattr(shipped.speculator, name).__func__, in_place.speculator)
+            )
+        drafts |= {IN_PLACE: in_place, ONE_KERNEL: ReplayedDraft(layout, tokens, sizes)}
         if [draft.fused for draft in drafts.values()] != [False, True, True]:
             raise UnavailableError(f"expected a draft in one graph with the plugin only; it serves {host.served}")
         yield drafts
