@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +59,16 @@ class Engine:
 
     def wait(self, seconds: float) -> None:
         """Wait until it is up; raise RuntimeError with the end of its log if it does not come up."""
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        try:
+        with self._limit(seconds):
             self.ready = self._read()
-        finally:
-            timer.cancel()
 
     def ask(self, request: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
         """Send a request and wait for the answer."""
         assert self._process.stdin is not None
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        try:
+        with self._limit(seconds):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             return self._read()
-        finally:
-            timer.cancel()
 
     def alive(self) -> bool:
         """Whether it still runs."""
@@ -103,6 +95,16 @@ class Engine:
         """Lines of its log that say what was loaded, captured and allocated."""
         lines = self._log.read_text(errors="replace").splitlines()
         return [line[-300:] for line in lines if LOG_LINES.search(line)]
+
+    @contextlib.contextmanager
+    def _limit(self, seconds: float) -> Iterator[None]:
+        """Kill it if what is within takes longer."""
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -151,17 +153,25 @@ def start_all(options: argparse.Namespace) -> dict[str, Engine]:
     return engines
 
 
+def random_prompts(model: Path, rng: random.Random, lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts of so many tokens of the model's vocabulary, its first and last ten left out."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    return [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for length in lengths]
+
+
 def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
     """Cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
     rng = random.Random(options.seed)
-    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
     begun = time.perf_counter()
     for batch, length, steps in itertools.product(options.batch, options.prompt, options.steps):
         if time.perf_counter() - begun > options.seconds:
             say(f"batch {batch}, prompt {length}, steps {steps}: left out, over {options.seconds:.0f} s")
             continue
         present = [name for name in VARIANTS if (engine := engines.get(f"{steps} {name}")) and engine.alive()]
-        prompts = [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for _ in range(batch)]
+        if not present:
+            say(f"batch {batch}, prompt {length}, steps {steps}: left out, no engine for it is up")
+            continue
+        prompts = random_prompts(options.model, rng, [length] * batch)
         cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
         one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
         many = one | {"max_new_tokens": options.new_tokens}
@@ -188,19 +198,18 @@ def record(options: argparse.Namespace, engine: Engine) -> None:
     rng = random.Random(options.seed)
     for requests, longest, new_tokens in TRACED:
         lengths = [longest] + [rng.randrange(1, longest) for _ in range(requests - 1)]
-        prompts = [[rng.randrange(10, 1000) for _ in range(length)] for length in lengths]
+        prompts = random_prompts(options.model, rng, lengths)
         engine.ask({"op": "generate", "prompts": prompts, "max_new_tokens": new_tokens})
 
 
 def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> dict[str, Any]:
     """What torch's profiler sees of some rounds of one request, engine by engine."""
-    rng = random.Random(options.seed)
-    prompt = [rng.randrange(10, 1000) for _ in range(options.prompt[0])]
+    prompts = random_prompts(options.model, random.Random(options.seed), options.prompt[:1])
     found: dict[str, Any] = {}
     for name, engine in engines.items():
         if name.endswith(RECORDING):
             continue
-        request = {"op": "profile", "prompts": [prompt], "max_new_tokens": 100, "folder": str(engine.folder / "trace")}
+        request = {"op": "profile", "prompts": prompts, "max_new_tokens": 100, "folder": str(engine.folder / "trace")}
         try:
             found[name] = engine.ask(request, 60)
         except Exception as error:
