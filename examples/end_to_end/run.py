@@ -8,7 +8,8 @@ request, and from the probe inside the engine's process the time from round to r
     python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
 
 DIR is what `pip install --target DIR` made of the plugin's wheel (with its dependencies) and of `probe/`; both are put
-on PYTHONPATH, which is all that the variants differ in besides NSA_PLUGIN_STRATEGY.
+on PYTHONPATH, which is all that the variants differ in besides NSA_PLUGIN_STRATEGY. A run that is stopped (SIGTERM) writes
+what it has measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -202,19 +204,17 @@ def record(options: argparse.Namespace, engine: Engine) -> None:
         engine.ask({"op": "generate", "prompts": prompts, "max_new_tokens": new_tokens})
 
 
-def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> dict[str, Any]:
+def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What torch's profiler sees of some rounds of one request, engine by engine."""
     prompts = random_prompts(options.model, random.Random(options.seed), options.prompt[:1])
-    found: dict[str, Any] = {}
     for name, engine in engines.items():
-        if name.endswith(RECORDING):
+        if name.endswith(RECORDING) or not engine.alive():
             continue
-        request = {"op": "profile", "prompts": prompts, "max_new_tokens": 100, "folder": str(engine.folder / "trace")}
+        request = {"op": "profile", "prompts": prompts, "max_new_tokens": 40, "folder": str(engine.folder / "trace")}
         try:
-            found[name] = engine.ask(request, 60)
-        except Exception as error:
-            found[name] = {"error": str(error)[:300]}
-    return found
+            yield name, engine.ask(request, 60)
+        except (RuntimeError, OSError) as error:
+            yield name, {"error": str(error)[:300]}
 
 
 def say(text: str) -> None:
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--wait-for", type=Path, help="measure only when this file is there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"stopped by signal {number}"))
     engines = start_all(options)
     say(f"{len(engines)} engines are up")
     while options.wait_for is not None and not options.wait_for.exists():
@@ -257,9 +258,11 @@ def main() -> None:
         for cell in measure(options, engines):
             results["cells"].append(cell)
             raw.write_text(json.dumps(results))
-        results["profiles"] = profiles(options, engines)
         if recording := engines.get(f"{options.steps[0]} {RECORDING}"):
             record(options, recording)
+        results["profiles"] = {}
+        for name, profile in profiles(options, engines):
+            results["profiles"][name] = profile
     finally:
         time.sleep(1.5)
         results["logs"] = {name: engine.log_lines() for name, engine in engines.items()}
@@ -267,11 +270,11 @@ def main() -> None:
             engine.quit()
         results["times"] = {name: engine.times() for name, engine in engines.items()}
         raw.write_text(json.dumps(results))
-    sys.path.append(str(options.plugin))
-    from report import reduce
+        sys.path.append(str(options.plugin))
+        from report import reduce
 
-    options.json.write_text(json.dumps(reduce(results), indent=1) + "\n")
-    say("done")
+        options.json.write_text(json.dumps(reduce(results), indent=1) + "\n")
+        say("done")
 
 
 STARTED = time.perf_counter()
