@@ -100,12 +100,14 @@ def _machine() -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """One row per cell."""
     variants = list(dict.fromkeys(name for cell in results["cells"] for name in cell["variants"]))
+    names = ", ".join(variants)
     lines = [
         f"{results['engine']}, {results['machine']['machine']}, {results['date']}: decode tokens/s (median; change "
-        f"against {BASELINE}), time from round to round (median / p99), tokens of all turns compared:",
+        f"against {BASELINE}), µs from round to round (median / p99), µs of host time for metadata per round, tokens of "
+        "all turns compared:",
         "",
-        "| steps | prompt | batch | " + " | ".join(variants) + " | round, µs: " + ", ".join(variants) + " | tokens |",
-        "|---|---|---|" + "---|" * (len(variants) + 2),
+        f"| steps | prompt | batch | {' | '.join(variants)} | round: {names} | metadata: {names} | tokens |",
+        "|---|---|---|" + "---|" * (len(variants) + 3),
     ]
     for cell in results["cells"]:
         found = [cell["variants"].get(variant) for variant in variants]
@@ -117,11 +119,18 @@ def markdown(results: dict[str, Any]) -> str:
             else f"{one['round_us_median']:,.0f} / {one['round_us_p99']:,.0f}"
             for one in found
         )
+        metadata = ", ".join("–" if one is None else _metadata(one) for one in found)
         same = "same" if all(one["same_tokens"] for one in found if one) else "differ"
         lines.append(
-            f"| {cell['steps']} | {cell['prompt']} | {cell['batch']} | {' | '.join(rates)} | {rounds} | {same} |"
+            f"| {cell['steps']} | {cell['prompt']} | {cell['batch']} | {' | '.join(rates)} | {rounds} | {metadata} | {same} |"
         )
     return "\n".join(lines)
+
+
+def _metadata(one: dict[str, Any]) -> str:
+    """Host time of everything that prepares metadata, per round."""
+    parts = [value["median"] * value["per_round"] for name, value in one.items() if name.endswith("metadata us")]
+    return f"{sum(parts):,.0f}" if parts else "–"
 
 
 def _rate(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
