@@ -118,10 +118,12 @@ class Engine:
         raise RuntimeError(f"engine {self.name} ended; the end of its log:\n{tail}")
 
 
-def start(options: argparse.Namespace, steps: int, variant: str, port: int) -> Engine:
-    """Start one engine; it is not up yet."""
+def start(
+    options: argparse.Namespace, steps: int, variant: str, port: int, settings: dict[str, str] | None = None
+) -> Engine:
+    """Start one engine, with the plugin's settings of its variant or others; it is not up yet."""
     path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
-    environment = {**os.environ, **VARIANTS.get(variant, {})}
+    environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
     if variant == RECORDING:
         path.append(options.recorder)
         environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")
@@ -222,15 +224,25 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
 
 
-def main() -> None:
-    """Run, and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all runs have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("sglang", "vllm"), default="sglang")
     parser.add_argument("--plugin", type=Path, required=True, help="folder with the installed plugin")
     parser.add_argument("--probe", type=Path, required=True, help="folder with the installed probe")
-    parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
+    parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    """Run, and write one JSON file."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="+", default=[1024, 16384])
@@ -238,10 +250,6 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=3, help="turns per cell at most")
     parser.add_argument("--seconds", type=float, default=1800, help="no further cell after this time")
     parser.add_argument("--seconds-per-cell", type=float, default=30, help="no further turn after this time")
-    parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--wait-for", type=Path, help="measure only when this file is there")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"stopped by signal {number}"))

@@ -83,3 +83,24 @@ def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> Non
         [sys.executable, "report.py", str(tmp_path / "r.json")], cwd=example, capture_output=True, text=True, check=True
     ).stdout
     assert table.count("differ" if wrong else "same") == 4 and "| 4 | 16 | 2 |" in table
+
+
+@pytest.mark.parametrize("planted", ["", "a token", "a line of the log"])
+def test_two_engines_side_by_side_are_compared_with_one_alone(tmp_path: Path, planted: str) -> None:
+    example = tmp_path / "example"
+    shutil.copytree(EXAMPLE, example)
+    worker = WORKER.replace('strategy == "auto"', '"verified-1" in os.environ["E2E_TIMES"]')
+    if planted == "a line of the log":
+        worker = worker.replace("nsa-plugin: loaded", "nsa-plugin: draft: … its own values are used, …")
+    (example / "sglang_worker.py").write_text(f"WRONG = {planted == 'a token'}\n{worker}")
+    results = tmp_path / "r.json"
+    done = subprocess.run(
+        [sys.executable, "side_by_side.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"),
+         "--out", str(tmp_path / "out"), "--new-tokens", "20", "--json", str(results)],
+        cwd=example, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == bool(planted), done.stdout + done.stderr
+    found = json.loads(results.read_text())
+    assert found["ok"] is not bool(planted)
+    assert len(found["trouble"]) == (2 if planted == "a line of the log" else 0)
+    assert found["same_tokens"] == [[True] * 6, [planted != "a token"] * 6]
