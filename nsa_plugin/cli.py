@@ -31,22 +31,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--trace", type=Path, help="a recorded trace instead of a generated one (JSON lines)")
     demo.add_argument("--seed", type=int, default=0)
     bench = commands.add_parser("bench", help="measure every way to prepare a replay, in one run on the same inputs")
-    bench.add_argument("--engine", choices=("none", "sglang", "vllm"), default="none")
-    bench.add_argument("--mode", choices=("decode", "verify", "extend"), nargs="+", default=["decode"])
-    bench.add_argument("--bs", type=_positive, nargs="+", default=[1, 8, 32, 128], help="batch sizes")
-    bench.add_argument("--ctx", type=_positive, nargs="+", default=[4096, 16384, 131072], help="context lengths")
-    bench.add_argument("--steps", type=_steps, nargs="+", default=[4, 8], help="speculative steps")
     bench.add_argument(
-        "--width", type=_positive, default=163840, help="columns of the token table (default: %(default)s)"
+        "--engine", choices=("none", "sglang", "vllm"), default="none",
+        help="none: this package alone; vllm: Model Runner V2's real speculator, whole drafts with a stand-in for the model "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--mode", choices=("decode", "verify", "extend"), nargs="+", default=["decode"],
+        help="what to prepare (default: decode, all that vllm has)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--bs", type=_positive, nargs="+", default=[1, 8, 32, 128], help="batch sizes; vllm: captured ones, full"
     )
+    bench.add_argument(
+        "--ctx",
+        type=_positive,
+        nargs="+",
+        default=[4096, 16384, 131072],
+        help="context lengths: sequences of half to all of it",
+    )
+    bench.add_argument(
+        "--steps",
+        type=_steps,
+        nargs="+",
+        default=[4, 8],
+        help="speculative steps (vllm: speculative tokens K), at least 2",
+    )
+    bench.add_argument(
+        "--width", type=_positive, default=163840,
+        help="columns of the token table (vllm: the model's maximal length), over 64 (default: %(default)s)",
+    )  # fmt: skip
     bench.add_argument("--decode-impl", default="flashmla_kv", help="sglang's decode kernel (default: %(default)s)")
-    bench.add_argument("--seed-wheel", type=Path, help="sglang 0.5.6.post2's wheel (default: fetched with pip)")
+    bench.add_argument(
+        "--seed-wheel",
+        type=Path,
+        help="sglang 0.5.6.post2's wheel, whose loop none and sglang are compared with (default: fetched with pip)",
+    )
     bench.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one, which the results name)")
     bench.add_argument(
         "--trace", type=Path, help="recorded batches (JSON lines) instead of random ones of --bs and --ctx"
     )
     bench.add_argument("--json", type=Path, help="write the results here")
     bench.add_argument("--plot", type=Path, help="draw the results here (PNG, SVG, PDF)")
+    draw = commands.add_parser("plot", help="draw a result file of bench, which may come from another machine")
+    draw.add_argument("results", type=Path, help="what bench wrote with --json")
+    draw.add_argument("picture", type=Path, help="the plot (PNG, SVG, PDF)")
     readme = commands.add_parser("readme-table", help="make the README's table from result files")
     readme.add_argument("readme", type=Path)
     readme.add_argument("results", type=Path, nargs="+")
@@ -73,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verify(options.file, console)
         if options.command == "bench":
             return _bench(options, console)
+        if options.command == "plot":
+            from nsa_plugin.bench.report import plot
+
+            plot(_load(options.results), options.picture)
+            return 0
         if options.command == "readme-table":
             from nsa_plugin.bench.report import update_readme
 
@@ -89,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
     from nsa_plugin.bench.report import plot, terminal
-    from nsa_plugin.bench.run import Options, bench
+    from nsa_plugin.bench.run import OURS, Options, bench
 
     def save(results: dict[str, Any]) -> None:
         if options.json is not None:
@@ -106,10 +140,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     console.print(terminal(results))
     if options.plot is not None:
         plot(results, options.plot)
-    ours = ("copy", "share", "graph")
-    wrong = any(
-        cell["contenders"][name]["differs"] for cell in results["cells"] for name in ours if name in cell["contenders"]
-    )
+    wrong = any(row["differs"] for cell in results["cells"] for name, row in cell["contenders"].items() if name in OURS)
     return 1 if wrong else 0
 
 

@@ -8,7 +8,8 @@ request, and from the probe inside the engine's process the time from round to r
     python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
 
 DIR is what `pip install --target DIR` made of the plugin's wheel (with its dependencies) and of `probe/`; both are put
-on PYTHONPATH, which is all that the variants differ in besides NSA_PLUGIN_STRATEGY.
+on PYTHONPATH, which is all that the variants differ in besides NSA_PLUGIN_STRATEGY. A run that is stopped (SIGTERM) writes
+what it has measured.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +61,20 @@ class Engine:
 
     def wait(self, seconds: float) -> None:
         """Wait until it is up; raise RuntimeError with the end of its log if it does not come up."""
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        try:
+        with self._limit(seconds):
             self.ready = self._read()
-        finally:
-            timer.cancel()
 
     def ask(self, request: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
         """Send a request and wait for the answer."""
         assert self._process.stdin is not None
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        try:
+        with self._limit(seconds):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             return self._read()
-        finally:
-            timer.cancel()
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
 
     def quit(self) -> None:
         """Let it end; kill it if it does not."""
@@ -99,6 +98,16 @@ class Engine:
         lines = self._log.read_text(errors="replace").splitlines()
         return [line[-300:] for line in lines if LOG_LINES.search(line)]
 
+    @contextlib.contextmanager
+    def _limit(self, seconds: float) -> Iterator[None]:
+        """Kill it if what is within takes longer."""
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -109,10 +118,12 @@ class Engine:
         raise RuntimeError(f"engine {self.name} ended; the end of its log:\n{tail}")
 
 
-def start(options: argparse.Namespace, steps: int, variant: str, port: int) -> Engine:
-    """Start one engine; it is not up yet."""
+def start(
+    options: argparse.Namespace, steps: int, variant: str, port: int, settings: dict[str, str] | None = None
+) -> Engine:
+    """Start one engine, with the plugin's settings of its variant or others; it is not up yet."""
     path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
-    environment = {**os.environ, **VARIANTS.get(variant, {})}
+    environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
     if variant == RECORDING:
         path.append(options.recorder)
         environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")
@@ -146,30 +157,44 @@ def start_all(options: argparse.Namespace) -> dict[str, Engine]:
     return engines
 
 
+def random_prompts(model: Path, rng: random.Random, lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts of so many tokens of the model's vocabulary, its first and last ten left out."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    return [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for length in lengths]
+
+
 def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
     """Cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
     rng = random.Random(options.seed)
-    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    for steps in options.steps:
-        present = [variant for variant in VARIANTS if f"{steps} {variant}" in engines]
-        for length in options.prompt:
-            for batch in options.batch:
-                prompts = [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for _ in range(batch)]
-                cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
-                one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
-                many = one | {"max_new_tokens": options.new_tokens}
-                for variant in present:
-                    engines[f"{steps} {variant}"].ask(one | {"max_new_tokens": WARM_UP_TOKENS})
-                    answer = engines[f"{steps} {variant}"].ask(one)
-                    cell["first"][variant] = answer["end"] - answer["start"]
-                started, turn = time.perf_counter(), 0
-                while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
-                    for variant in present[turn % len(present) :] + present[: turn % len(present)]:
-                        answer = engines[f"{steps} {variant}"].ask(many)
-                        cell["runs"].append({"variant": variant, "turn": turn, **answer})
-                    turn += 1
-                say(f"steps {steps}, prompt {length}, batch {batch}: {turn} turns")
-                yield cell
+    begun = time.perf_counter()
+    for batch, length, steps in itertools.product(options.batch, options.prompt, options.steps):
+        if time.perf_counter() - begun > options.seconds:
+            say(f"batch {batch}, prompt {length}, steps {steps}: left out, over {options.seconds:.0f} s")
+            continue
+        present = [name for name in VARIANTS if (engine := engines.get(f"{steps} {name}")) and engine.alive()]
+        if not present:
+            say(f"batch {batch}, prompt {length}, steps {steps}: left out, no engine for it is up")
+            continue
+        prompts = random_prompts(options.model, rng, [length] * batch)
+        cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
+        one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
+        many = one | {"max_new_tokens": options.new_tokens}
+        try:
+            for variant in present:
+                engines[f"{steps} {variant}"].ask(one | {"max_new_tokens": WARM_UP_TOKENS})
+                answer = engines[f"{steps} {variant}"].ask(one)
+                cell["first"][variant] = answer["end"] - answer["start"]
+            started, turn = time.perf_counter(), 0
+            while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
+                for variant in present[turn % len(present) :] + present[: turn % len(present)]:
+                    answer = engines[f"{steps} {variant}"].ask(many)
+                    cell["runs"].append({"variant": variant, "turn": turn, **answer})
+                turn += 1
+        except (RuntimeError, OSError) as error:
+            say(f"batch {batch}, prompt {length}, steps {steps}: left out, {error}")
+            continue
+        say(f"batch {batch}, prompt {length}, steps {steps}: {turn} turns")
+        yield cell
 
 
 def record(options: argparse.Namespace, engine: Engine) -> None:
@@ -177,24 +202,21 @@ def record(options: argparse.Namespace, engine: Engine) -> None:
     rng = random.Random(options.seed)
     for requests, longest, new_tokens in TRACED:
         lengths = [longest] + [rng.randrange(1, longest) for _ in range(requests - 1)]
-        prompts = [[rng.randrange(10, 1000) for _ in range(length)] for length in lengths]
+        prompts = random_prompts(options.model, rng, lengths)
         engine.ask({"op": "generate", "prompts": prompts, "max_new_tokens": new_tokens})
 
 
-def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> dict[str, Any]:
+def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What torch's profiler sees of some rounds of one request, engine by engine."""
-    rng = random.Random(options.seed)
-    prompt = [rng.randrange(10, 1000) for _ in range(options.prompt[0])]
-    found: dict[str, Any] = {}
+    prompts = random_prompts(options.model, random.Random(options.seed), options.prompt[:1])
     for name, engine in engines.items():
-        if name.endswith(RECORDING):
+        if name.endswith(RECORDING) or not engine.alive():
             continue
-        request = {"op": "profile", "prompts": [prompt], "max_new_tokens": 100, "folder": str(engine.folder / "trace")}
+        request = {"op": "profile", "prompts": prompts, "max_new_tokens": 40, "folder": str(engine.folder / "trace")}
         try:
-            found[name] = engine.ask(request, 60)
-        except Exception as error:
-            found[name] = {"error": str(error)[:300]}
-    return found
+            yield name, engine.ask(request, 60)
+        except (RuntimeError, OSError) as error:
+            yield name, {"error": str(error)[:300]}
 
 
 def say(text: str) -> None:
@@ -202,27 +224,35 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
 
 
-def main() -> None:
-    """Run, and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all runs have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("sglang", "vllm"), default="sglang")
     parser.add_argument("--plugin", type=Path, required=True, help="folder with the installed plugin")
     parser.add_argument("--probe", type=Path, required=True, help="folder with the installed probe")
-    parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
+    parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    """Run, and write one JSON file."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--most", type=int, default=3, help="turns per cell at most")
+    parser.add_argument("--seconds", type=float, default=1800, help="no further cell after this time")
     parser.add_argument("--seconds-per-cell", type=float, default=30, help="no further turn after this time")
-    parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--wait-for", type=Path, help="measure only when this file is there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"stopped by signal {number}"))
     engines = start_all(options)
     say(f"{len(engines)} engines are up")
     while options.wait_for is not None and not options.wait_for.exists():
@@ -236,9 +266,11 @@ def main() -> None:
         for cell in measure(options, engines):
             results["cells"].append(cell)
             raw.write_text(json.dumps(results))
-        results["profiles"] = profiles(options, engines)
         if recording := engines.get(f"{options.steps[0]} {RECORDING}"):
             record(options, recording)
+        results["profiles"] = {}
+        for name, profile in profiles(options, engines):
+            results["profiles"][name] = profile
     finally:
         time.sleep(1.5)
         results["logs"] = {name: engine.log_lines() for name, engine in engines.items()}
@@ -246,11 +278,11 @@ def main() -> None:
             engine.quit()
         results["times"] = {name: engine.times() for name, engine in engines.items()}
         raw.write_text(json.dumps(results))
-    sys.path.append(str(options.plugin))
-    from report import reduce
+        sys.path.append(str(options.plugin))
+        from report import reduce
 
-    options.json.write_text(json.dumps(reduce(results), indent=1) + "\n")
-    say("done")
+        options.json.write_text(json.dumps(reduce(results), indent=1) + "\n")
+        say("done")
 
 
 STARTED = time.perf_counter()

@@ -51,7 +51,9 @@ def profile(served: Any, request: dict[str, Any]) -> dict[str, Any]:
     """What torch's profiler sees of the scheduler process in some rounds of decoding."""
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    served.start_profile(output_dir=str(folder), num_steps=40, activities=["CPU", "GPU"])
+    served.start_profile(
+        output_dir=str(folder), num_steps=16, activities=["CPU", "GPU"], with_stack=False, record_shapes=False
+    )
     generate(served, request)
     for _ in range(40):
         if found := list(folder.rglob("*.json.gz")):

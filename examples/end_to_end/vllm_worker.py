@@ -1,7 +1,7 @@
 """One complete vLLM engine, served over JSON lines; see `run.py`, which starts it.
 
 `E2E_CONFIG` (environment, JSON): model (folder), steps (num_speculative_tokens), max_batch_size, max_tokens (KV cache),
-context_length (longest request, tokens; optional), tp (tensor parallel ranks; optional).
+tp (tensor parallel ranks; optional).
 
 The engine core runs in this process: all requests of a batch are queued before the first step, so that every run
 schedules the same batches, and the profiler sees the work (not with tp above 1, which takes a process per rank). Needs
@@ -51,7 +51,7 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": config["model"], "load_format": "dummy", "skip_tokenizer_init": True, "seed": 1, "dtype": "bfloat16",
         "tensor_parallel_size": config.get("tp", 1),
-        "max_model_len": config.get("context_length") or min(config["max_tokens"], 32768),
+        "max_model_len": min(config["max_tokens"], 32768),
         "max_num_seqs": config["max_batch_size"], "max_num_batched_tokens": 8192,
         "kv_cache_dtype": "fp8_ds_mla", "block_size": BLOCK, "enable_prefix_caching": False,
         "num_gpu_blocks_override": blocks, "kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.05,

@@ -9,6 +9,7 @@ import torch
 
 from nsa_plugin.bench.measure import Call
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
+from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.trace import Round, SlotTable, sizes_of
 
@@ -49,6 +50,10 @@ class Cell:
     width: int
     seed: int
     recorded: Recorded | None = None
+
+    def __post_init__(self) -> None:
+        if self.width <= MAX_STEPS:
+            reject("--width", f"more than {MAX_STEPS} columns, which draft tokens may take", self.width)
 
     @property
     def consumers(self) -> int:
@@ -140,7 +145,7 @@ class Contender:
     host : calls to measure the host with, one per input; None if there is nothing to call
     gpu : calls to measure the GPU with
     run : prepare input i completely
-    consumers : the buffers that are filled
+    consumers : the buffers that are filled, if the reference knows them
     """
 
     name: str

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nsa_plugin.bench.cell import Cell, Contender, capture
+from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, differing_fields
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
 from nsa_plugin.testing import seed
 
@@ -20,10 +21,43 @@ def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:
     return PrecomputedMetadata.allocate(batch, geometry).steps[0]
 
 
+class Embedded:
+    """The contenders of one cell: the seed-era loop (if its wheel is at hand), then copy, share and graph."""
+
+    def __init__(self, cell: Cell, device: torch.device, wheel: Path | None) -> None:
+        self._geometry, self._batches = cell.geometry(device), cell.batches(device)
+        self.bytes = cell.bytes_to_move(self._batches)
+        self.contenders = contenders(cell, self._batches, self._geometry, wheel)
+
+    def check(self, contender: Contender) -> list[str]:
+        """Fields that differ from the reference after any of the inputs."""
+        return differing_from_reference(self._batches, self._geometry, contender)
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+def differing_from_reference(
+    batches: Sequence[BatchDescriptor],
+    geometry: Geometry,
+    contender: Contender,
+    also: Callable[[int], Sequence[str]] = lambda index: (),
+) -> list[str]:
+    """Run every input; fields that differ from the reference, or that `also` names after input `index`."""
+    wrong: set[str] = set()
+    for index, batch in enumerate(batches):
+        contender.run(index)
+        expected = api.precompute(batch, geometry, impl="reference")
+        for step in contender.consumers:
+            wrong |= set(differing_fields(expected, step))
+        wrong |= set(also(index))
+    return sorted(wrong)
+
+
 def contenders(
     cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path | None
 ) -> list[Contender]:
-    """The seed-era loop (if its wheel is at hand), then copy, share and graph."""
+    """All of them, over the same inputs."""
     first = batches[0]
     found = [] if wheel is None else [seed_loop(cell, batches, geometry, wheel)]
     strategies: tuple[PlanStrategy, ...] = ("copy", "share")

@@ -50,8 +50,11 @@ def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> floa
     return statistics.median(means)
 
 
-def gpu_time(calls: Sequence[Call], rounds: int = 8) -> tuple[float | None, float | None]:
-    """Sum of kernel times and number of kernels of a call, means over `rounds` of `calls`, by torch's profiler."""
+def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, float | None]:
+    """Sum of kernel times and number of kernels of a call, by torch's profiler; `calls` take turns.
+
+    The time is the median over `rounds` of the mean of the calls, unless rounds differ in their kernels: then the mean.
+    """
     if not torch.cuda.is_available():
         return None, None
     from torch.profiler import ProfilerActivity, profile
@@ -66,7 +69,11 @@ def gpu_time(calls: Sequence[Call], rounds: int = 8) -> tuple[float | None, floa
         synchronize()
     events = [event for event in profiler.events() if event.device_type.name == "CUDA"]
     number = rounds * len(calls)
-    return sum(event.device_time for event in events) / number, len(events) / number
+    in_order = sorted(events, key=lambda event: event.time_range.start)
+    size, rest = divmod(len(events), rounds)
+    parts = [in_order] if rest or not size else [in_order[at : at + size] for at in range(0, len(events), size)]
+    times = [sum(event.device_time for event in part) for part in parts]
+    return statistics.median(times) * len(parts) / number, len(events) / number
 
 
 def copy_rate(device: torch.device) -> float:

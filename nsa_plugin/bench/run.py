@@ -10,26 +10,43 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from nsa_plugin.bench import embedded
 from nsa_plugin.bench.cell import Cell, Contender, recorded_cells
+from nsa_plugin.bench.embedded import Embedded
 from nsa_plugin.bench.measure import copy_rate, gpu_time, host_time
-from nsa_plugin.core import api
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
-from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import differing_fields
+from nsa_plugin.core.batch import ForwardMode
+from nsa_plugin.core.errors import UnavailableError, reject
 from nsa_plugin.testing import seed
+from nsa_plugin.testing.installed import require
 from nsa_plugin.testing.sglang_backends import installed_sglang
 from nsa_plugin.trace import load
 
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
 PATHS = {"decode": "draft decode", "verify": "target verify", "extend": "draft extend"}
 """What a recorded trace calls the modes."""
+
+
+OURS = frozenset(("copy", "share", "graph", "vllm in place", "one kernel"))
+"""Contenders of which a wrong value is this package's fault."""
+
+
+class Subject(Protocol):
+    """What is measured of a cell: an engine's contenders on its inputs."""
+
+    contenders: list[Contender]
+    bytes: float
+    """That one preparation must read and write at least."""
+
+    def check(self, contender: Contender) -> list[str] | None:
+        """Run every input; names of what is wrong, or None if there is nothing to compare with. Leaves it to be timed."""
+
+    def close(self) -> None:
+        """Leave the engine as it was found."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +72,14 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
         if options.engine == "sglang":
             stack.enter_context(installed_sglang())
         elif options.engine == "vllm":
-            raise UnavailableError("--engine vllm: vLLM support is not there yet; use none or sglang")
+            if options.modes != ("decode",):
+                reject(
+                    "--mode", "decode with --engine vllm", " ".join(options.modes),
+                    fix="vLLM prepares a verification once a round and drafts its first token with the same metadata",
+                )  # fmt: skip
+            require("vllm")
         rate = copy_rate(device)
-        wheel = _seed_wheel(options.seed_wheel, console)
+        wheel = None if options.engine == "vllm" else _seed_wheel(options.seed_wheel, console)
         cells = _cells(options)
         results = {
             **where(device),
@@ -89,21 +111,11 @@ def _cells(options: Options) -> list[Cell]:
 
 
 def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | None, rate: float) -> dict[str, Any]:
-    geometry = cell.geometry(device)
-    batches = cell.batches(device)
-    floor = cell.bytes_to_move(batches) / rate
+    subject = _subject(cell, options, device, wheel)
     measured: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        contenders = embedded.contenders(cell, batches, geometry, wheel)
-        engine = None
-        if options.engine == "sglang":
-            from nsa_plugin.bench.sglang_engine import Sglang
-
-            engine = Sglang(cell, batches, geometry, options.decode_impl)
-            stack.callback(engine.close)
-            contenders = [entry for entry in contenders if entry.name.startswith("seed")] + engine.contenders
-        for contender in contenders:
-            wrong = _check(batches, geometry, contender, engine)
+    with contextlib.closing(subject):
+        for contender in subject.contenders:
+            wrong = subject.check(contender)
             host = None if contender.host is None else host_time(contender.host)
             gpu, kernels = gpu_time(contender.gpu)
             measured[contender.name] = {"host_us": host, "gpu_us": gpu, "kernels": kernels, "differs": wrong}
@@ -113,23 +125,27 @@ def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | 
         "context": cell.context,
         "steps": cell.steps,
         "width": cell.width,
-        "bytes": cell.bytes_to_move(batches),
-        "floor_us": floor,
+        "bytes": subject.bytes,
+        "floor_us": subject.bytes / rate,
         "contenders": measured,
     }
 
 
-def _check(batches: list[BatchDescriptor], geometry: Any, contender: Contender, engine: Any) -> list[str]:
-    """Run every input and compare with the reference, and with sglang's own per-backend values where it is there."""
-    wrong: set[str] = set()
-    for index, batch in enumerate(batches):
-        contender.run(index)
-        expected = api.precompute(batch, geometry, impl="reference")
-        for step in contender.consumers:
-            wrong |= set(differing_fields(expected, step))
-        if engine is not None and not contender.name.startswith("seed"):
-            wrong |= set(engine.stale(contender.name, index))
-    return sorted(wrong)
+def _subject(cell: Cell, options: Options, device: torch.device, wheel: Path | None) -> Subject:
+    """The contenders of a cell; what belongs to an engine is imported here, where it is known to be there."""
+    if options.engine == "none":
+        return Embedded(cell, device, wheel)
+    if options.engine == "sglang":
+        from nsa_plugin.bench.sglang_engine import Sglang
+
+        return Sglang(cell, device, wheel, options.decode_impl)
+    try:
+        from nsa_plugin.bench.vllm_engine import Vllm
+    except ImportError as error:
+        raise UnavailableError(
+            f"--engine vllm drives the speculator of Model Runner V2, as vLLM 0.32 and later have it: {error}"
+        ) from error
+    return Vllm(cell, device)
 
 
 def _seed_wheel(given: Path | None, console: Console) -> Path | None:
@@ -144,7 +160,7 @@ def _seed_wheel(given: Path | None, console: Console) -> Path | None:
 def where(device: torch.device) -> dict[str, Any]:
     """Machine, versions, date and command, for a result file."""
     versions = {"python": platform.python_version()}
-    for name in ("nsa-plugin", "torch", "triton", "sglang", "sgl-kernel", "sglang-kernel"):
+    for name in ("nsa-plugin", "torch", "triton", "sglang", "sgl-kernel", "sglang-kernel", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     versions["torch"] = torch.__version__

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.sglang.describe import consumer
 from nsa_plugin.bench.cell import Cell, Contender, capture
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.bench.embedded import differing_from_reference, seed_loop
+from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, TokenTable
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
@@ -24,9 +25,11 @@ LOOP, SHIPPED = "sglang loop", "sglang shipped"
 
 
 class Sglang:
-    """The contenders of one cell, and what sglang's per-backend code says about each of their values."""
+    """The contenders of one cell: the seed-era loop (if its wheel is at hand), sglang's own code, then this plugin's."""
 
-    def __init__(self, cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, decode_impl: str) -> None:
+    def __init__(self, cell: Cell, device: torch.device, wheel: Path | None, decode_impl: str) -> None:
+        self._geometry, self._batches = geometry, batches = cell.geometry(device), cell.batches(device)
+        self.bytes = cell.bytes_to_move(batches)
         first = batches[0]
         assert isinstance(first.slots, TokenTable)
         self._cell, self._table = cell, first.slots.req_to_token
@@ -43,7 +46,8 @@ class Sglang:
         if adapter is None:
             raise UnavailableError("no adapter for sglang")
         self._adapter = adapter
-        self.contenders = [self._loop()]
+        self.contenders = [] if wheel is None else [seed_loop(cell, batches, geometry, wheel)]
+        self.contenders.append(self._loop())
         if cell.mode is ForwardMode.DECODE:
             self.contenders.append(self._prepared(SHIPPED))
         for strategy in ("copy", "share", "graph") if torch.cuda.is_available() else ("copy", "share"):
@@ -54,16 +58,11 @@ class Sglang:
         if host.fallbacks:
             raise UnavailableError(f"a strategy could not be had: {dict(host.fallbacks)}")
 
-    def stale(self, name: str, index: int) -> list[str]:
-        """Values of contender `name` after input `index` that differ from those of sglang's per-backend code."""
-        expected = kit.engine_metadata(self._backends[LOOP][0], self._live[index], self._native)
-        live = self._live[index]
-        return sorted(
-            {
-                field
-                for backend in self._backends[name]
-                for field in kit.differences(expected, backend.forward_metadata, backend, live, self._cell.mode)
-            }
+    def check(self, contender: Contender) -> list[str]:
+        """Fields that differ from the reference or, in its own backends, from sglang's per-backend code."""
+        name = contender.name
+        return differing_from_reference(
+            self._batches, self._geometry, contender, lambda index: self._stale(name, index)
         )
 
     def close(self) -> None:
@@ -115,3 +114,15 @@ class Sglang:
 
     def _consumers(self, name: str) -> list[Any]:
         return [consumer(backend.forward_metadata) for backend in self._backends[name]]
+
+    def _stale(self, name: str, index: int) -> list[str]:
+        """Values of contender `name` after input `index` that differ from those of sglang's per-backend code."""
+        if name not in self._backends:
+            return []
+        expected = kit.engine_metadata(self._backends[LOOP][0], self._live[index], self._native)
+        live = self._live[index]
+        return [
+            field
+            for backend in self._backends[name]
+            for field in kit.differences(expected, backend.forward_metadata, backend, live, self._cell.mode)
+        ]

@@ -19,6 +19,7 @@ from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.settings import STRATEGIES
 from nsa_plugin.testing.engine import SITUATIONS, Case, Engine, Fault
 from nsa_plugin.testing.watching import (
+    WatchedHost,
     allocations,
     attributes,
     changed,
@@ -203,7 +204,7 @@ def replays(kit: Conformance) -> list[str]:
         raise Skipped("allocations and host syncs are seen on a CUDA device only")
     for case in engine.cases():
         for strategy in engine.strategies:
-            with restored(engine), installed(engine, strategy):
+            with restored(engine), installed(engine, strategy) as (host, _):
                 session = engine.start(case)
                 for round in range(case.rounds):  # everything is compiled
                     session.prepare(round)
@@ -213,6 +214,7 @@ def replays(kit: Conformance) -> list[str]:
                         problems.append(f"{strategy}, {case.name}, round {round}: {error}")
                     elif strategy not in case.allocating and (size := allocations(prepare)):
                         problems.append(f"{strategy}, {case.name}, round {round}: {size} bytes are allocated")
+                problems += [f"{strategy}, {case.name}: it fell back: {' '.join(cause)}" for cause in host.fallbacks]
     return problems
 
 
@@ -234,13 +236,12 @@ def errors(kit: Conformance) -> list[str]:
 
 def _with_fault(kit: Conformance, case: Case, strategy: Strategy, working: int) -> list[str]:
     engine, problems = kit.engine, []
-    excused = case.own_defects if working == 0 else frozenset()
     with restored(engine), logged(engine.logger) as records, engine.plant(working) as fault:
         host, adapter = make_host(engine, strategy, fault.plugins)
         if found := adapter.install(host):
             return [f"install() found {found}"]
         try:
-            problems += _replay_with(kit, case, fault, excused)
+            problems += _replay_with(kit, case, fault, host)
         except Exception as error:
             problems.append(f"the engine saw it: {type(error).__name__}: {error}")
         finally:
@@ -255,9 +256,11 @@ def _with_fault(kit: Conformance, case: Case, strategy: Strategy, working: int) 
     return problems
 
 
-def _replay_with(kit: Conformance, case: Case, fault: Fault, excused: frozenset[str]) -> list[str]:
+def _replay_with(kit: Conformance, case: Case, fault: Fault, host: WatchedHost) -> list[str]:
     problems: list[str] = []
     session = kit.engine.start(case)
+    served = any(path == case.path for path, _ in host.served)
+    excused = frozenset() if served else case.own_defects
     calls = fault.calls
     for turn in range(FAULTY_ROUNDS):
         calls = fault.calls

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import pkgutil
 import sys
 import types
@@ -26,7 +25,7 @@ from nsa_plugin.adapters.sglang.capabilities import GENERATIONS, NSA, names
 from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.adapters.sglang.describe import describe, geometry
 from nsa_plugin.core.batch import ForwardMode
-from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.testing.installed import require
 
 
 @dataclass(frozen=True)
@@ -255,14 +254,7 @@ def installed_sglang() -> Iterator[None]:
     UnavailableError
         sglang is not installed.
     """
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import sglang  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(
-            f"--engine sglang needs sglang installed: {error}; pip install 'nsa-plugin[sglang]'"
-        ) from error
+    require("sglang")
     with stand_ins():
         yield
 

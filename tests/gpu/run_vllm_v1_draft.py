@@ -8,9 +8,10 @@ is timed, stock and with the plugin, and the FlashMLA scheduler object that the 
     python tests/gpu/run_vllm_v1_draft.py --json vllm_v1_draft.json
 
 Needs vLLM 0.33.0 with its kernels; run it in the repository root. Under two minutes. Exit status 1 if anything is not
-as it should be. `--device cpu --batches 2` (with TRITON_INTERPRET=1) tries the script itself.
+as it should be. Without a GPU `--batches 2 --rounds 2` tries the script itself.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -29,19 +30,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["VLLM_PLUGINS"] = ""
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from nsa_plugin.bench.measure import gpu_time, synchronize
 from nsa_plugin.bench.run import where
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.host import Host
+from nsa_plugin.testing.installed import require
 
+require("vllm")
+
+from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as V1Patch
+from tests.vllm.v1_harness import V1Draft, caches_cleared, differing
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 16), "fp8 separate": ("fp8_ds_mla", 64)}
 MAX_MODEL_LEN = 65536
 BAD = ("error", "wrong", "differ", "plugin_wrong", "fallbacks")
@@ -62,9 +69,7 @@ def batches(tokens: int, number: int, seed: int) -> Iterator[tuple[list[int], li
 @contextmanager
 def plugin() -> Iterator[Host]:
     """The plugin's patch of the proposer."""
-    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
-
-    host, patch = Host(), V1Draft()
+    host, patch = Host(), V1Patch()
     patch.install(host)
     try:
         yield host
@@ -72,10 +77,8 @@ def plugin() -> Iterator[Host]:
         patch.undo()
 
 
-def compare(draft: Any, number: int, seed: int) -> Outcome:
+def compare(draft: V1Draft, number: int, seed: int) -> Outcome:
     """Steps compared; fields in which stock and the plugin differ from the reference; fall-backs."""
-    from tests.vllm.v1_harness import caches_cleared, differing
-
     made = list(batches(draft.tokens, number, seed))
     with caches_cleared():
         want = [step for batch in made for step in draft.propose(*batch)]
@@ -100,7 +103,7 @@ def count(differences: Iterator[list[str]]) -> dict[str, int]:
     return counts
 
 
-def measure(draft: Any, size: int, rounds: int) -> Outcome:
+def measure(draft: V1Draft, size: int, rounds: int) -> Outcome:
     """Host time of the draft steps' metadata and of a whole proposal, in µs; their kernels and GPU time."""
     proposer, tokens = draft.proposer, draft.tokens
     lengths = [random.Random(size).randint(8000, 16000) for _ in range(size)]
@@ -128,7 +131,7 @@ def measure(draft: Any, size: int, rounds: int) -> Outcome:
     samples = []
     for _ in range(rounds):
         live = begin()
-        synchronize(draft.device)
+        synchronize()
         start = time.perf_counter()
         steps(live)
         samples.append((time.perf_counter() - start) * 1e6)
@@ -136,41 +139,21 @@ def measure(draft: Any, size: int, rounds: int) -> Outcome:
     whole = []
     for _ in range(rounds // 2):
         propose = draft.proposal(lengths, [0] * size, 1)
-        synchronize(draft.device)
+        synchronize()
         start = time.perf_counter()
         propose()
         whole.append((time.perf_counter() - start) * 1e6)
     draft.model.watch = True
     outcome: Outcome = {"host_us": statistics.median(samples), "propose_host_us": statistics.median(whole)}
     if draft.device.type == "cuda":
-        base_us, base_kernels = profile(lambda: begin(), 10)
-        all_us, all_kernels = profile(lambda: steps(begin()), 10)
-        outcome |= {"gpu_us": all_us - base_us, "kernels": all_kernels - base_kernels}
+        base, base_kernels = gpu_time([begin], rounds=10)
+        whole_gpu, kernels = gpu_time([lambda: steps(begin())], rounds=10)
+        assert base is not None and base_kernels is not None and whole_gpu is not None and kernels is not None
+        outcome |= {"gpu_us": whole_gpu - base, "kernels": kernels - base_kernels}
     return outcome
 
 
-def profile(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """GPU time and kernels of a call."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    call()
-    torch.cuda.synchronize()
-    with profiler(activities=[ProfilerActivity.CUDA]) as made:
-        for _ in range(rounds):
-            call()
-        torch.cuda.synchronize()
-    events = [event for event in made.events() if event.device_type.name == "CUDA"]
-    return sum(event.device_time for event in events) / rounds, len(events) / rounds
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def kernel_cases(device: str, number: int) -> Outcome:
+def kernel_cases(number: int) -> Outcome:
     """The launch for all steps against its definition, at sizes that engines run."""
     rng, wrong = random.Random(7), 0
     for _ in range(number):
@@ -181,14 +164,14 @@ def kernel_cases(device: str, number: int) -> Outcome:
             rng.choice([100, 4096]),
         )
         block_size = rng.choice([16, 64])
-        positions = torch.randint(0, longest + 1, (size,), device=device)
-        seq_lens = torch.randint(1, longest + 2, (size,), device=device, dtype=torch.int32)
-        table = torch.randint(0, 1 << 20, (size, -(-longest // block_size)), device=device, dtype=torch.int32)
+        positions = torch.randint(0, longest + 1, (size,), device=DEVICE)
+        seq_lens = torch.randint(1, longest + 2, (size,), device=DEVICE, dtype=torch.int32)
+        table = torch.randint(0, 1 << 20, (size, -(-longest // block_size)), device=DEVICE, dtype=torch.int32)
         limits, filled = DraftLimits(longest, rng.choice(list(PastEnd))), []
         impls: tuple[Impl, ...] = ("reference", "triton")
         for impl in impls:
             made = [
-                DraftStep(*(torch.full((size + padding,), -7, dtype=dtype, device=device)
+                DraftStep(*(torch.full((size + padding,), -7, dtype=dtype, device=DEVICE)
                             for dtype in (torch.int64, torch.int64, torch.int32)))
                 for _ in range(tokens)
             ]  # fmt: skip
@@ -204,22 +187,22 @@ def kernel_cases(device: str, number: int) -> Outcome:
     return {"cases": number, "wrong": wrong}
 
 
-def kept_schedule(device: torch.device, layout: str, size: int) -> Outcome:
+def kept_schedule(layout: str, size: int) -> Outcome:
     """FlashMLA's sparse decode with a scheduler object kept over changing indices, against a fresh one each time."""
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
 
     pages, topk = 256, 2048
     shape = (1, size) if layout == "fp8 mixed" else (size, 1)
-    cache = torch.zeros(pages, 64, 1, 656, dtype=torch.uint8, device=device)
-    cache[..., :512] = torch.randn(pages, 64, 1, 512, device=device).to(torch.float8_e4m3fn).view(torch.uint8)
-    cache[..., 512:528] = torch.ones(pages, 64, 1, 4, device=device).view(torch.uint8)
-    cache[..., 528:] = torch.randn(pages, 64, 1, 64, device=device).bfloat16().view(torch.uint8)
+    cache = torch.zeros(pages, 64, 1, 656, dtype=torch.uint8, device=DEVICE)
+    cache[..., :512] = torch.randn(pages, 64, 1, 512, device=DEVICE).to(torch.float8_e4m3fn).view(torch.uint8)
+    cache[..., 512:528] = torch.ones(pages, 64, 1, 4, device=DEVICE).view(torch.uint8)
+    cache[..., 528:] = torch.randn(pages, 64, 1, 64, device=DEVICE).bfloat16().view(torch.uint8)
     kept, differ = get_mla_metadata()[0], 0
-    constant = torch.full((shape[0],), MAX_MODEL_LEN, dtype=torch.int32, device=device)
-    blocks = torch.zeros(shape[0], 1, dtype=torch.int32, device=device)
+    constant = torch.full((shape[0],), MAX_MODEL_LEN, dtype=torch.int32, device=DEVICE)
+    blocks = torch.zeros(shape[0], 1, dtype=torch.int32, device=DEVICE)
     for round_ in range(8):
-        query = torch.randn(*shape, 64, 576, device=device).bfloat16()
-        indices = torch.randint(0, pages * 64, (*shape, topk), device=device, dtype=torch.int32)
+        query = torch.randn(*shape, 64, 576, device=DEVICE).bfloat16()
+        indices = torch.randint(0, pages * 64, (*shape, topk), device=DEVICE, dtype=torch.int32)
         indices[..., 100 * (round_ + 1) :] = -1  # fewer live tokens
         outputs = [
             flash_mla_with_kvcache(
@@ -247,30 +230,27 @@ def attempt(label: dict[str, Any], call: Callable[[], Outcome]) -> Outcome:
 def main() -> int:
     """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from tests.vllm.v1_harness import V1Draft
-
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
-    cases = 20 if options.device == "cpu" else 200
-    results = [attempt({"part": "kernel"}, partial(kernel_cases, options.device, cases))]
+    results = [attempt({"part": "kernel"}, partial(kernel_cases, 20 if DEVICE.type == "cpu" else 200))]
     for layout, (cache, heads) in LAYOUTS.items():
-        if device.type == "cuda" and layout != "bf16":
+        if DEVICE.type == "cuda" and layout != "bf16":
             for size in options.sizes:
                 label: Outcome = {"part": "kept schedule", "layout": layout, "bs": size}
-                results.append(attempt(label, partial(kept_schedule, device, layout, size)))
+                results.append(attempt(label, partial(kept_schedule, layout, size)))
         for tokens in options.tokens:
-            made: list[Any] = []  # empty if it can't be set up
+            made: list[V1Draft] = []  # empty if it can't be set up
             label = {"layout": layout, "K": tokens}
 
-            def set_up(made: list[Any] = made, cache: str = cache, heads: int = heads, tokens: int = tokens) -> Outcome:
+            def set_up(
+                made: list[V1Draft] = made, cache: str = cache, heads: int = heads, tokens: int = tokens
+            ) -> Outcome:
                 settings = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 2048}
-                made.append(V1Draft(cache, heads, tokens, str(device), **settings))
+                made.append(V1Draft(cache, heads, tokens, str(DEVICE), **settings))
                 return {}
 
             results.append(attempt({"part": "set up", **label}, set_up))
@@ -287,19 +267,10 @@ def main() -> int:
             made.clear()
             gc.collect()
         if options.json:
-            options.json.write_text(
-                json.dumps({**where(device), "vllm": version(), "results": results}, indent=1) + "\n"
-            )
+            options.json.write_text(json.dumps({**where(DEVICE), "results": results}, indent=1) + "\n")
     bad = [result for result in results if any(result.get(name) for name in BAD)]
     print(f"{len(results)} parts, {len(bad)} not as they should be")
     return 1 if bad else 0
-
-
-def version() -> str:
-    """vLLM's."""
-    import vllm
-
-    return str(vllm.__version__)
 
 
 if __name__ == "__main__":

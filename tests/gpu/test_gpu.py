@@ -25,6 +25,7 @@ from nsa_plugin import (
     fast_copy,
     precompute,
 )
+from nsa_plugin.core.batch import multiprocessors
 from nsa_plugin.core.metadata import TABLES, VECTORS
 from tests.batches import Case, assert_equal_live, poisoned
 
@@ -76,7 +77,7 @@ def random_case(rng: random.Random, width: int, batch_size: int, mode: ForwardMo
     ragged = mode is ForwardMode.DRAFT_EXTEND and rng.random() < 0.5
     extend = torch.randint(0, draft_tokens + 1, (batch_size,), dtype=dtype, device=DEVICE) if ragged else None
     batch = BatchDescriptor(mode, batch_size, seq_lens, slots, num_steps, offsets, draft_tokens, extend)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    sms = multiprocessors(torch.device(DEVICE))
     return Case(batch, Geometry(2048, rng.choice([1, 64]), width, num_sms=sms, wide_page_table=rng.random() < 0.8))
 
 
@@ -118,7 +119,7 @@ def test_a_replay_allocates_nothing_does_not_sync_and_writes_in_place(mode: Forw
         return BatchDescriptor(mode, size, seq_lens, TokenTable(table, requests), num_steps, (), draft_tokens)
 
     first = live()
-    geometry = Geometry(2048, 64, width, num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)))
     consumers = [made.steps[0] for made in poisoned(first, geometry, num_steps if strategy == "copy" else 1)]
     plan = ReplayPlan(first, geometry, consumers, strategy=strategy)  # type: ignore[arg-type]
     plan.run(first)
@@ -145,7 +146,7 @@ def test_one_captured_graph_serves_changing_batches() -> None:
     requests = torch.zeros(size, dtype=torch.int64, device=DEVICE)
     table = torch.randint(0, 1 << 30, (size + 1, width), dtype=torch.int32, device=DEVICE)
     batch = BatchDescriptor(ForwardMode.DECODE, size, seq_lens, TokenTable(table, requests), num_steps=3)
-    geometry = Geometry(2048, 64, width, num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)))
     consumers = [made.steps[0] for made in poisoned(batch, geometry, 3)]
     plan = ReplayPlan(batch, geometry, consumers, strategy="copy")
     plan.run(batch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ def test_it_writes_results_and_a_plot_and_says_that_a_cpu_is_a_cpu(
     data, picture = tmp_path / "b.json", tmp_path / "b.png"
     assert main([*SMALL, "--json", str(data), "--plot", str(picture)]) == 0
     results = json.loads(data.read_text())
+    drawn_later = tmp_path / "later.svg"
+    assert main(["plot", str(data), str(drawn_later)]) == 0 and "<svg" in drawn_later.read_text()
     assert len(results["cells"]) == 12 and picture.read_bytes().startswith(b"\x89PNG")
     for cell in results["cells"]:
         assert {"copy", "share"} <= cell["contenders"].keys()
@@ -88,19 +92,28 @@ def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert main(["bench", "--bs", "2", "--ctx", "100", "--steps", "2", "--width", "256"]) == 1
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_an_engine_that_is_not_there_is_named(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch")
-    if engine == "sglang":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(__import__("sys").modules, "sglang", None)
-            for command in ("bench", "demo"):
-                assert main([command, "--engine", engine]) == 2
-                assert "pip install 'nsa-plugin[sglang]'" in " ".join(capsys.readouterr().out.split())
-            assert main(["bench", "--engine", engine]) == 2
-    else:
-        assert main(["bench", "--engine", engine]) == 2
-    assert f"--engine {engine}" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("engine", "commands"), [("sglang", ("bench", "demo")), ("vllm", ("bench",))], ids=["sglang", "vllm"]
+)
+def test_an_engine_that_is_not_there_is_named(
+    engine: str, commands: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, engine, None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for command in commands:
+        assert main([command, "--engine", engine]) == 2
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"--engine {engine} needs {engine} installed" in out and f"pip install 'nsa-plugin[{engine}]'" in out
+
+
+def test_a_table_without_room_for_draft_tokens_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--width", "64"]) == 2
+    assert "--width: expected more than 64 columns" in " ".join(capsys.readouterr().out.split())
+
+
+def test_vllm_has_one_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--engine", "vllm", "--mode", "decode", "verify"]) == 2
+    assert "--mode: expected decode with --engine vllm, got decode verify" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_readme_table_is_that_of_the_committed_results(pytestconfig: pytest.Config) -> None:

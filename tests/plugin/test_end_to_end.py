@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,11 +42,11 @@ time.sleep(1)
 """
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> None:
+def drive(tmp_path: Path, worker: str) -> tuple[str, dict[str, Any], Path]:
+    """Run the driver with a worker in place of sglang's; what it printed, its results, and the folder it ran in."""
     example = tmp_path / "example"
     shutil.copytree(EXAMPLE, example)
-    (example / "sglang_worker.py").write_text(f"WRONG = {wrong}\n{WORKER}")
+    (example / "sglang_worker.py").write_text(worker)
     results, out = tmp_path / "r.json", tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "run.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"), "--out", str(out),
@@ -55,7 +56,19 @@ def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "planted: this one does not start" in done.stdout
-    found = json.loads(results.read_text())
+    return done.stdout, json.loads(results.read_text()), example
+
+
+def test_steps_without_any_engine_are_left_out(tmp_path: Path) -> None:
+    one_less = WORKER.replace('strategy == "off" and config["steps"] == 8', 'config["steps"] == 8')
+    out, found, _ = drive(tmp_path, f"WRONG = False\n{one_less}")
+    assert [(cell["steps"], cell["batch"]) for cell in found["cells"]] == [(4, 1), (4, 2)]
+    assert out.count("steps 8: left out, no engine for it is up") == 2
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> None:
+    _, found, example = drive(tmp_path, f"WRONG = {wrong}\n{WORKER}")
     assert [(cell["steps"], cell["batch"]) for cell in found["cells"]] == [(4, 1), (4, 2), (8, 1), (8, 2)]
     for cell in found["cells"]:
         variants = ["no plugin", "off", "auto"] if cell["steps"] == 4 else ["no plugin", "auto"]
@@ -67,6 +80,27 @@ def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> Non
             assert figures["round us"]["per_round"] == 1 and figures["rounds"] == [60] * cell["batch"]
     assert any("nsa-plugin: loaded" in line for line in found["logs"]["4 auto"])
     table = subprocess.run(
-        [sys.executable, "report.py", str(results)], cwd=example, capture_output=True, text=True, check=True
+        [sys.executable, "report.py", str(tmp_path / "r.json")], cwd=example, capture_output=True, text=True, check=True
     ).stdout
     assert table.count("differ" if wrong else "same") == 4 and "| 4 | 16 | 2 |" in table
+
+
+@pytest.mark.parametrize("planted", ["", "a token", "a line of the log"])
+def test_two_engines_side_by_side_are_compared_with_one_alone(tmp_path: Path, planted: str) -> None:
+    example = tmp_path / "example"
+    shutil.copytree(EXAMPLE, example)
+    worker = WORKER.replace('strategy == "auto"', '"verified-1" in os.environ["E2E_TIMES"]')
+    if planted == "a line of the log":
+        worker = worker.replace("nsa-plugin: loaded", "nsa-plugin: draft: … its own values are used, …")
+    (example / "sglang_worker.py").write_text(f"WRONG = {planted == 'a token'}\n{worker}")
+    results = tmp_path / "r.json"
+    done = subprocess.run(
+        [sys.executable, "side_by_side.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"),
+         "--out", str(tmp_path / "out"), "--new-tokens", "20", "--json", str(results)],
+        cwd=example, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == bool(planted), done.stdout + done.stderr
+    found = json.loads(results.read_text())
+    assert found["ok"] is not bool(planted)
+    assert len(found["trouble"]) == (2 if planted == "a line of the log" else 0)
+    assert found["same_tokens"] == [[True] * 6, [planted != "a token"] * 6]

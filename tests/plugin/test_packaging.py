@@ -28,6 +28,8 @@ points = {(p.group, p.name): p for p in m.distribution("nsa-plugin").entry_point
 for key in (("sglang.srt.plugins", "nsa_plugin"), ("vllm.general_plugins", "nsa_plugin"), ("console_scripts", "nsa-plugin")):
     points[key].load()
 import nsa_plugin
+from nsa_plugin.testing.installed import TINY_DSV32
+assert (TINY_DSV32 / "config.json").is_file()
 print(nsa_plugin.__file__)
 """
 

@@ -50,8 +50,8 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Ca
 @pytest.fixture(scope="session")
 def expected() -> list[Step]:
     """What every draft step of every batch sees where vLLM rebuilds its metadata."""
+    from nsa_plugin.testing.vllm_draft import Draft
     from tests.vllm.drafts import LAYOUT, TOKENS, proposals
-    from tests.vllm.harness import Draft
 
     draft = Draft(*LAYOUT, TOKENS)
     assert not draft.speculator.supports_decode_metadata_update

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.testing.vllm_draft import Draft
 from tests.vllm.engine import BATCHES, LAYOUTS
-from tests.vllm.harness import Draft
 
 Step = dict[str, torch.Tensor]
 LAYOUT, TOKENS = LAYOUTS["bf16"], 3

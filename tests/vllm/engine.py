@@ -16,7 +16,7 @@ import torch
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_step
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values, without
-from tests.vllm.harness import Draft
+from nsa_plugin.testing.vllm_draft import Draft
 
 LAYOUTS = {"bf16": ("auto", 4), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
 BATCHES = (

@@ -13,8 +13,8 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from nsa_plugin.adapters.vllm.describe import describe, describe_draft, geometry
+from nsa_plugin.testing.vllm_draft import CPU, Draft
 from tests import same_requests as shared
-from tests.vllm.harness import CPU, Draft
 
 SIZE = len(shared.LENGTHS)
 

@@ -34,9 +34,9 @@ from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.core.kernels import draft_steps, step_update
 from nsa_plugin.host import Host
+from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
 from tests.vllm import v1_harness
 from tests.vllm.drafts import LARGE, LAYOUT, OWNERS, TOKENS, Step, methods, proposals, unequal
-from tests.vllm.harness import CAPTURED, Draft
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -213,7 +213,7 @@ import torch
 
 torch.set_num_threads(1)
 from tests.vllm.engine import BATCHES
-from tests.vllm.harness import Draft
+from nsa_plugin.testing.vllm_draft import Draft
 
 
 def drafts(fused):

@@ -14,11 +14,11 @@ from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_s
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.kernels import draft_steps
 from nsa_plugin.host import Host
+from nsa_plugin.testing.vllm_draft import Draft
 from nsa_plugin.testing.watching import restored
 from tests.vllm import v1_harness
 from tests.vllm.drafts import LAYOUT, TOKENS, Step, proposals, unequal
 from tests.vllm.engine import VllmEngine
-from tests.vllm.harness import Draft
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 

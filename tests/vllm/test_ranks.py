@@ -110,11 +110,11 @@ class Rank:
         from vllm.config.compilation import CUDAGraphMode
         from vllm.forward_context import get_forward_context
 
-        from tests.vllm import harness
+        from nsa_plugin.testing import vllm_draft
 
         issue, world = self.collective, self.world if self.data_parallel else 1
 
-        class Model(harness.DraftModel):
+        class Model(vllm_draft.DraftModel):
             """With collectives; writes nothing down for a batch without metadata."""
 
             def forward(self, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
@@ -132,7 +132,7 @@ class Rank:
                 issue(LOGITS, 0)  # of the rank's own requests under data parallelism: no size that must match
                 return super().compute_logits(hidden)
 
-        class Graphs(harness.Graphs):
+        class Graphs(vllm_draft.Graphs):
             """Replays what vLLM's `capture` was given."""
 
             def capture(self, body: Any, *_: Any, **__: Any) -> None:
@@ -142,11 +142,11 @@ class Rank:
 
             def run_fullgraph(self, descriptor: Any) -> None:
                 """The body, with the captured tensors."""
-                size = harness.CAPTURED
+                size = vllm_draft.CAPTURED
                 across = torch.full((world,), size, dtype=torch.int32) if world > 1 else None
                 self._body(size, size, self._metadata, self._slots, across, CUDAGraphMode.NONE, TOKENS)
 
-        made = harness.Draft("auto", 4, TOKENS)
+        made = vllm_draft.Draft("auto", 4, TOKENS)
         speculator = made.speculator
         speculator.model = made.model = Model()
         speculator.dp_size, speculator.dp_rank = world, self.rank if self.data_parallel else 0
@@ -372,7 +372,8 @@ class TestVote:
 
 def main() -> dict[str, Any]:
     """Start the worlds. Forks come from a process that has imported vLLM but computed nothing, and loaded no plugin."""
-    from tests.vllm import harness, test_ranks  # noqa: F401  (importable in a spawned process, as this module is not)
+    from nsa_plugin.testing import vllm_draft  # noqa: F401
+    from tests.vllm import test_ranks
 
     return {
         "absent": ranks.run("fork", 4, test_ranks.without_the_plugin_on_one, 120),

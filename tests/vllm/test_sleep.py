@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from nsa_plugin.adapters.vllm import v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.host import Host
+from nsa_plugin.testing.vllm_draft import CAPTURED, CPU, Draft
 from tests.vllm.drafts import LAYOUT, TOKENS, Step, proposals, unequal
-from tests.vllm.harness import CAPTURED, CPU, Draft
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 

@@ -25,8 +25,8 @@ from nsa_plugin.adapters.vllm import capabilities, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
+from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
 from tests.vllm.engine import BATCHES, LAYOUTS
-from tests.vllm.harness import CAPTURED, Draft
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 POISON = 3

@@ -10,7 +10,6 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,8 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
+
+from nsa_plugin.testing.installed import TINY_DSV32
 
 ATTENTION = "model.layers.2.mtp_block.self_attn.attn"
 INDEX = "model.layers.2.mtp_block.self_attn.indexer.k_cache"
@@ -141,7 +142,7 @@ class V1Draft:
             "max_position_embeddings": settings.get("max_model_len", 1024),
         }  # fmt: skip
         arguments: dict[str, Any] = {
-            "model": str(Path(__file__).parent / "tiny_dsv32"), "skip_tokenizer_init": True, "max_model_len": 1024,
+            "model": str(TINY_DSV32), "skip_tokenizer_init": True, "max_model_len": 1024,
             "max_num_seqs": 64, "max_num_batched_tokens": 1024, "block_size": BLOCK_SIZE, "dtype": "bfloat16",
             "enforce_eager": True, "load_format": "dummy", "kv_cache_dtype": cache_dtype, "hf_overrides": overrides,
             "speculative_config": {"method": "mtp", "num_speculative_tokens": tokens},

@@ -1,4 +1,4 @@
-"""vLLM's real V2 speculator on a CPU: real MTPSpeculator, BlockTables, metadata builders and Triton kernels.
+"""vLLM's real V2 speculator on a CPU or a GPU: real MTPSpeculator, BlockTables, metadata builders and Triton kernels.
 
 The draft model is a stand-in that writes down the metadata that each draft step hands it. CUDA graphs are emulated: the
 metadata of the captured batch is built once, frozen, and every replay runs the captured Python body with it, so that
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
+
+from nsa_plugin.testing.installed import TINY_DSV32
 
 CPU = torch.device("cpu")
 CAPTURED = 4
@@ -143,8 +144,7 @@ class Graphs:
     def body(self) -> None:
         """What a graph records: the whole draft if its metadata stays in place, else one step."""
         speculator, size = self._draft.speculator, self._draft.sizes.captured
-        fused = speculator.supports_decode_metadata_update
-        run = speculator._generate_fused_drafts if fused else speculator._generate_draft
+        run = speculator._generate_fused_drafts if self._draft.fused else speculator._generate_draft
         steps = speculator.num_speculative_steps
         run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
 
@@ -197,7 +197,7 @@ class Draft:
             flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
         overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}
         self.config = EngineArgs(
-            model=str(Path(__file__).parent / "tiny_dsv32"), skip_tokenizer_init=True, max_model_len=sizes.model_len,
+            model=str(TINY_DSV32), skip_tokenizer_init=True, max_model_len=sizes.model_len,
             max_num_seqs=sizes.requests, max_num_batched_tokens=sizes.tokens, block_size=64, dtype="bfloat16",
             enforce_eager=True, load_format="dummy", speculative_config={"method": "mtp", "num_speculative_tokens": tokens},
             kv_cache_dtype=cache_dtype, hf_overrides=overrides,
@@ -231,6 +231,11 @@ class Draft:
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
             self.graphs: Any = graphs(self)
             self.speculator.decode_cudagraph_manager = self.graphs
+
+    @property
+    def fused(self) -> bool:
+        """Whether the whole draft is one graph."""
+        return bool(self.speculator.supports_decode_metadata_update)
 
     @property
     def builders(self) -> list[Any]:

@@ -1,0 +1,112 @@
+"""Contenders over the real vLLM: Model Runner V2's speculator as shipped, and with this plugin.
+
+A preparation is all that the host does, and all that the GPU runs, for the K - 1 draft steps of a batch: metadata, and
+a stand-in for the model, its sampling and the advance of the inputs, which are the same for every contender.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from nsa_plugin.adapters.vllm.describe import describe_draft, geometry
+from nsa_plugin.bench.cell import PAGE_SIZE, Cell, Contender
+from nsa_plugin.core import api
+from nsa_plugin.core.batch import BatchDescriptor, TokenTable, multiprocessors
+from nsa_plugin.core.metadata import PrecomputedMetadata, differing_fields
+from nsa_plugin.testing.vllm_draft import Sizes
+from nsa_plugin.testing.vllm_replay import STOCK, Batch, Comparison, ReplayedDraft, Step, ways
+
+LAYOUT = "fp8 64 heads"
+NO_METADATA = "no metadata"
+"""The same graph with metadata left as it was captured: what remains whatever prepares it. Its values are not compared."""
+MAX_TOKENS = 2048
+"""Tokens of a target's batch: no draft step has as many."""
+
+
+class Vllm:
+    """The contenders of one cell; its batch size is the captured one, its width the model's maximal length.
+
+    Raises
+    ------
+    UnavailableError
+        vLLM cannot be patched.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        self._batches = [_batch(batch) for batch in cell.batches(device)]
+        requests, blocks = self._batches[0].table.shape
+        sizes = Sizes(device, cell.batch_size, blocks * PAGE_SIZE, requests, max(MAX_TOKENS, requests))
+        self.bytes = bytes_to_move(cell, device)
+        self._stack = contextlib.ExitStack()
+        self._drafts = self._stack.enter_context(ways(LAYOUT, cell.steps, sizes))
+        self._drafts[NO_METADATA] = ReplayedDraft(LAYOUT, cell.steps, sizes)
+        self._drafts[NO_METADATA].without_metadata()
+        self._rebuilt: list[Sequence[Step]] = []
+        first = self._batches[0]
+        self.contenders = [
+            Contender.of_calls(name, [partial(draft.run, first)], ()) for name, draft in self._drafts.items()
+        ]
+
+    def check(self, contender: Contender) -> list[str] | None:
+        """What differs from vLLM's rebuild, and for the rebuild from the reference; None for `NO_METADATA`.
+
+        Leaves the contender captured to be timed, and its buffers as the first input wants them.
+        """
+        draft, wrong = self._drafts[contender.name], None
+        if contender.name != NO_METADATA:
+            draft.capture(record=True)
+            if contender.name == STOCK:
+                self._rebuilt = [draft.steps(batch) for batch in self._batches]
+                wrong = self._against_reference(draft)
+            else:
+                comparison = Comparison()
+                for want, batch in zip(self._rebuilt, self._batches, strict=True):
+                    comparison.add(want, draft.steps(batch))
+                wrong = sorted(comparison.different)
+        draft.capture(record=False)
+        draft.prepare(self._batches[0])
+        return wrong
+
+    def close(self) -> None:
+        """Leave vLLM as it was found."""
+        self._stack.close()
+
+    def _against_reference(self, draft: ReplayedDraft) -> list[str]:
+        """Fields of vLLM's rebuild that are not those of this package's definition, computed for all steps at once."""
+        builder = next(builder for builder in draft.builders if hasattr(builder, "topk_tokens"))
+        wrong: set[str] = set()
+        for batch, steps in zip(self._batches, self._rebuilt, strict=True):
+            draft.prepare(batch)
+            described = describe_draft(draft.speculator.input_buffers, draft.tables, len(batch.lengths), len(steps))
+            sizes = geometry(builder, described)
+            expected = PrecomputedMetadata.allocate(described, sizes, tokens=True)
+            api.precompute(described, sizes, out=expected, impl="reference")
+            for index, seen in enumerate(steps):
+                step = replace(
+                    expected.step(index), cache_seqlens=seen["lengths"], positions=seen["positions"],
+                    slot_mapping=seen["slots"], real_page_table=seen["blocks"],
+                )  # fmt: skip
+                wrong |= set(differing_fields(expected, step, index))
+        return sorted(wrong)
+
+
+def bytes_to_move(cell: Cell, device: torch.device) -> float:
+    """Bytes that the metadata of the K - 1 steps must read and write at least.
+
+    Per step and request: position (8), length (4) and one entry of the block table (4) are read; slot (8), request (4)
+    and the indexer's length (4) are written. Per step: DeepGEMM's schedule, two int32 per SM and two more.
+    """
+    return (cell.steps - 1) * (32 * cell.batch_size + 8 * (multiprocessors(device) + 1))
+
+
+def _batch(batch: BatchDescriptor) -> Batch:
+    """An input of the other engines, with vLLM's table of blocks for a table of token slots."""
+    assert isinstance(batch.slots, TokenTable)
+    table = batch.slots.req_to_token
+    blocks = table[:, : table.shape[1] // PAGE_SIZE * PAGE_SIZE : PAGE_SIZE] // PAGE_SIZE
+    return Batch(batch.seq_lens.cpu().to(torch.int32), batch.slots.req_pool_indices, blocks.contiguous())
