@@ -9,6 +9,8 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
   (Upstream report 54369 and pull request 54790, both open.)
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
+- `TargetDependentARSpeculator._fused_multi_step_decode`, only if drafts are verified or measured: to see each begin (see
+  `v2_watch`).
 
 Model Runner V1's draft is patched by `v1_proposer`.
 """
@@ -23,7 +25,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_watch
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
@@ -44,7 +46,7 @@ class Part:
 
 V2_PARTS = (
     Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
-    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_step.hooks),
+    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_watch.hooks),
 )
 """All of them or none."""
 
