@@ -10,6 +10,7 @@ and from then on vLLM's own code fills them: replays, and what ranks say to each
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,8 +27,6 @@ from nsa_plugin.core.api import Impl
 from nsa_plugin.core.metadata import same_buffer
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 from nsa_plugin.core.triton_impl import is_available
-
-Values = tuple[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
 
 
 class Arena:
@@ -63,25 +62,35 @@ class Field:
 
     Attributes
     ----------
-    name : str
-        "Class.field.field".
+    kind : str
+        Class of the metadata.
+    path : str
+        Attributes that lead to it, "field.field".
     rows : sequence of tensor
         Where it is before the draft begins, for each step; the same one if it does not change.
     target : tensor
-        Where the draft reads it.
-    read : callable
-        Takes it from the group's metadata.
+        Where the draft reads it, of the same shape.
     """
 
-    name: str
+    kind: str
+    path: str
     rows: list[torch.Tensor]
     target: torch.Tensor
-    read: Callable[[Any], torch.Tensor]
+
+    @property
+    def leaf(self) -> str:
+        """The last attribute."""
+        return self.path.rpartition(".")[2]
 
     @property
     def once(self) -> bool:
         """Whether it stays the same in all steps."""
         return len(self.rows) > 1 and self.rows[1] is self.rows[0]
+
+    def read(self, metadata: Any) -> torch.Tensor:
+        """Take it from other metadata of the group, for as many rows or more."""
+        value: torch.Tensor = operator.attrgetter(self.path)(metadata)
+        return value[: self.target.shape[0]].reshape(self.target.shape)
 
 
 @dataclass(frozen=True)
@@ -185,56 +194,33 @@ class Staged:
 
     def _stage_request_map(self, group: Any, own: Any) -> torch.Tensor:
         row = self._once(f"{len(self.groups)} request map")
-        name = f"{type(own).__name__}.req_id_per_token"
-        field = Field(
-            name, [row] * self._steps, own.req_id_per_token[: self._n], lambda own: own.req_id_per_token[: self._n]
-        )
+        field = Field(type(own).__name__, "req_id_per_token", [row] * self._steps, own.req_id_per_token[: self._n])
         self.groups.append(StagedGroup(group, [field]))
         return row
 
     def _stage_indexer(self, group: Any, own: Any, builder: Any) -> Callable[[int], IndexerRows]:
         n, steps, decode, number = self._n, self._steps, own.decode, len(self.groups)
-        name = f"{type(own).__name__}.decode"
         lengths = self._take(f"{number} lengths", torch.int32)
-        fields = [
-            Field(
-                f"{name}.seq_lens",
-                list(lengths),
-                decode.seq_lens.view(-1),
-                lambda own: own.decode.seq_lens.reshape(-1)[:n],
-            )
-        ]
-        once = {}
+        fields: list[Field] = []
+        once: dict[str, torch.Tensor] = {}
+
+        def stage(leaf: str, rows: list[torch.Tensor], target: torch.Tensor) -> None:
+            fields.append(Field(type(own).__name__, f"decode.{leaf}", rows, target))
+
+        stage("seq_lens", list(lengths), decode.seq_lens.view(-1))
         for leaf in ("decode_lens", "per_req_decode_lens", "indices"):
-            target = getattr(decode, leaf)
-            if target is not None:
+            if (target := getattr(decode, leaf)) is not None:
                 once[leaf] = self._once(f"{number} {leaf}")
-                read: Callable[[Any], torch.Tensor] = lambda own, leaf=leaf: getattr(own.decode, leaf)[:n]  # noqa: E731
-                fields.append(Field(f"{name}.{leaf}", [once[leaf]] * steps, target[:n], read))
-        source = own.block_table[:n]
-        table = source
+                stage(leaf, [once[leaf]] * steps, target[:n])
+        source = table = own.block_table[:n]
         if not same_buffer(source, decode.block_table):
             table = self._arena.take(f"{number} table", (self._most, source.shape[1]))[:n]
-            fields.append(
-                Field(
-                    f"{name}.block_table",
-                    [table] * steps,
-                    decode.block_table[:n],
-                    lambda own: own.decode.block_table[:n],
-                )
-            )
+            stage("block_table", [table] * steps, decode.block_table[:n])
         schedule = scheduler(builder)
         if schedule is not None:
             shape = tuple(decode.schedule_metadata.shape)
             rows = self._arena.take(f"{number} schedule {shape}", (steps, *shape))
-            fields.append(
-                Field(
-                    f"{name}.schedule_metadata",
-                    list(rows),
-                    decode.schedule_metadata,
-                    lambda own: own.decode.schedule_metadata,
-                )
-            )
+            stage("schedule_metadata", list(rows), decode.schedule_metadata)
         self.groups.append(StagedGroup(group, fields, schedule))
 
         def of_step(step: int) -> IndexerRows:
@@ -291,7 +277,8 @@ class Staged:
                 )
             for number, staged in enumerate(self.groups):
                 for field in staged.fields:
-                    name = field.name if field.name not in expected else f"{number}.{field.name}"
+                    name = f"{field.kind}.{field.path}"
+                    name = name if name not in expected else f"{number}.{name}"
                     pair = self._defined(staged, field, step, staged.own(metadata), lengths[:n])
                     expected[name], got[name] = (value.clone() for value in pair)
             yield step, expected, got
@@ -305,10 +292,9 @@ class Staged:
         padding too, so that of a padded batch is vLLM's own for the lengths which are there behind the live ones.
         """
         want, have, live = field.read(own), field.rows[step], lengths.numel()
-        leaf = field.name.rpartition(".")[2]
-        if leaf == "block_table":
+        if field.leaf == "block_table":
             return live_blocks(want, lengths, staged.block_size), live_blocks(have, lengths, staged.block_size)
-        if leaf != "schedule_metadata":
+        if field.leaf != "schedule_metadata":
             return want[:live], have[:live]
         if live < self._n:
             rows = self._row(staged, "seq_lens", step).clone()
@@ -317,13 +303,13 @@ class Staged:
         return want, have
 
     def _row(self, staged: StagedGroup, leaf: str, step: int) -> torch.Tensor:
-        return next(field.rows[step] for field in staged.fields if field.name.endswith(f"decode.{leaf}"))
+        return next(field.rows[step] for field in staged.fields if field.leaf == leaf)
 
     def _schedule(self, staged: StagedGroup, step: int, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """DeepGEMM's, for a step's lengths or others."""
         assert staged.schedule is not None
         rows = self._row(staged, "seq_lens", step) if lengths is None else lengths
-        indices = next((field.rows[step] for field in staged.fields if field.name.endswith("decode.indices")), None)
+        indices = next((field.rows[step] for field in staged.fields if field.leaf == "indices"), None)
         return staged.schedule(SimpleNamespace(seq_lens=rows.unsqueeze(-1), indices=indices))
 
 
