@@ -31,10 +31,17 @@ def shadow(original: Any, **changes: Any) -> Any:
 
 
 def spare_group(group: Any, rows: int) -> Any:
-    """An `AttentionGroup` whose builder writes into buffers of its own, for drafts of at most `rows` requests."""
+    """An `AttentionGroup` whose builder writes into buffers of its own, for drafts of at most `rows` requests.
+
+    Workspaces of floating-point numbers, which are large and no metadata, stay shared: only a prefill would write them.
+    """
     builder = group.get_metadata_builder()
     most = builder.vllm_config.scheduler_config.max_num_batched_tokens
-    own = {name: _like(value, most, rows) for name, value in vars(builder).items() if isinstance(value, torch.Tensor)}
+    own = {
+        name: _like(value, most, rows)
+        for name, value in vars(builder).items()
+        if isinstance(value, torch.Tensor) and not value.is_floating_point()
+    }
     made = copy.copy(group)
     made.metadata_builders = [shadow(builder, **own)]
     if group.kernel_block_table is not None:
