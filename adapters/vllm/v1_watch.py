@@ -39,8 +39,7 @@ def watched(host: Host, labels: Labels, patch: Patch) -> tuple[Method, Method]:
     update, build = patch.update(), patch.build()
     engine, path, strategy = labels
     if host.durations(*labels, 1) is not None:
-        watch = Stopwatch(host, labels, patch)
-        update, build = watch.update(update), watch.build(build)
+        update, build = timed(host, labels, patch, update, build)
     update, build = (host.ranged(call, engine, path, strategy) for call in (update, build))
     if host.verify:
         check = Verification(host, labels, patch)
@@ -234,43 +233,35 @@ def _defined(group: Any, metadata: Any, lengths: torch.Tensor) -> dict[str, torc
     return defined(metadata, lengths.numel(), lengths, builder.kv_cache_spec.block_size, planned)
 
 
-class Stopwatch:
-    """Host time of the hooks of a draft, from the update of each step to its metadata; one figure per draft."""
+def timed(host: Host, labels: Labels, patch: Patch, update: Method, build: Method) -> tuple[Method, Method]:
+    """The two with their host time, from the update of each step to its metadata, as one figure per draft.
 
-    def __init__(self, host: Host, labels: Labels, patch: Patch) -> None:
-        self._host, self._labels, self._patch = host, labels, patch
-        self._started = self._spent = 0.0
-        self._records: dict[tuple[bool, int], Callable[[float], None] | None] = {}
+    Closures, not methods: a draft of 8 tokens passes here 14 times.
+    """
+    engine, path, strategy = labels
+    records: dict[tuple[bool, int], Callable[[float], None] | None] = {}
+    clock, started, spent = time.perf_counter, 0.0, 0.0
 
-    def update(self, update: Method) -> Method:
-        """Around the update, with which a step begins."""
-        clock = time.perf_counter
+    def record(ours: bool, steps: int) -> None:
+        if (ours, steps) not in records:
+            records[ours, steps] = host.durations(engine, path, strategy if ours else "off", steps)
+        if (take := records[ours, steps]) is not None:
+            take(spent)
 
-        def timed(proposer: Any, positions: Any, batch: Any, batch_size: int, rows: int, block_size: int) -> Any:
-            self._started = clock()
-            return update(proposer, positions, batch, batch_size, rows, block_size)
+    def timed_update(proposer: Any, positions: Any, batch: Any, batch_size: int, rows: int, block_size: int) -> Any:
+        nonlocal started
+        started = clock()
+        return update(proposer, positions, batch, batch_size, rows, block_size)
 
-        return timed
-
-    def build(self, build: Method) -> Method:
-        """Around the build, with which it ends."""
-        clock = time.perf_counter
-
-        def timed(proposer: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
-            built = build(proposer, common_attn_metadata, draft_index)
-            if draft_index == 0:
-                self._spent = 0.0
-                return built
-            self._spent += clock() - self._started
-            if draft_index == proposer.num_speculative_tokens - 1:
-                self._record(self._patch.serving(proposer) is not None, draft_index)
+    def timed_build(proposer: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
+        nonlocal spent
+        built = build(proposer, common_attn_metadata, draft_index)
+        if not draft_index:
+            spent = 0.0
             return built
+        spent += clock() - started
+        if draft_index + 1 == proposer.num_speculative_tokens:
+            record(patch.serving(proposer) is not None, draft_index)
+        return built
 
-        return timed
-
-    def _record(self, ours: bool, steps: int) -> None:
-        if (ours, steps) not in self._records:
-            engine, path, strategy = self._labels
-            self._records[ours, steps] = self._host.durations(engine, path, strategy if ours else "off", steps)
-        if (record := self._records[ours, steps]) is not None:
-            record(self._spent)
+    return timed_update, timed_build

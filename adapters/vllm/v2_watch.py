@@ -6,6 +6,7 @@ that every fused draft passes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -28,24 +29,32 @@ from nsa_plugin.core.step_update import PAD_SLOT
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 BEGIN = "_fused_multi_step_decode"
-Prepare = Callable[[Draft], None]
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """Those of `v2_step`, and if drafts are verified or measured one more, which sees each draft begin."""
-    if not host.verify and host.instrument(_recorded, ENGINE, PATH, "graph", 1) is _recorded:
+    made = watch(host, live)
+    if made is None:
         return v2_step.hooks(host, owner, live)
     if problems := missing(capabilities.WATCH_NEEDS):
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
         return v2_step.hooks(host, owner, live)
-    watch = _watches[host] = Watch(host, live)
-    return MappingProxyType({**v2_step.hooks(host, owner, live, watch.step), BEGIN: watch.begin(getattr(owner, BEGIN))})
+    _watches[host] = made
+    begin = functools.wraps(getattr(owner, BEGIN))(made.begin(getattr(owner, BEGIN)))
+    return MappingProxyType({**v2_step.hooks(host, owner, live, made.step), BEGIN: begin})
+
+
+def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
+    """What sees every draft, if the settings ask for anything that takes it."""
+    if not host.verify and host.instrument(_recorded, ENGINE, PATH, "graph", 1) is _recorded:
+        return None
+    return Watch(host, live)
 
 
 def switchable(host: Host) -> bool:
     """Whether all captured drafts take their metadata from where vLLM's own code can write it, too."""
-    watch = _watches.get(host)
-    return watch is not None and watch.verified
+    found = _watches.get(host)
+    return found is not None and found.verified
 
 
 class Preparation:
@@ -119,7 +128,8 @@ class _Speculator:
     def __init__(self, speculator: Any) -> None:
         self.tables, self.groups = speculator.block_tables, speculator.attn_groups
         self.arena = Arena(speculator.device)
-        self.prepare: dict[int, Prepare] = {}
+        self.prepare: dict[int, Preparation] = {}
+        self.count: dict[int, Callable[[None], None]] = {}
         self._rebuilds: dict[tuple[int, ...], Rebuild] = {}
 
     def fits(self, speculator: Any) -> bool:
@@ -158,21 +168,27 @@ class Watch:
             speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, num_tokens_across_dp: Any,
             seq_lens_cpu_upper_bound: Any, num_speculative_steps: int,
         ) -> None:  # fmt: skip
-            arguments = (num_reqs, skip_attn, batch_desc, num_tokens_across_dp, seq_lens_cpu_upper_bound)
+            arguments = (
+                num_reqs, skip_attn, batch_desc, num_tokens_across_dp, seq_lens_cpu_upper_bound, num_speculative_steps
+            )  # fmt: skip
             if not self._live():
-                return original(speculator, *arguments, num_speculative_steps)
+                return original(speculator, *arguments)
+            captured = batch_desc.cg_mode.name == "FULL"
+            known = self._known.get(speculator) if captured else None
+            if known is not None and (count := known.count.get(batch_desc.num_reqs)) is not None:
+                count(None)
+                return original(speculator, *arguments)
             draft = self._draft = Draft(
                 num_reqs, batch_desc, seq_lens_cpu_upper_bound, num_speculative_steps - 1, skip_attn
             )
             self._prepared, self._measured = False, None
             try:
-                known = self._known.get(speculator)
-                if batch_desc.cg_mode.name == "FULL" and known is not None and known.fits(speculator):
+                if known is not None and known.fits(speculator):
                     prepare = known.prepare.get(draft.rows)
                     if prepare is not None:
                         prepare(draft)
                         self._prepared = True
-                original(speculator, *arguments, num_speculative_steps)
+                original(speculator, *arguments)
                 if self._measured is not None:
                     self._measured.record()
             finally:
@@ -182,27 +198,35 @@ class Watch:
 
     def step(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         """What a fused draft runs at each step: while it is captured, or now."""
-        known = self._known.get(speculator)
-        if known is None or not known.fits(speculator):
-            known = self._known[speculator] = _Speculator(speculator)
+        known = self._of(speculator)
         if self.verified:
             try:
                 return self._staged(known, speculator, metadata, num_reqs)
             except Exception as error:
-                self.verified = False
                 if not isinstance(error, Uncovered):
                     self._host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "copy", error))
-                logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
+                if self._draft is None:  # what is captured now stays as it is
+                    self.verified = False
+                    logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
         if self._draft is None or self._prepared:
-            known.prepare[num_reqs] = self._host.instrument(
-                _recorded, ENGINE, PATH, "graph", speculator.num_speculative_steps - 1
-            )
+            self.count(speculator, num_reqs)
             return Step(speculator, metadata, num_reqs)
         seconds = self._host.durations(ENGINE, PATH, "graph", self._draft.steps)
         if seconds is None:
             return Step(speculator, metadata, num_reqs)
         self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs))
         return self._measured
+
+    def count(self, speculator: Any, num_reqs: int) -> None:
+        """Count the replays of a graph that computes the metadata of drafts of a size."""
+        steps = speculator.num_speculative_steps - 1
+        self._of(speculator).count[num_reqs] = self._host.instrument(_recorded, ENGINE, PATH, "graph", steps)
+
+    def _of(self, speculator: Any) -> _Speculator:
+        known = self._known.get(speculator)
+        if known is None or not known.fits(speculator):
+            known = self._known[speculator] = _Speculator(speculator)
+        return known
 
     def _staged(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         before = known.arena.size
@@ -216,6 +240,7 @@ class Watch:
                 raise Uncovered("captured without a warm-up")
             return step
         if prepare is None or self._draft is None:
+            known.count.pop(num_reqs, None)
             prepare = known.prepare[num_reqs] = Preparation(self._host, speculator, staged)
         if known.arena.size > before:
             self._host.buffers(ENGINE, PATH, "copy", known.arena.size - before)
@@ -251,7 +276,7 @@ class _Measured:
 _watches: WeakKeyDictionary[Host, Watch] = WeakKeyDictionary()
 
 
-def _recorded(draft: Draft) -> None:
+def _recorded(nothing: None) -> None:
     """What is left on the host of a draft whose metadata a graph computes."""
 
 

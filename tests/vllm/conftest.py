@@ -43,7 +43,12 @@ def log() -> Iterator[Callable[[int], list[str]]]:
     """
     logger = logging.getLogger("vllm.plugins.nsa_plugin")
     records: list[logging.LogRecord] = []
-    before, keep = logger.level, lambda record: records.append(record) is None
+    before = logger.level
+
+    def keep(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return True
+
     logger.addFilter(keep)
     logger.setLevel(logging.INFO)
     yield lambda level: [record.getMessage() for record in records if record.levelno >= level]

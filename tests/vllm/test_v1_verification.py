@@ -247,9 +247,14 @@ def test_it_can_be_switched_on_again(install: Install, hopper: None, monkeypatch
         proposals(draft, BATCHES[:1])
     assert not host.on and sum(host.mismatches.values()) == 1
     host.switch(True, "test")
-    advanced: list[None] = []
+    advanced: list[int] = []
     advance = DraftSteps.advance
-    monkeypatch.setattr(DraftSteps, "advance", lambda *arguments: (advanced.append(None), advance(*arguments))[1])
+
+    def counted(steps: DraftSteps, *arguments: Any) -> torch.Tensor:
+        advanced.append(steps.step)
+        return advance(steps, *arguments)
+
+    monkeypatch.setattr(DraftSteps, "advance", counted)
     assert_same(want, proposals(draft))
     assert len(advanced) == len(want) and sum(host.mismatches.values()) == 1
 

@@ -13,6 +13,7 @@ import torch
 from vllm.config import set_current_vllm_config
 
 from nsa_plugin import repro
+from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import capabilities, v2_rebuild, v2_watch
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft as Begun
@@ -293,7 +294,7 @@ def test_without_what_it_takes_drafts_are_served_all_the_same(
     install: Install, monkeypatch: pytest.MonkeyPatch, log: Any
 ) -> None:
     expected = stock()
-    need = capabilities.Need("vllm.absent", (), "test")
+    need = Need("vllm.absent", (), "test")
     monkeypatch.setattr(capabilities, "WATCH_NEEDS", (need,))
     install(verify=1)
     assert any("neither verified nor measured: looked for vllm.absent" in line for line in log(logging.WARNING))
@@ -302,17 +303,22 @@ def test_without_what_it_takes_drafts_are_served_all_the_same(
     assert unequal(expected[:3], propose(draft, BATCHES[:1])) == []
 
 
+def noted(calls: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which every call is written down."""
+
+    def call(*arguments: Any) -> Any:
+        calls.append(name)
+        return function(*arguments)
+
+    return call
+
+
 def test_a_running_process_can_be_switched(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = stock()
     host, _ = install(verify=1)
     ways: list[str] = []
     for name in ("prepare", "prepare_natively"):
-        original = getattr(Staged, name)
-        monkeypatch.setattr(
-            Staged,
-            name,
-            lambda staged, begun, original=original, name=name: (ways.append(name), original(staged, begun))[1],
-        )
+        monkeypatch.setattr(Staged, name, noted(ways, name, getattr(Staged, name)))
     draft = captured()
     ways.clear()
     for on in (True, False, True):
