@@ -178,9 +178,10 @@ class Watch:
             if known is not None and (count := known.count.get(batch_desc.num_reqs)) is not None:
                 count(None)
                 return original(speculator, *arguments)
-            draft = self._draft = Draft(
-                num_reqs, batch_desc, seq_lens_cpu_upper_bound, num_speculative_steps - 1, skip_attn
-            )
+            tokens = num_speculative_steps
+            if captured:  # a graph runs the steps that it was captured with, however many are wanted
+                tokens = getattr(batch_desc, "num_speculative_tokens", 0) or speculator.num_speculative_steps
+            draft = self._draft = Draft(num_reqs, batch_desc, seq_lens_cpu_upper_bound, tokens - 1, skip_attn)
             self._prepared, self._measured = False, None
             try:
                 if known is not None and known.fits(speculator):

@@ -15,6 +15,9 @@ compared with the second, rows of padding included. Then all are timed.
 
     python tests/gpu/run_vllm_draft.py --json vllm_draft.json
 
+With --verify N the plugin verifies every N-th draft of the third way by itself, as NSA_PLUGIN_VERIFY does: its metadata is
+then written before each replay, and the graph has copies of it.
+
 Needs a complete vLLM 0.33.0 and this repository as the working directory, on PYTHONPATH. Without a GPU the graphs are
 emulated, small, and nothing is timed (VLLM_TARGET_DEVICE=cpu TRITON_INTERPRET=1). Exit status 1 if a value differs.
 """
@@ -44,11 +47,12 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from nsa_plugin.adapters.probe import installed_version
-from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.adapters.vllm import capabilities, v2_watch
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.bench.measure import gpu_time, host_time
 from nsa_plugin.bench.run import where
 from nsa_plugin.host import Host
+from nsa_plugin.settings import Settings
 from tests.vllm.harness import Draft, DraftModel, Graphs, Sizes
 
 GPU = torch.cuda.is_available()
@@ -258,12 +262,19 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=1000 if GPU else 8, help="changing batches for each graph")
     parser.add_argument("--seconds", type=float, default=420, help="begin no further layout after so many")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--verify", type=int, default=0, help="let the plugin verify every so many drafts")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     size = options.batch_size
     sizes = Sizes(DEVICE, size, 65536, max(128, size), 2048) if GPU else Sizes(DEVICE, size, 1024, 16, 256)
     begun, results, bad = time.perf_counter(), [], 0
-    environment = {**where(DEVICE), "batch_size": size, "model_len": sizes.model_len, "seed": options.seed}
+    environment = {
+        **where(DEVICE),
+        "batch_size": size,
+        "model_len": sizes.model_len,
+        "seed": options.seed,
+        "verify": options.verify,
+    }
     environment["versions"]["vllm"] = installed_version("vllm")
     covered = capabilities.uncovered_speculator
     for layout in options.layouts:
@@ -274,7 +285,7 @@ def main() -> int:
                 continue
             entry: dict[str, Any] = {"layout": layout, "tokens": tokens}
             results.append(entry)
-            adapter, host = VllmAdapter(), Host()
+            adapter, host = VllmAdapter(), Host(Settings(verify=options.verify))
             start = time.perf_counter()
             try:
                 drafts: dict[str, Draft] = {}
@@ -306,7 +317,9 @@ def main() -> int:
                             draft.graphs.capture(record=False)
                             entry[way] |= measure(draft, options.seed)
                 entry["fallbacks"] = {str(cause): count for cause, count in host.fallbacks.items()}
-                bad += bool(host.fallbacks)
+                entry["mismatches"] = {str(cause): count for cause, count in host.mismatches.items()}
+                bad += bool(host.fallbacks) + bool(host.mismatches)
+                assert v2_watch.switchable(host) == (options.verify > 0), "drafts were not verified"
             except Exception:
                 entry["error"] = traceback.format_exc(limit=-6)
                 bad += 1
@@ -322,7 +335,12 @@ def main() -> int:
 
 def report(entry: dict[str, Any], seconds: float) -> None:
     """Print a result in a few lines."""
-    print(f"{entry['layout']}, K = {entry['tokens']} ({seconds:.1f} s)", entry.get("fallbacks") or "", flush=True)
+    print(
+        f"{entry['layout']}, K = {entry['tokens']} ({seconds:.1f} s)",
+        entry.get("fallbacks") or "",
+        entry.get("mismatches") or "",
+        flush=True,
+    )
     for way in WAYS:
         got = entry.get(way, {})
         line = ", ".join(

@@ -266,6 +266,18 @@ def test_an_error_while_preparing_hands_drafts_back(
     assert len(log(logging.ERROR)) == 1
 
 
+def test_a_draft_for_the_sake_of_other_ranks_is_prepared_and_not_compared(
+    install: Install, compared: list[int]
+) -> None:
+    host, _ = install(verify=1)
+    draft = captured()
+    draft.propose(*BATCHES[0])
+    descriptor = draft.graphs.dispatch(CAPTURED, CAPTURED)
+    with set_current_vllm_config(draft.config):
+        draft.speculator._fused_multi_step_decode(1, True, descriptor, None, torch.ones(1, dtype=torch.int32), 4)
+    assert compared == [len(BATCHES[0][0])] and not host.fallbacks and not host.mismatches
+
+
 def test_a_rebuild_that_fails_ends_verification_only(
     install: Install, monkeypatch: pytest.MonkeyPatch, compared: list[int]
 ) -> None:
