@@ -24,10 +24,11 @@ from tests.vllm.harness import Draft
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 PROMETHEUS = frozenset({"prometheus"})
+Grown = dict[tuple[str, str], tuple[int, int]]
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Host], dict[tuple[str, str], tuple[int, float]]]]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Host], Grown]]:
     """Replays and draft steps of each path and strategy since the start of the test."""
     monkeypatch.setattr(background, "every_second", lambda task: None)
 
@@ -44,9 +45,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Host], dict[t
 
     before = read()
 
-    def since(host: Host) -> dict[tuple[str, str], tuple[int, float]]:
+    def since(host: Host) -> Grown:
         host.flush_metrics()
-        grown = {}
+        grown: Grown = {}
         for key, (replays, steps) in read().items():
             replays_before, steps_before = before.get(key, (0.0, 0.0))
             if replays > replays_before:
@@ -117,7 +118,6 @@ def test_drafts_of_model_runner_v1(counted: Any, monkeypatch: pytest.MonkeyPatch
 def test_the_time_of_a_v1_draft_is_that_of_its_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the update to the metadata of each step, whatever lies between the steps."""
     now = [0.0]
-    monkeypatch.setattr(v1_watch.time, "perf_counter", lambda: now[0])
     host = Host(Settings(metrics=PROMETHEUS))
 
     def takes(seconds: float) -> Callable[..., None]:
@@ -134,7 +134,9 @@ def test_the_time_of_a_v1_draft_is_that_of_its_hooks(monkeypatch: pytest.MonkeyP
         num_speculative_tokens = 4
 
     patch: Any = Fake
-    update, build = v1_watch.watched(host, ("vllm", "test", "copy"), patch)
+    with monkeypatch.context() as clock:
+        clock.setattr("time.perf_counter", lambda: now[0])
+        update, build = v1_watch.watched(host, ("vllm", "test", "copy"), patch)
     for _ in range(2):
         build(Proposer, None)
         for step in (1, 2, 3):

@@ -24,6 +24,7 @@ from nsa_plugin.host import Host
 from tests.vllm.drafts import LARGE
 from tests.vllm.engine import BATCHES, LAYOUTS
 from tests.vllm.harness import CAPTURED, Draft
+from tests.vllm.v1_harness import emulate_cuda
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Step = dict[str, torch.Tensor]
@@ -97,6 +98,17 @@ def test_right_values_pass(install: Install, layout: str, tokens: int, compared:
     assert unequal(expected, propose(captured(layout, tokens))) == []
     assert compared == [len(batch[0]) for batch in BATCHES]
     assert host.on and not host.mismatches and not host.fallbacks
+
+
+def test_right_values_pass_on_blackwell(install: Install, monkeypatch: pytest.MonkeyPatch, compared: list[int]) -> None:
+    """Whose indexer has a row of indices more."""
+    emulate_cuda(monkeypatch.setattr, 100)
+    draft = Draft(*LAYOUTS["bf16"], 4)
+    expected = propose(draft)
+    assert "indices" in expected[0]
+    host, _ = install(verify=1)
+    assert unequal(expected, propose(captured("bf16"))) == []
+    assert len(compared) == len(BATCHES) and not host.mismatches and not host.fallbacks
 
 
 def test_every_nth_draft_of_a_size_is_verified(install: Install, compared: list[int]) -> None:
