@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -39,7 +39,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     if problems := missing(capabilities.WATCH_NEEDS):
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
         return v2_step.hooks(host, owner, live)
-    _watches[host] = made
+    _watches[id(host)] = made
     begin = functools.wraps(getattr(owner, BEGIN))(made.begin(getattr(owner, BEGIN)))
     return MappingProxyType({**v2_step.hooks(host, owner, live, made.step), BEGIN: begin})
 
@@ -53,7 +53,7 @@ def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
 
 def switchable(host: Host) -> bool:
     """Whether all captured drafts take their metadata from where vLLM's own code can write it, too."""
-    found = _watches.get(host)
+    found = _watches.get(id(host))
     return found is not None and found.verified
 
 
@@ -274,7 +274,8 @@ class _Measured:
         self._seconds(self._spent)
 
 
-_watches: WeakKeyDictionary[Host, Watch] = WeakKeyDictionary()
+_watches: WeakValueDictionary[int, Watch] = WeakValueDictionary()
+"""By the `id` of their hosts, which they keep alive."""
 
 
 def _recorded(nothing: None) -> None:

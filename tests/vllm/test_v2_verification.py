@@ -368,7 +368,7 @@ def test_spare_buffers_are_those_of_a_draft(install: Install) -> None:
     """No captured buffer is written by a rebuild, and no spare one has room for a whole batch of prefills."""
     host, _ = install(verify=1)
     draft = captured("fp8 mixed")
-    (known,) = v2_watch._watches[host]._known.values()
+    (known,) = v2_watch._watches[id(host)]._known.values()
     (rebuild,) = known._rebuilds.values()
     own = {value.data_ptr() for builder in draft.builders for value in integers(builder)}
     own |= {draft.tables.slot_mappings.data_ptr(), draft.speculator.input_buffers.seq_lens.data_ptr()}
