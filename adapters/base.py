@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.draft_steps import DraftLimits
 from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.core.plan import PlanStrategy
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
 
@@ -51,6 +54,9 @@ class Mismatch:
     geometry : Geometry
     values : tuple of (int, mapping, mapping)
         For each draft step that differs its index, the engine's defined values by field name, and ours.
+    limits : DraftLimits or None
+        For engines that move positions on from step to step: how far. The fields of `values` are then named as the
+        engine names them, a path of attributes.
     """
 
     engine: str
@@ -59,6 +65,7 @@ class Mismatch:
     batch: BatchDescriptor
     geometry: Geometry
     values: tuple[tuple[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], ...]
+    limits: DraftLimits | None = None
 
     @property
     def fields(self) -> list[str]:
@@ -135,6 +142,12 @@ class Host(Protocol):
 
         `steps` is the number of draft steps that it serves, `strategy` "off" for the engine's own code.
         """
+
+    def durations(self, engine: str, path: str, strategy: str, steps: int) -> Callable[[float], None] | None:
+        """Where the seconds of a replay go whose preparation is spread over several calls; None if nobody wants them."""
+
+    def ranged(self, call: Callable[P, T], engine: str, path: str, strategy: str) -> Callable[P, T]:
+        """`call`, one of several that prepare a replay, in an NVTX range; `call` itself if nobody wants one."""
 
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
         """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from nsa_plugin import background, repro
 from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
@@ -20,6 +20,8 @@ from nsa_plugin.monitoring import Labels, Monitor
 from nsa_plugin.settings import Settings
 
 logger = logging.getLogger("nsa_plugin")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 STRATEGIES: dict[str, tuple[Strategy, ...]] = {
     "auto": ("graph", "share", "copy"),
@@ -120,6 +122,14 @@ class Host:
     ) -> Callable[[Any], None]:
         """`call`, reported about as the settings say; `call` itself if they say nothing."""
         return self._monitor.instrument(call, Labels(engine, path, strategy), steps)
+
+    def durations(self, engine: str, path: str, strategy: str, steps: int) -> Callable[[float], None] | None:
+        """Where the seconds of a replay go that no single call makes up; None if the settings ask for none."""
+        return self._monitor.durations(Labels(engine, path, strategy), steps)
+
+    def ranged(self, call: Callable[P, T], engine: str, path: str, strategy: str) -> Callable[P, T]:
+        """`call` in an NVTX range; `call` itself if the settings ask for none."""
+        return self._monitor.ranged(call, Labels(engine, path, strategy))
 
     def flush_metrics(self) -> None:
         """Hand over what has been measured now, not at the next full second."""

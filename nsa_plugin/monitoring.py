@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ from nsa_plugin.settings import Settings
 logger = logging.getLogger("nsa_plugin")
 BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 """Upper bounds of the latency histogram, in seconds."""
+P = ParamSpec("P")
+T = TypeVar("T")
 Call = Callable[[Any], None]
 """Prepares the metadata of one replay of a batch."""
 CHUNK = 16
@@ -112,10 +114,21 @@ class Monitor:
 
     def instrument(self, call: Call, labels: Labels, steps: int) -> Call:
         """`call`, reported about; `call` itself if nothing is to be reported. `steps`: draft steps that it serves."""
+        if (record := self.durations(labels, steps)) is not None:
+            call = _timed(call, record)
+        return self.ranged(call, labels)
+
+    def durations(self, labels: Labels, steps: int) -> Callable[[float], None] | None:
+        """Where the seconds of a replay go whose work is spread over several calls; None if nobody wants them."""
         with self._reporting("prometheus") as on:
             if on:
                 prometheus()
-                call = self._timed(call, labels, steps)
+                background.every_second(self.flush)
+                return self._pending.setdefault((labels, steps), []).append
+        return None
+
+    def ranged(self, call: Callable[P, T], labels: Labels) -> Callable[P, T]:
+        """`call` in an NVTX range of its own; `call` itself if nobody wants one."""
         return _ranged(call, f"nsa-plugin {labels.mode} {labels.strategy}") if "nvtx" in self._on else call
 
     def buffers(self, labels: Labels, size: int) -> None:
@@ -144,18 +157,6 @@ class Monitor:
             self._on.discard(name)
             logger.exception("nsa-plugin: NSA_PLUGIN_METRICS=%s failed: it is left out from now on", name)
 
-    def _timed(self, call: Call, labels: Labels, steps: int) -> Call:
-        append = self._pending.setdefault((labels, steps), []).append
-        background.every_second(self.flush)
-        clock = time.perf_counter
-
-        def timed(batch: Any) -> None:
-            start = clock()
-            call(batch)
-            append(clock() - start)
-
-        return timed
-
     def flush(self) -> None:
         """Hand over what has been measured since the last time."""
         with self._flushing:
@@ -176,16 +177,27 @@ class Monitor:
                     time.sleep(0)
 
 
-def _ranged(call: Call, name: str) -> Call:
+def _timed(call: Call, record: Callable[[float], None]) -> Call:
+    clock = time.perf_counter
+
+    def timed(batch: Any) -> None:
+        start = clock()
+        call(batch)
+        record(clock() - start)
+
+    return timed
+
+
+def _ranged(call: Callable[P, T], name: str) -> Callable[P, T]:
     from torch.cuda import nvtx
 
     push: Callable[[str], object] = nvtx.range_push
     pop: Callable[[], object] = nvtx.range_pop
 
-    def ranged(batch: Any) -> None:
+    def ranged(*args: P.args, **kwargs: P.kwargs) -> T:
         push(name)
         try:
-            call(batch)
+            return call(*args, **kwargs)
         finally:
             pop()
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from nsa_plugin.adapters.base import Mismatch, differing
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.core.errors import InvalidValueError, UnavailableError, reject
 from nsa_plugin.core.metadata import TABLES, VECTORS, live_entries
 from nsa_plugin.settings import Settings
@@ -65,6 +66,7 @@ def write(directory: Path, mismatch: Mismatch, settings: Settings) -> Path:
         raise UnavailableError(f"a repro file of {size >> 20} MiB would be too large (limit: {LIMIT_BYTES >> 20})")
     facts |= {
         "engine": mismatch.engine, "path": mismatch.path, "strategy": mismatch.strategy, "fields": mismatch.fields,
+        "limits": None if mismatch.limits is None else {**dataclasses.asdict(mismatch.limits), "past_end": mismatch.limits.past_end.value},
         "left_out": left_out, "settings": {name: value for name, value, _ in settings.rows()}, "versions": _versions(),
     }  # fmt: skip
     name = f"{PREFIX}-{mismatch.engine}-{mismatch.path.replace(' ', '-')}-{os.getpid()}"
@@ -89,6 +91,7 @@ class Repro:
     batch, geometry : what was prepared
     expected, got : (step, field) to the engine's and our defined values
     facts : settings, versions, path, strategy, fields that differed
+    limits : of an engine that moves positions on from step to step
     """
 
     batch: BatchDescriptor
@@ -96,6 +99,7 @@ class Repro:
     expected: Mapping[tuple[int, str], torch.Tensor]
     got: Mapping[tuple[int, str], torch.Tensor]
     facts: Mapping[str, Any]
+    limits: DraftLimits | None = None
 
 
 def load(path: Path) -> Repro:
@@ -119,31 +123,78 @@ def load(path: Path) -> Repro:
             tuple(facts["step_offsets"]), facts["draft_tokens"], arrays.get("extend_lens"),
         )  # fmt: skip
         geometry = Geometry(**facts["geometry"])
+        limits = facts.get("limits")
+        if limits is not None:
+            limits = DraftLimits(limits["max_model_len"], PastEnd(limits["past_end"]), limits["padding_slot"])
     except OSError:
         raise
     except Exception as error:  # whatever numpy, zipfile or json make of a foreign file
         reject(str(path), "a repro file of nsa-plugin", f"{type(error).__name__}: {error}", error=InvalidValueError)
-    return Repro(batch, geometry, sides["expected"], sides["got"], facts)
+    return Repro(batch, geometry, sides["expected"], sides["got"], facts, limits)
 
 
 def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
     """Compute the batch again with `impl`; returns the fields that differ from what was recorded, "step N: field".
 
-    Under "engine" from the engine's values, under "plugin" from ours. Planes that only the engine's own functions
-    compute (schedules, plans) are not computed and not compared.
+    Under "engine" from the engine's values, under "plugin" from ours. What only the engine's own functions compute
+    (schedules, plans) is not computed and not compared.
     """
     if impl == "triton" and torch.cuda.is_available():
         repro = _on_gpu(repro)
-    result = api.precompute(repro.batch, repro.geometry, impl=impl)
+    computed = _draft_steps(repro, impl) if repro.limits is not None else _planes(repro, impl)
     differences: dict[str, list[str]] = {"engine": [], "plugin": []}
     for who, recorded in (("engine", repro.expected), ("plugin", repro.got)):
         for (step, name), value in sorted(recorded.items()):
-            if name not in VECTORS + TABLES:
-                continue
-            ours = live_entries(result, result.step(step), step).get(name)
-            if ours is None or not torch.equal(ours.cpu(), value):
+            ours = computed(step, name, value)
+            if ours is not None and not torch.equal(ours.cpu(), value):
                 differences[who].append(f"step {step}: {name}")
     return differences
+
+
+Computed = Callable[[int, str, torch.Tensor], torch.Tensor | None]
+"""What a field of a step is here, in the layout of a recorded value; None if only the engine's own functions compute it."""
+
+
+def _planes(repro: Repro, impl: api.Impl) -> Computed:
+    """The planes of a batch whose steps an engine prepares at once."""
+    result = api.precompute(repro.batch, repro.geometry, impl=impl)
+
+    def computed(step: int, name: str, recorded: torch.Tensor) -> torch.Tensor | None:
+        if name not in VECTORS + TABLES:
+            return None
+        return live_entries(result, result.step(step), step).get(name, torch.empty(0))
+
+    return computed
+
+
+def _draft_steps(repro: Repro, impl: api.Impl) -> Computed:
+    """Positions, slots and lengths of a draft that moves on from step to step, and what else follows from its block table."""
+    batch, slots, limits = repro.batch, repro.batch.slots, repro.limits
+    assert isinstance(slots, BlockTable) and limits is not None
+    bs, device = batch.batch_size, batch.seq_lens.device
+    before = batch.seq_lens[:bs].long() + (batch.step_offsets or (0,))[0] - 1
+
+    def new(dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(max(bs, 1), dtype=dtype, device=device)
+
+    steps = [DraftStep(new(torch.int64), new(torch.int64), new(torch.int32)) for _ in range(batch.num_steps)]
+    bind_draft_steps(steps, limits, impl=impl)(before - 1, before, slots, bs, bs)
+    request = torch.arange(bs, device=device)
+    starts = torch.arange(slots.block_table.shape[1], device=device) * slots.block_size
+
+    def computed(step: int, name: str, recorded: torch.Tensor) -> torch.Tensor | None:
+        made = steps[step]
+        blocks = torch.where(starts < made.seq_lens[:bs, None], slots.block_table[:bs], -1)
+        values = {
+            "positions": made.positions[:bs], "slot_mapping": made.slots[:bs], "seq_lens": made.seq_lens[:bs],
+            "block_table": blocks[:, : recorded.shape[-1] if recorded.dim() else 0], "req_id_per_token": request,
+            "indices": request, "decode_lens": torch.ones_like(request), "per_req_decode_lens": torch.ones_like(request),
+            "query_start_loc": torch.arange(bs + 1, device=device),
+        }  # fmt: skip
+        ours = values.get(name.rpartition(".")[2])
+        return None if ours is None else ours.to(recorded.dtype)
+
+    return computed
 
 
 def _batch(batch: BatchDescriptor, geometry: Geometry) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

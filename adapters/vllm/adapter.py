@@ -9,6 +9,8 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
   (Upstream report 54369 and pull request 54790, both open.)
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
+- `TargetDependentARSpeculator._fused_multi_step_decode`, only if drafts are verified or measured: to see each begin (see
+  `v2_watch`).
 
 Model Runner V1's draft is patched by `v1_proposer`.
 """
@@ -23,7 +25,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_watch
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
@@ -44,7 +46,7 @@ class Part:
 
 V2_PARTS = (
     Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
-    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_step.hooks),
+    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_watch.hooks),
 )
 """All of them or none."""
 
@@ -53,13 +55,14 @@ class VllmAdapter:
     """Implements `nsa_plugin.adapters.base.Adapter` for the drafts of both of vLLM's model runners."""
 
     name = ENGINE
-    features: frozenset[str] = frozenset()
+    features = frozenset({"verify"})
 
     def __init__(self) -> None:
         self._watches: list[WhenImported] = []
         self._patches = Patches()
         self._v1 = V1Draft()
         self._served: list[str] = []
+        self._host: Host | None = None
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
@@ -76,6 +79,7 @@ class VllmAdapter:
             return ["looked for vLLM, found no such distribution; install vllm 0.32 or later"]
         if "copy" not in host.strategies:
             return ["looked for a strategy to try, found none; NSA_PLUGIN_STRATEGY is auto, graph, share or copy"]
+        self._host = host
         problems: list[str] = []
         if "graph" in host.strategies:
             warned: list[bool] = []
@@ -105,25 +109,24 @@ class VllmAdapter:
         return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
 
     def switch(self, on: bool) -> list[str]:
-        """Switch Model Runner V1's drafts from the next one on; those of V2 are recorded in CUDA graphs."""
+        """Switch drafts from the next one on, but for those of Model Runner V2 whose metadata CUDA graphs compute."""
         self._v1.switch(on)
-        if on or not self._watches:
+        if on or not self._watches or (self._host is not None and v2_watch.switchable(self._host)):
             return []
         return [f"{ENGINE}: {v2_builder.PATH} (Model Runner V2) keeps what its CUDA graphs recorded; restart"]
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
         plans = []
-        for path, strategy, problems in (
-            (f"{v2_builder.PATH} (Model Runner V2)", "graph", self.probe()),
-            (v1_proposer.PATH, "copy", self._v1.probe()),
+        for path, needs, strategy, better, problems in (
+            (f"{v2_builder.PATH} (Model Runner V2)", "graph", *_plan_v2(host), self.probe()),
+            (v1_proposer.PATH, "copy", "copy", "vLLM captures no whole draft there", self._v1.probe()),
         ):
-            if strategy not in host.strategies:
-                plans.append(PathPlan(path, "off", f"it takes {strategy}, which NSA_PLUGIN_STRATEGY leaves out"))
+            if needs not in host.strategies:
+                plans.append(PathPlan(path, "off", f"it takes {needs}, which NSA_PLUGIN_STRATEGY leaves out"))
             elif problems:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
-                better = "" if strategy == "graph" else "vLLM captures no whole draft there"
                 plans.append(PathPlan(path, strategy, better))
         return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in capabilities.LACKING_HOOK]
 
@@ -155,3 +158,12 @@ class VllmAdapter:
         elif not warned:
             warned.append(True)
             warn_if_untested(logger, "vllm", capabilities.TESTED)
+
+
+def _plan_v2(host: Host) -> tuple[str, str]:
+    """What Model Runner V2's drafts would get, and why not more."""
+    if not host.verify:
+        return "graph", ""
+    if problems := missing(capabilities.WATCH_NEEDS):
+        return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
+    return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"

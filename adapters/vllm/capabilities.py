@@ -41,6 +41,20 @@ STEP_NEEDS: tuple[Need, ...] = (
          "DeepGEMM's schedule, which stays a call of its own"),
 )  # fmt: skip
 
+WATCH_NEEDS: tuple[Need, ...] = (
+    Need(f"{SPECULATOR}._fused_multi_step_decode",
+         ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
+         "see a draft begin (hooked)"),
+    Need(f"{SPECULATOR}.advance_draft_positions", (), "know that positions move on from step to step"),
+    Need(f"{SPECULATOR}._build_uniform_attn_metadata",
+         ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),
+    Need(f"{SPECULATOR_MODULE}.update_draft_inputs",
+         ("draft_tokens", "current_draft_step", "hidden_states", "output_draft_tokens", "next_input_hidden_states",
+          "input_buffers", "sample_src_positions", "num_reqs", "max_model_len", "num_speculative_steps"),
+         "move a rebuild on from step to step"),
+)  # fmt: skip
+"""What it takes to verify and measure Model Runner V2's drafts; without it they are served all the same."""
+
 INDEXER_FIELDS = frozenset(
     ("block_table", "seq_lens", "decode_lens", "requires_padding", "schedule_metadata", "global_seq_lens",
      "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")

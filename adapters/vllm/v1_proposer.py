@@ -26,7 +26,7 @@ import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import missing
-from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.adapters.vllm import capabilities, v1_watch
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_metadata import DecodeBatch, KeptSteps, keeper_of
@@ -52,7 +52,7 @@ class V1Draft:
     def __init__(self) -> None:
         self._watch: WhenImported | None = None
         self._patches = Patches()
-        self._patch_made: _Patch | None = None
+        self._patch_made: Patch | None = None
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks; empty if it fits."""
@@ -85,29 +85,42 @@ class V1Draft:
                 return
             base = pkgutil.resolve_name(capabilities.V1_PROPOSER)
             update, build = (vars(base)[name] for name in (UPDATE, BUILD))
-            patch = self._patch_made = _Patch(host, base, update, build)
-            self._patches.set(base, UPDATE, functools.wraps(update)(patch.update()))
-            self._patches.set(base, BUILD, functools.wraps(build)(patch.build()))
+            patch = self._patch_made = Patch(host, base, update, build)
+            ours = v1_watch.watched(host, (ENGINE, PATH, STRATEGY), patch)
+            for name, stock, replacement in zip((UPDATE, BUILD), (update, build), ours, strict=True):
+                self._patches.set(base, name, functools.wraps(stock)(replacement))
         except Exception as error:
             logger.exception("nsa-plugin: Model Runner V1 is left as it is: %s", error)
 
 
 @dataclass
-class _Served:
+class Served:
     """A proposer with these attention groups: its draft steps, or None if it is left to vLLM."""
 
     groups: list[Any]
     draft: DraftSteps | None
 
 
-class _Patch:
+class Patch:
     """The two methods, and the drafts of the proposers that they were called for."""
 
     def __init__(self, host: Host, base: type, update: Callable[..., Any], build: Callable[..., Any]) -> None:
         self._host, self._base = host, base
-        self._stock_update, self._stock_build = update, build
-        self._drafts: WeakKeyDictionary[Any, _Served] = WeakKeyDictionary()
+        self.stock_update, self.stock_build = update, build
+        self._drafts: WeakKeyDictionary[Any, Served] = WeakKeyDictionary()
         self.on = self._on_for_this_draft = True
+
+    def serving(self, proposer: Any) -> Served | None:
+        """What serves the draft that is under way; None if it is left to vLLM."""
+        served = self._drafts.get(proposer)
+        return served if served is not None and served.draft is not None and self._on_for_this_draft else None
+
+    def hand_back(self, served: Served, batch: Any) -> None:
+        """Let vLLM do the rest of the draft that is under way, from the step on that the batch is at."""
+        if served.draft is not None:
+            served.draft.settle(batch)
+        forget_step(batch, 1)
+        self._on_for_this_draft = False
 
     def retire(self) -> None:
         """Leave everything to vLLM from now on, in a draft that has begun, too."""
@@ -119,15 +132,15 @@ class _Patch:
         def build(proposer: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
             if draft_index == 0:
                 self._begin(proposer)
-                return self._stock_build(proposer, common_attn_metadata, draft_index)
+                return self.stock_build(proposer, common_attn_metadata, draft_index)
             forget_step(common_attn_metadata, draft_index)
             served = self._drafts.get(proposer)
             if self._on_for_this_draft and served is not None and served.draft is not None and served.draft.under_way:
                 try:
                     return served.draft.metadata(served.groups, common_attn_metadata, draft_index)
                 except Exception as error:
-                    self._step_down(served, common_attn_metadata, error)
-            return self._stock_build(proposer, common_attn_metadata, draft_index)
+                    self.step_down(served, common_attn_metadata, error)
+            return self.stock_build(proposer, common_attn_metadata, draft_index)
 
         return build
 
@@ -148,8 +161,8 @@ class _Patch:
                 try:
                     return served.draft.advance(proposer.num_speculative_tokens - 1, *batch)
                 except Exception as error:
-                    self._step_down(served, common_attn_metadata, error)
-            moved: torch.Tensor = self._stock_update(proposer, *batch)
+                    self.step_down(served, common_attn_metadata, error)
+            moved: torch.Tensor = self.stock_update(proposer, *batch)
             return moved
 
         return update
@@ -159,7 +172,7 @@ class _Patch:
         self._on_for_this_draft = self.on
         served = self._drafts.get(proposer)
         if served is None or served.groups is not proposer.draft_attn_groups:
-            self._drafts[proposer] = served = _Served(proposer.draft_attn_groups, None)
+            self._drafts[proposer] = served = Served(proposer.draft_attn_groups, None)
             try:
                 if problem := self._unsupported(proposer):
                     self._host.using(logger, ENGINE, PATH, f"off ({problem})")
@@ -171,7 +184,7 @@ class _Patch:
         if served.draft is not None:
             served.draft.begin()
 
-    def _step_down(self, served: _Served, batch: Any, error: Exception) -> None:
+    def step_down(self, served: Served, batch: Any, error: Exception) -> None:
         """Hand the rest of this draft, and all later ones of this proposer, back to vLLM."""
         if served.draft is not None:
             served.draft.settle(batch)
@@ -185,7 +198,7 @@ class _Patch:
         for name in (UPDATE, BUILD):
             if getattr(kind, name) is not getattr(self._base, name):
                 return f"{kind.__name__} has its own {name}"
-        theirs = capabilities.not_vllms(self._stock_update) or capabilities.not_vllms(self._stock_build)
+        theirs = capabilities.not_vllms(self.stock_update) or capabilities.not_vllms(self.stock_build)
         return theirs or unsupported(proposer)
 
 
@@ -257,6 +270,21 @@ class DraftSteps:
         self._step = 0
         self._owed = 0
         self._allocate(proposer.max_batch_size)
+
+    @property
+    def limits(self) -> DraftLimits:
+        """How far its drafts go."""
+        return self._limits
+
+    @property
+    def keeps(self) -> list[bool]:
+        """Whether the metadata of each attention group is kept."""
+        return [keeper is not None for keeper in self._keepers]
+
+    @property
+    def step(self) -> int:
+        """The draft step that `advance` has moved the batch to, from 1 on."""
+        return self._step
 
     @property
     def under_way(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import capabilities
@@ -46,6 +46,8 @@ class Step:
         Something that this update does not know; the message says what.
     """
 
+    strategy = "graph"
+
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
         self._schedules: list[Callable[[], None]] = []
         self._others: list[Callable[[], None]] = []
@@ -77,6 +79,21 @@ class Step:
             compute()
 
 
+class RunsStep(Protocol):
+    """What a fused draft runs at the start of each step: a `Step`, or what stands for one.
+
+    Attributes
+    ----------
+    strategy : str
+        How it comes by the metadata, for the log.
+    """
+
+    strategy: str
+
+    def run(self) -> None:
+        """Write the metadata of the step that begins now."""
+
+
 class Uncovered(Exception):
     """Something that the one-kernel step does not know; vLLM's own update is used."""
 
@@ -84,9 +101,9 @@ class Uncovered(Exception):
 class DeferredSlots:
     """Stands for a speculator's `BlockTables` during a fused draft: slots wait for the update that follows."""
 
-    def __init__(self, tables: Any, step: Step) -> None:
+    def __init__(self, tables: Any, step: RunsStep) -> None:
         self.tables = tables
-        self.step: Step | None = step
+        self.step: RunsStep | None = step
         self._waiting: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -107,10 +124,16 @@ class DeferredSlots:
             self.tables.compute_slot_mappings(*args, **kwargs)
 
 
-def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+def hooks(
+    host: Host,
+    owner: type,
+    live: Callable[[], bool],
+    make: Callable[[Any, Mapping[str, Any], int], RunsStep] | None = None,
+) -> Hooks:
     """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name.
 
-    They pass their calls on to the originals when they are not `live`.
+    They pass their calls on to the originals when they are not `live`. `make` makes what runs at each step, a `Step` if
+    it is None.
     """
     generate, update = getattr(owner, GENERATE), getattr(owner, UPDATE)
     failed = False
@@ -137,14 +160,14 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         try:
             if problem := uncovered(speculator):
                 raise Uncovered(problem)
-            step = Step(speculator, attn_metadata, num_reqs)
+            step = (make or Step)(speculator, attn_metadata, num_reqs)
         except Uncovered as reason:
             host.using(logger, ENGINE, PATH, f"off ({reason})")
             return original()
         except Exception as error:
             fell_back(error)
             return original()
-        host.using(logger, ENGINE, PATH, "graph")
+        host.using(logger, ENGINE, PATH, step.strategy)
         tables = speculator.block_tables
         speculator.block_tables = DeferredSlots(tables, step)
         try:

@@ -3,6 +3,9 @@
 # `nsa-plugin doctor` says what it will do here.
 set -euo pipefail
 
+# Compare every 1000th draft with vLLM's own rebuild (then the strategy is copy, not graph); 0 is never.
+export NSA_PLUGIN_VERIFY="${NSA_PLUGIN_VERIFY:-0}"
+export NSA_PLUGIN_REPRO_DIR="${NSA_PLUGIN_REPRO_DIR:-/var/tmp/nsa-plugin}"
 # vLLM serves the metrics of its worker processes if this directory is named, and empty, at the start.
 export PROMETHEUS_MULTIPROC_DIR="${PROMETHEUS_MULTIPROC_DIR:-$(mktemp -d)}"
 export NSA_PLUGIN_METRICS="${NSA_PLUGIN_METRICS:-prometheus}"

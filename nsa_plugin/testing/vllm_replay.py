@@ -229,22 +229,22 @@ class Comparison:
 
 
 @contextlib.contextmanager
-def ways(layout: str, tokens: int, sizes: Sizes) -> Iterator[dict[str, ReplayedDraft]]:
+def ways(layout: str, tokens: int, sizes: Sizes, verify: int = 0) -> Iterator[dict[str, ReplayedDraft]]:
     """Drafts to compare, not captured yet: as shipped, with FlashMLA-sparse's hook alone, and with all that is installed.
 
-    vLLM has this package's patches until the end.
+    vLLM has this package's patches until the end. The last verifies every `verify`-th draft, if that is not 0.
 
     Raises
     ------
     UnavailableError
-        vLLM is too old or cannot be patched, or an update could not be had.
+        vLLM is too old or cannot be patched, an update could not be had, or a verification found a difference.
     """
     if absent := [name for name in STEP_METHODS if not hasattr(Speculator, name)]:
         raise UnavailableError(
             f"looked for the speculator of vLLM 0.32 and later, found vLLM {installed_version('vllm')} without "
             f"{', '.join(absent)}"
         )
-    host, adapter = WatchedHost(Settings()), VllmAdapter()
+    host, adapter = WatchedHost(Settings(verify=verify)), VllmAdapter()
     shipped = ReplayedDraft(layout, tokens, sizes)
     try:
         if problems := adapter.install(host):
@@ -258,7 +258,9 @@ def ways(layout: str, tokens: int, sizes: Sizes) -> Iterator[dict[str, ReplayedD
         if [draft.fused for draft in drafts.values()] != [False, True, True]:
             raise UnavailableError(f"expected a draft in one graph with the plugin only; it serves {host.served}")
         yield drafts
-        if host.fallbacks or (v2_step.PATH, "graph") not in host.served:
+        if host.fallbacks or (v2_step.PATH, "copy" if verify else "graph") not in host.served:
             raise UnavailableError(f"the one kernel could not be had: {host.served}, {dict(host.fallbacks)}")
+        if host.mismatches:
+            raise UnavailableError(f"a verification found a difference: {dict(host.mismatches)}")
     finally:
         adapter.undo()

@@ -11,6 +11,9 @@ with "vllm in place", rows of padding included. `nsa-plugin bench --engine vllm`
 
     python tests/gpu/run_vllm_draft.py --json vllm_draft.json
 
+With --verify N the plugin verifies every N-th draft of "one kernel" by itself, as NSA_PLUGIN_VERIFY does: its metadata is
+then written before each replay, and the graph has copies of it.
+
 Needs a complete vLLM 0.33.0 and this repository as the working directory, on PYTHONPATH. Without a GPU the graphs are
 emulated, small. Exit status 1 if a value differs.
 """
@@ -71,9 +74,9 @@ def compare(reference: ReplayedDraft, draft: ReplayedDraft, batches: int, seed: 
     return {"batches": batches, "different": comparison.different, "compared": dict(comparison.compared)}
 
 
-def check(layout: str, tokens: int, sizes: Sizes, replays: int, seed: int) -> dict[str, Any]:
+def check(layout: str, tokens: int, sizes: Sizes, replays: int, seed: int, verify: int) -> dict[str, Any]:
     """The comparisons of one layout and number of tokens, by name."""
-    with ways(layout, tokens, sizes) as drafts:
+    with ways(layout, tokens, sizes, verify) as drafts:
         for draft in drafts.values():
             draft.capture(record=True)
         return {
@@ -94,11 +97,14 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=1000 if GPU else 8, help="changing batches for each graph")
     parser.add_argument("--seconds", type=float, default=420, help="begin no further layout after so many")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--verify", type=int, default=0, help="let the plugin verify every so many drafts")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     size = options.batch_size
     sizes = Sizes(DEVICE, size, 65536, max(128, size), 2048) if GPU else Sizes(DEVICE, size, 1024, 16, 256)
-    environment = {**where(DEVICE), "batch_size": size, "model_len": sizes.model_len, "seed": options.seed}
+    environment = {
+        **where(DEVICE), "batch_size": size, "model_len": sizes.model_len, "seed": options.seed, "verify": options.verify,
+    }  # fmt: skip
     begun, results, bad = time.perf_counter(), [], 0
     cases = [(layout, tokens) for layout in options.layouts for tokens in options.tokens]
     for layout, tokens in cases:
@@ -109,7 +115,7 @@ def main() -> int:
             continue
         entry: dict[str, Any] = {"layout": layout, "tokens": tokens}
         try:
-            checks = check(layout, tokens, sizes, options.replays, options.seed)
+            checks = check(layout, tokens, sizes, options.replays, options.seed, options.verify)
             entry |= checks
             bad += any(found["different"] for found in checks.values())
         except Exception:

@@ -41,6 +41,7 @@ from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.host import Host
+from nsa_plugin.settings import Settings
 from nsa_plugin.testing.installed import require
 
 require("vllm")
@@ -51,7 +52,7 @@ from tests.vllm.v1_harness import V1Draft, caches_cleared, differing
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 16), "fp8 separate": ("fp8_ds_mla", 64)}
 MAX_MODEL_LEN = 65536
-BAD = ("error", "wrong", "differ", "plugin_wrong", "fallbacks")
+BAD = ("error", "wrong", "differ", "plugin_wrong", "fallbacks", "mismatches")
 Outcome = dict[str, Any]
 
 
@@ -67,9 +68,9 @@ def batches(tokens: int, number: int, seed: int) -> Iterator[tuple[list[int], li
 
 
 @contextmanager
-def plugin() -> Iterator[Host]:
-    """The plugin's patch of the proposer."""
-    host, patch = Host(), V1Patch()
+def plugin(verify: int = 0) -> Iterator[Host]:
+    """The plugin's patch of the proposer, verifying every so many drafts."""
+    host, patch = Host(Settings(verify=verify)), V1Patch()
     patch.install(host)
     try:
         yield host
@@ -86,11 +87,16 @@ def compare(draft: V1Draft, number: int, seed: int) -> Outcome:
     with plugin() as host:
         ours = [step for batch in made for step in draft.propose(*batch)]
         ours_again = [step for batch in made for step in draft.propose(*batch)]  # from kept metadata alone
+    with plugin(verify=1) as verified:
+        watched = [step for batch in made for step in draft.propose(*batch)]
     return {
         "steps": len(want),
         "stock_wrong": count(differing(a, b) for a, b in zip(want, stock, strict=True)),
-        "plugin_wrong": count(differing(a, b) for a, b in zip(want + want, ours + ours_again, strict=True)),
-        "fallbacks": {str(key): value for key, value in host.fallbacks.items()},
+        "plugin_wrong": count(
+            differing(a, b) for a, b in zip(want + want + want, ours + ours_again + watched, strict=True)
+        ),
+        "fallbacks": {str(key): value for key, value in (host.fallbacks + verified.fallbacks).items()},
+        "mismatches": {str(key): value for key, value in verified.mismatches.items()},
     }
 
 

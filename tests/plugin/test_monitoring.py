@@ -248,7 +248,10 @@ def test_the_overhead_benchmark_measures_what_it_says(monkeypatch: pytest.Monkey
     from nsa_plugin.bench import overhead
 
     monkeypatch.setattr(overhead, "CALLS", 50)
+    drafts = {"vllm_v1_added_ns_per_draft_of_3", "vllm_v1_added_ns_per_draft_of_7", "vllm_v2_added_ns_per_draft"}
     for metrics in (frozenset[str](), frozenset({"prometheus"})):
-        assert overhead.measure(metrics).keys() == {"added_ns", "flush_ns_in_background"}
+        measured = overhead.measure(metrics)
+        assert measured.keys() == {"added_ns", "flush_ns_in_background"} | drafts
+        assert metrics or not any(measured[name] for name in drafts), "something is in between with everything off"
     seconds = monitoring.prometheus().seconds.labels("sglang", "draft decode", "graph")
     assert sum(bucket.get() for bucket in seconds._buckets) == 50 * overhead.REPEATS

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from nsa_plugin import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable, precompute, repro
 from nsa_plugin.adapters.base import Mismatch
 from nsa_plugin.cli import main
+from nsa_plugin.core import api
+from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.errors import InvalidValueError, UnavailableError
 from nsa_plugin.core.metadata import VECTORS, live_entries
 from nsa_plugin.settings import Settings
@@ -85,6 +87,34 @@ def test_a_block_table_is_stored_in_blocks(tmp_path: Path) -> None:
     batch = dataclasses.replace(BATCH, slots=slots)
     recorded = repro.load(repro.write(tmp_path, mismatch(batch, GEOMETRY), Settings()))
     assert isinstance(recorded.batch.slots, BlockTable) and recorded.batch.slots.block_table.shape == (3, 10)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("past_end", "lengths", "slots"),
+    [(PastEnd.CLAMP, [127, 128, 128], [127, 127]), (PastEnd.PAD, [127, 128, 1], [127, -1])],
+)
+def test_a_draft_that_moves_on_is_computed_as_its_engine_moves(
+    tmp_path: Path, impl: api.Impl, past_end: PastEnd, lengths: list[int], slots: list[int]
+) -> None:
+    """Of the fields by the engine's own names, those that follow from lengths and block table."""
+    table = BlockTable(torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), 64)
+    batch = BatchDescriptor(ForwardMode.DECODE, 2, torch.tensor([126, 63], dtype=torch.int32), table, 3, (1, 2, 3))
+    right = {
+        "X.seq_lens": torch.tensor([lengths[2], 66], dtype=torch.int32),
+        "slot_mapping": torch.tensor([slots[1], 3 * 64 + 1]),
+        "X.decode.decode_lens": torch.tensor([1, 1], dtype=torch.int32),
+        "X.block_table": torch.tensor([[0, 1], [2, 3]] if lengths[2] > 64 else [[0, -1], [2, 3]], dtype=torch.int32),
+        "X.schedule_metadata": torch.tensor([5]),
+    }
+    wrong = {name: value + 1 for name, value in right.items()}
+    found = Mismatch(
+        "vllm", "draft step", "copy", batch, Geometry(64, 64, 128), ((2, right, wrong),), DraftLimits(128, past_end)
+    )
+    recorded = repro.load(repro.write(tmp_path, found, Settings()))
+    assert recorded.limits == DraftLimits(128, past_end)
+    known = sorted(f"step 2: {name}" for name in right if "schedule" not in name)
+    assert repro.recompute(recorded, impl) == {"engine": [], "plugin": known}
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04"])

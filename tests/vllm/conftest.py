@@ -36,15 +36,24 @@ def install() -> Iterator[Callable[..., tuple[Host, VllmAdapter]]]:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
-    """The lines of a level or above that this plugin has logged since the start of the test."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, "vllm.plugins.nsa_plugin")
-    return lambda level: [
-        record.getMessage()
-        for record in {id(record): record for record in caplog.records}.values()
-        if record.levelno >= level and record.name.startswith("vllm.plugins.nsa_plugin")
-    ]
+def log() -> Iterator[Callable[[int], list[str]]]:
+    """The lines of a level or above that this plugin has logged since the start of the test.
+
+    A filter keeps them: handlers are taken off when vLLM makes its first configuration.
+    """
+    logger = logging.getLogger("vllm.plugins.nsa_plugin")
+    records: list[logging.LogRecord] = []
+    before = logger.level
+
+    def keep(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return True
+
+    logger.addFilter(keep)
+    logger.setLevel(logging.INFO)
+    yield lambda level: [record.getMessage() for record in records if record.levelno >= level]
+    logger.removeFilter(keep)
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

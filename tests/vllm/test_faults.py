@@ -33,6 +33,7 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.core.kernels import draft_steps, step_update
+from nsa_plugin.doctor import checks
 from nsa_plugin.host import Host
 from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
 from tests.vllm import v1_harness
@@ -288,3 +289,26 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")
     assert paths == left
+
+
+def test_the_doctor_says_what_verification_changes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("NSA_PLUGIN_VERIFY", "1000")
+    monkeypatch.setenv("NSA_PLUGIN_REPRO_DIR", str(tmp_path))
+    monkeypatch.setattr(checks, "_gpus", lambda: ["H100"])
+
+    def doctor() -> dict[str, str]:
+        assert main(["doctor", "--json"]) == 0
+        return {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
+
+    path = "vllm: draft decode (Model Runner V2)"
+    found = doctor()
+    assert found[path].startswith("strategy copy (NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired")
+    assert found[f"vllm: {v1_proposer.PATH}"].startswith("strategy copy")
+    assert "vllm: NSA_PLUGIN_VERIFY" not in found
+    monkeypatch.setattr(
+        capabilities, "WATCH_NEEDS", (dataclasses.replace(capabilities.WATCH_NEEDS[0], path="vllm.absent"),)
+    )
+    assert "NSA_PLUGIN_VERIFY can't be had: looked for vllm.absent" in doctor()[path]

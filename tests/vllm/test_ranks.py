@@ -263,6 +263,28 @@ def data_parallel(rank: int, world: int, store: str) -> dict[str, Any]:
     return {"capture": one.capture(draft), **one.rounds(draft, idle=(1,))}
 
 
+def verified_on_one(rank: int, world: int, store: str) -> dict[str, Any]:
+    """Rank 1 alone verifies its drafts, and finds a difference in the second."""
+    if rank == 1:
+        os.environ["NSA_PLUGIN_VERIFY"] = "1"
+    one = Rank(rank, world, store)
+    from nsa_plugin import entry
+    from nsa_plugin.adapters.vllm.v2_staged import Staged
+
+    prepare, drafts = Staged.prepare, [0]
+
+    def planted(staged: Any, begun: Any) -> None:
+        prepare(staged, begun)
+        drafts[0] += not begun.dummy
+        if drafts[0] == 2:
+            staged._slots[1][0, 0] += 7
+
+    with mock.patch.object(Staged, "prepare", planted):
+        draft = one.draft()
+        found = {"capture": one.capture(draft), **one.rounds(draft)}
+    return {**found, "prepared": drafts[0], "on": entry._hosts["vllm"].on}
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[dict[str, Any]]]:
     """What every rank of every world returned; a world that hangs is killed, and fails."""
@@ -319,6 +341,20 @@ def test_why_ranks_must_agree(outcomes: dict[str, list[dict[str, Any]]], stock: 
     assert (len(fused["capture"]), len(alone["capture"])) == (2 * (TOKENS - 1), 2)
     assert fused["issued"] == alone["issued"] and fused["seen"] == alone["seen"] == stock
     assert not fused["unmatched"] and not alone["unmatched"]
+
+
+def test_a_difference_on_one_rank_changes_no_collective(
+    outcomes: dict[str, list[dict[str, Any]]], stock: list[Any]
+) -> None:
+    """Every rank goes on with what it has captured; the one whose values differed has vLLM's in it, from that draft on."""
+    check(outcomes["verified"], stock, fused=True)
+    plain, verified = outcomes["verified"]
+    assert (plain["prepared"], plain["on"], plain["errors"]) == (0, True, [])
+    assert (verified["prepared"], verified["on"]) == (2, False)
+    (line,) = verified["errors"]
+    assert line.startswith(
+        "nsa-plugin: draft step: strategy copy computed other values than vllm's own path (slot_mapping)"
+    )
 
 
 def test_an_idle_data_parallel_rank_takes_part(outcomes: dict[str, list[dict[str, Any]]], stock: list[Any]) -> None:
@@ -379,6 +415,7 @@ def main() -> dict[str, Any]:
         "absent": ranks.run("fork", 4, test_ranks.without_the_plugin_on_one, 120),
         "alone": ranks.run("fork", 2, test_ranks.each_for_itself, 90),
         "data parallel": ranks.run("fork", 2, test_ranks.data_parallel, 90),
+        "verified": ranks.run("fork", 2, test_ranks.verified_on_one, 90),
         "spawn": ranks.run("spawn", 2, test_ranks.together, 150),
     }
 

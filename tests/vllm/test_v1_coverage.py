@@ -116,7 +116,7 @@ def test_proposers_that_are_not_covered_are_named(attributes: dict[str, Any], pr
 
 def test_a_proposer_with_methods_of_its_own_is_left_alone(install_v1: Install) -> None:
     install_v1()
-    patch = v1_proposer._Patch(Host(), SpecDecodeBaseProposer, print, print)
+    patch = v1_proposer.Patch(Host(), SpecDecodeBaseProposer, print, print)
     assert patch._unsupported(object.__new__(Gemma4Proposer)) == f"Gemma4Proposer has its own {BUILD}"
 
 

@@ -104,7 +104,7 @@ def test_operations_per_draft_step(
     stock = counted(draft, monkeypatch)
     monkeypatch.setattr(v1_proposer, "bind_draft_steps", partial(bind_draft_steps, impl="triton"))
     install_v1()
-    monkeypatch.setattr(v1_proposer._Patch, "_unsupported", lambda patch, proposer: "")  # the counters are overrides
+    monkeypatch.setattr(v1_proposer.Patch, "_unsupported", lambda patch, proposer: "")  # the counters are overrides
     ours = counted(draft, monkeypatch)
     for index, (theirs, mine) in enumerate(zip(stock, ours, strict=True)):
         print(

@@ -1,0 +1,294 @@
+"""Model Runner V2's drafts watched at work: counted and timed, verified, switched. Without that, nothing of this is there.
+
+`TargetDependentARSpeculator._fused_multi_step_decode` replays a captured draft, or runs it: the one place on the host
+that every fused draft passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+
+from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
+from nsa_plugin.adapters.probe import missing
+from nsa_plugin.adapters.vllm import capabilities, v2_step
+from nsa_plugin.adapters.vllm.describe import describe_draft
+from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
+from nsa_plugin.adapters.vllm.v2_staged import Arena, Staged
+from nsa_plugin.adapters.vllm.v2_step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
+from nsa_plugin.core.batch import Geometry, multiprocessors
+from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
+from nsa_plugin.core.step_update import PAD_SLOT
+
+logger = logging.getLogger("vllm.plugins.nsa_plugin")
+BEGIN = "_fused_multi_step_decode"
+
+
+def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Those of `v2_step`, and if drafts are verified or measured one more, which sees each draft begin."""
+    made = watch(host, live)
+    if made is None:
+        return v2_step.hooks(host, owner, live)
+    if problems := missing(capabilities.WATCH_NEEDS):
+        logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
+        return v2_step.hooks(host, owner, live)
+    _watches[id(host)] = made
+    begin = functools.wraps(getattr(owner, BEGIN))(made.begin(getattr(owner, BEGIN)))
+    return MappingProxyType({**v2_step.hooks(host, owner, live, made.step), BEGIN: begin})
+
+
+def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
+    """What sees every draft, if the settings ask for anything that takes it."""
+    if not host.verify and host.instrument(_recorded, ENGINE, PATH, "graph", 1) is _recorded:
+        return None
+    return Watch(host, live)
+
+
+def switchable(host: Host) -> bool:
+    """Whether all captured drafts take their metadata from where vLLM's own code can write it, too."""
+    found = _watches.get(id(host))
+    return found is not None and found.verified
+
+
+class Preparation:
+    """How the metadata of the captured drafts of one size is prepared before each, verified, and handed back to vLLM."""
+
+    def __init__(self, host: Host, speculator: Any, staged: Staged) -> None:
+        self._host, self._speculator, self._staged = host, speculator, staged
+        self._steps = speculator.num_speculative_steps - 1
+        self._ours = host.instrument(staged.prepare, ENGINE, PATH, "copy", self._steps)
+        self._native = host.instrument(staged.prepare_natively, ENGINE, PATH, "off", self._steps)
+        self._left, self._handed_back = 1, False
+
+    def __call__(self, draft: Draft) -> None:
+        """Prepare the draft that begins."""
+        if self._handed_back or not self._host.strategies:
+            return self._hand_back(draft)
+        try:
+            self._ours(draft)
+            if draft.dummy:
+                return None
+            self._left -= 1
+            if not self._left:
+                self._left = self._host.verify
+                self._verify(draft)
+        except Exception as error:
+            self._handed_back = True
+            self._report(error, "copy")
+            self._hand_back(draft)
+        return None
+
+    def _hand_back(self, draft: Draft) -> None:
+        """Let vLLM's own code prepare it. Should that fail on spare buffers, this plugin's does, unverified."""
+        try:
+            self._native(draft)
+        except Exception as error:
+            self._report(error, "off")
+            self._native = self._ours
+            self._ours(draft)
+
+    def _verify(self, draft: Draft) -> None:
+        """Compare what is there with vLLM's own values; on a difference, put those there and report."""
+        if values := tuple(found for found in self._staged.differences(draft) if differing(*found[1:])):
+            self._staged.prepare_natively(draft)
+            self._host.mismatched(logger, self._mismatch(draft, values))
+
+    def _report(self, error: Exception, strategy: str) -> None:
+        self._host.fell_back(logger, Fallback(ENGINE, PATH, "replay", strategy, error))
+
+    def _mismatch(self, draft: Draft, values: tuple[Any, ...]) -> Mismatch:
+        speculator, first = self._speculator, self._staged.groups[0]
+        builder = first.group.get_metadata_builder()
+        batch = describe_draft(
+            speculator.input_buffers,
+            speculator.block_tables,
+            draft.num_reqs,
+            draft.steps,
+            first.group.kv_cache_group_id,
+        )
+        longest = speculator.max_model_len
+        geometry = Geometry(
+            index_topk=getattr(builder, "topk_tokens", longest), page_size=first.block_size, table_width=longest,
+            num_sms=multiprocessors(batch.seq_lens.device), wide_page_table=False,
+        )  # fmt: skip
+        limits = DraftLimits(longest, PastEnd.CLAMP, PAD_SLOT)
+        return Mismatch(ENGINE, PATH, "copy", batch, geometry, values, limits)
+
+
+class _Speculator:
+    """What belongs to one speculator, for as long as its block tables and attention groups stay."""
+
+    def __init__(self, speculator: Any) -> None:
+        self.tables, self.groups = speculator.block_tables, speculator.attn_groups
+        self.arena = Arena(speculator.device)
+        self.prepare: dict[int, Preparation] = {}
+        self.count: dict[int, Callable[[None], None]] = {}
+        self._rebuilds: dict[tuple[int, ...], Rebuild] = {}
+
+    def fits(self, speculator: Any) -> bool:
+        """Whether they stayed."""
+        return self.tables is speculator.block_tables and self.groups is speculator.attn_groups
+
+    def rebuild(self, speculator: Any, groups: list[Any]) -> Rebuild:
+        """The one for these groups; every size uses it."""
+        key = tuple(map(id, groups))
+        if key not in self._rebuilds:
+            self._rebuilds[key] = Rebuild(speculator, groups)
+        return self._rebuilds[key]
+
+
+class Watch:
+    """Every fused draft of a process.
+
+    Attributes
+    ----------
+    verified : bool
+        Whether drafts were asked to be, and can be.
+    """
+
+    def __init__(self, host: Host, live: Callable[[], bool]) -> None:
+        self._host, self._live = host, live
+        self.verified = host.verify > 0
+        self._known: WeakKeyDictionary[Any, _Speculator] = WeakKeyDictionary()
+        self._draft: Draft | None = None
+        self._prepared = False
+        self._measured: _Measured | None = None
+
+    def begin(self, original: Callable[..., None]) -> Callable[..., None]:
+        """In place of `_fused_multi_step_decode`."""
+
+        def fused_multi_step_decode(
+            speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, num_tokens_across_dp: Any,
+            seq_lens_cpu_upper_bound: Any, num_speculative_steps: int,
+        ) -> None:  # fmt: skip
+            arguments = (
+                num_reqs, skip_attn, batch_desc, num_tokens_across_dp, seq_lens_cpu_upper_bound, num_speculative_steps
+            )  # fmt: skip
+            if not self._live():
+                return original(speculator, *arguments)
+            captured = batch_desc.cg_mode.name == "FULL"
+            known = self._known.get(speculator) if captured else None
+            if known is not None and (count := known.count.get(batch_desc.num_reqs)) is not None:
+                count(None)
+                return original(speculator, *arguments)
+            tokens = num_speculative_steps
+            if captured:  # a graph runs the steps that it was captured with, however many are wanted
+                tokens = getattr(batch_desc, "num_speculative_tokens", 0) or speculator.num_speculative_steps
+            draft = self._draft = Draft(num_reqs, batch_desc, seq_lens_cpu_upper_bound, tokens - 1, skip_attn)
+            self._prepared, self._measured = False, None
+            try:
+                if known is not None and known.fits(speculator):
+                    prepare = known.prepare.get(draft.rows)
+                    if prepare is not None:
+                        prepare(draft)
+                        self._prepared = True
+                original(speculator, *arguments)
+                if self._measured is not None:
+                    self._measured.record()
+            finally:
+                self._draft = None
+
+        return fused_multi_step_decode
+
+    def step(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
+        """What a fused draft runs at each step: while it is captured, or now."""
+        known = self._of(speculator)
+        if self.verified:
+            try:
+                return self._staged(known, speculator, metadata, num_reqs)
+            except Exception as error:
+                if not isinstance(error, Uncovered):
+                    self._host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "copy", error))
+                if self._draft is None:  # what is captured now stays as it is
+                    self.verified = False
+                    logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
+        if self._draft is None or self._prepared:
+            self.count(speculator, num_reqs)
+            return Step(speculator, metadata, num_reqs)
+        seconds = self._host.durations(ENGINE, PATH, "graph", self._draft.steps)
+        if seconds is None:
+            return Step(speculator, metadata, num_reqs)
+        self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs))
+        return self._measured
+
+    def count(self, speculator: Any, num_reqs: int) -> None:
+        """Count the replays of a graph that computes the metadata of drafts of a size."""
+        steps = speculator.num_speculative_steps - 1
+        self._of(speculator).count[num_reqs] = self._host.instrument(_recorded, ENGINE, PATH, "graph", steps)
+
+    def _of(self, speculator: Any) -> _Speculator:
+        known = self._known.get(speculator)
+        if known is None or not known.fits(speculator):
+            known = self._known[speculator] = _Speculator(speculator)
+        return known
+
+    def _staged(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
+        before = known.arena.size
+        staged = Staged(speculator, metadata, num_reqs, known.arena, lambda groups: known.rebuild(speculator, groups))
+        step = staged.recorded(metadata)
+        if self._prepared:
+            return step
+        prepare = known.prepare.get(num_reqs)
+        if _capturing():
+            if prepare is None:
+                raise Uncovered("captured without a warm-up")
+            return step
+        if prepare is None or self._draft is None:
+            known.count.pop(num_reqs, None)
+            prepare = known.prepare[num_reqs] = Preparation(self._host, speculator, staged)
+        if known.arena.size > before:
+            self._host.buffers(ENGINE, PATH, "copy", known.arena.size - before)
+        if self._draft is not None:
+            prepare(self._draft)
+        else:  # vLLM warms up what it is about to capture: what it takes is shown to work before it is needed
+            for way in (staged.prepare_natively, staged.prepare):
+                way(_warm_up(num_reqs, speculator))
+        return step
+
+
+class _Measured:
+    """A `Step` of a draft that no graph replays, with its host time."""
+
+    strategy = Step.strategy
+
+    def __init__(self, seconds: Callable[[float], None], make: Callable[[], Step]) -> None:
+        start = time.perf_counter()
+        self._step, self._seconds = make(), seconds
+        self._spent = time.perf_counter() - start
+
+    def run(self) -> None:
+        """Run it."""
+        start = time.perf_counter()
+        self._step.run()
+        self._spent += time.perf_counter() - start
+
+    def record(self) -> None:
+        """The draft has been run."""
+        self._seconds(self._spent)
+
+
+_watches: WeakValueDictionary[int, Watch] = WeakValueDictionary()
+"""By the `id` of their hosts, which they keep alive."""
+
+
+def _recorded(nothing: None) -> None:
+    """What is left on the host of a draft whose metadata a graph computes."""
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _warm_up(rows: int, speculator: Any) -> Draft:
+    from vllm.config.compilation import CUDAGraphMode
+
+    descriptor = SimpleNamespace(cg_mode=CUDAGraphMode.FULL, num_tokens=rows, num_reqs=rows)
+    bound = torch.full((rows,), speculator.max_model_len, dtype=torch.int32)
+    return Draft(rows, descriptor, bound, speculator.num_speculative_steps - 1, dummy=True)
