@@ -7,6 +7,8 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
   recompute the request map of the captured metadata, the whole draft becomes one CUDA graph. Everything else in that
   metadata is a view of the runner's persistent buffers, a constant of the captured size, or depends on shapes alone.
   (Upstream report 54369 and pull request 54790, both open.)
+- `DeepseekV32IndexerMetadataBuilder` of vLLM 0.28 to 0.31 lacks it too: lengths and DeepGEMM's schedule are recomputed.
+  (vLLM 0.32 has it.)
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
 
@@ -23,7 +25,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v2_builder, v2_step
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
@@ -42,11 +44,14 @@ class Part:
     hooks: Callable[[Host, type, Callable[[], bool]], Mapping[str, Callable[..., Any]]]
 
 
-V2_PARTS = (
-    Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
-    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_step.hooks),
-)
-"""All of them or none."""
+def v2_parts() -> tuple[Part, ...]:
+    """All of them are patched, or none. Imports nothing."""
+    speculator = capabilities.speculator()
+    return (
+        Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
+        Part(capabilities.INDEXER_MODULE, capabilities.INDEXER, capabilities.INDEXER_NEEDS, v2_builder.indexer_hooks),
+        Part(speculator.rpartition(".")[0], speculator, capabilities.step_needs(speculator), v2_step.hooks),
+    )
 
 
 class VllmAdapter:
@@ -63,7 +68,7 @@ class VllmAdapter:
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
-        return missing(tuple(need for part in V2_PARTS for need in part.needs))
+        return missing(tuple(need for part in v2_parts() for need in part.needs))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
@@ -73,13 +78,13 @@ class VllmAdapter:
         if self._served:
             return []
         if installed_version("vllm") == "unknown":
-            return ["looked for vLLM, found no such distribution; install vllm 0.32 or later"]
+            return ["looked for vLLM, found no such distribution; install vllm 0.28 or later"]
         if "copy" not in host.strategies:
             return ["looked for a strategy to try, found none; NSA_PLUGIN_STRATEGY is auto, graph, share or copy"]
         problems: list[str] = []
         if "graph" in host.strategies:
             warned: list[bool] = []
-            for part in V2_PARTS:
+            for part in v2_parts():
                 self._watches.append(
                     WhenImported(part.module, lambda part=part: self._patch(host, part, problems, warned))  # type: ignore[misc]
                 )
@@ -125,7 +130,7 @@ class VllmAdapter:
             else:
                 better = "" if strategy == "graph" else "vLLM captures no whole draft there"
                 plans.append(PathPlan(path, strategy, better))
-        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in capabilities.LACKING_HOOK]
+        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
 
     def _leave_v2_alone(self) -> None:
         for watch in self._watches:

@@ -95,7 +95,8 @@ def keeper_of(group: Any) -> tuple[Keeper | None, str]:
         return None, f"{kind.__name__}: {REBUILT.get(kind.__name__, 'not examined')}"
     if problems := missing(keeper.needs):
         return None, f"{kind.__name__}: {'; '.join(problems)}"
-    if getattr(group, "kernel_block_size", None) is not None:
+    maps_blocks = hasattr(group, "map_to_kernel_block_table")
+    if maps_blocks and group.kernel_block_size is not None:
         return None, f"{kind.__name__}: its block table is mapped to kernel blocks anew for every build"
     problem = keeper.refused(builder) or _unknown_fields(kind.__module__, keeper.fields)
     return (None, f"{kind.__name__}: {problem}") if problem else (keeper, "")

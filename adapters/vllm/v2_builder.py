@@ -1,9 +1,13 @@
-"""FlashMLA-sparse's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step."""
+"""A builder's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step.
+
+FlashMLA-sparse has no update of its own in any release; the indexer has one from 0.32 on.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import pkgutil
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,14 +16,18 @@ import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import agreement, capabilities
+from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
 PATH = "draft decode"
+INDEXER_PATH = "draft decode, indexer"
 METHOD = "update_draft_decode_metadata"
+Hooks = Mapping[str, Callable[..., Any]]
+RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
-def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., Any]]:
+def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """Replacements of the methods of `owner`, the `FlashMLASparseMetadataBuilder`, by name; none if it has its own.
 
     They pass their calls on to the originals when they are not `live`.
@@ -27,7 +35,16 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Cal
     if METHOD in vars(owner):
         logger.info("nsa-plugin: this vLLM updates FlashMLA-sparse metadata in place itself; it is left as it is")
         return {}
-    return MappingProxyType({"__init__": _init(host, owner.__init__, live), METHOD: _update(host)})  # type: ignore[misc]
+    init = _init(host, PATH, owner.__init__, live, unsupported)  # type: ignore[misc]
+    return MappingProxyType({"__init__": init, METHOD: _update(host)})
+
+
+def indexer_hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """The same for the indexer's builder, of vLLM 0.28 to 0.31."""
+    if METHOD in vars(owner):
+        return {}
+    init = _init(host, INDEXER_PATH, owner.__init__, live, capabilities.uncovered_indexer)  # type: ignore[misc]
+    return MappingProxyType({"__init__": init, METHOD: update_indexer})
 
 
 def unsupported(builder: Any) -> str:
@@ -36,7 +53,13 @@ def unsupported(builder: Any) -> str:
     return capabilities.uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
 
 
-def _init(host: Host, original: Callable[..., None], live: Callable[[], bool]) -> Callable[..., None]:
+def _init(
+    host: Host,
+    path: str,
+    original: Callable[..., None],
+    live: Callable[[], bool],
+    unsupported: Callable[[Any], str],
+) -> Callable[..., None]:
     objection = functools.cache(agreement.objection)  # one vote per process
 
     @functools.wraps(original)
@@ -46,14 +69,13 @@ def _init(host: Host, original: Callable[..., None], live: Callable[[], bool]) -
             return
         problem = unsupported(builder) or objection()
         builder.supports_draft_decode_metadata_update = not problem
-        host.using(logger, ENGINE, PATH, f"off ({problem})" if problem else "graph")
+        host.using(logger, ENGINE, path, f"off ({problem})" if problem else "graph")
 
     return init
 
 
 def _update(host: Host) -> Callable[[Any, Any], None]:
-    from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
-
+    on_device = _vllms_request_map() or request_map
     failed = False
 
     def update_draft_decode_metadata(builder: Any, metadata: Any) -> None:
@@ -64,7 +86,7 @@ def _update(host: Host) -> Callable[[Any, Any], None]:
             return
         if not failed:
             try:
-                compute_token_to_req_indices(metadata.query_start_loc, metadata.req_id_per_token, tokens, tokens)
+                on_device(metadata.query_start_loc, metadata.req_id_per_token, tokens)
                 return
             except Exception as error:
                 failed = True
@@ -74,6 +96,32 @@ def _update(host: Host) -> Callable[[Any, Any], None]:
     # Not merely True: functools.wraps copies attributes to whatever wraps this function and may do more.
     update_draft_decode_metadata.only_the_request_map = update_draft_decode_metadata  # type: ignore[attr-defined]
     return update_draft_decode_metadata
+
+
+def _vllms_request_map() -> RequestMap | None:
+    """vLLM's own kernel for the request map; None in releases that compute it on the host (0.28 to 0.31)."""
+    try:
+        compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
+    except (ImportError, AttributeError):
+        return None
+    return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
+
+
+def update_indexer(builder: Any, metadata: Any) -> None:
+    """Recompute what follows from the lengths of a draft step in captured indexer metadata; capture-safe.
+
+    The rest is the same in all steps of a draft, and vLLM before 0.32 rebuilds the metadata of the first one.
+    """
+    decode = metadata.decode
+    if decode is None or not metadata.num_decode_tokens:
+        return
+    if metadata.num_prefills or decode.seq_lens.numel() != metadata.num_decode_tokens:
+        got = f"{metadata.num_prefills} prefills and {decode.seq_lens.numel()} lengths"
+        raise RuntimeError(f"expected {metadata.num_decode_tokens} requests of one token each, got {got}")
+    decode.seq_lens.view(-1).copy_(metadata.seq_lens[: metadata.num_decode_tokens])
+    schedule = scheduler(builder)
+    if schedule is not None:
+        decode.schedule_metadata.copy_(schedule(decode))
 
 
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:

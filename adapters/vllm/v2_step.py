@@ -6,6 +6,9 @@ group. Here the first is put off until the second, and the second is one launch 
 all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule, then the other groups' own updates.
 Whatever is not understood leaves the step as vLLM has it; an error hands the draft, and all later ones, back to vLLM's own
 code.
+
+vLLM 0.28 to 0.31 (`AutoRegressiveSpeculator`) does the same two things between the steps, without a method for the second:
+there one object stands for all groups. The metadata of the first step is rebuilt on the host.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import capabilities
@@ -26,7 +31,7 @@ logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
-UPDATE = "_update_draft_decode_metadata"
+UPDATE = capabilities.UPDATE
 Hooks = Mapping[str, Callable[..., Any]]
 
 
@@ -48,6 +53,7 @@ class Step:
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
         self._schedules: list[Callable[[], None]] = []
+        self._captured: list[tuple[Any, torch.Tensor]] = []
         self._others: list[Callable[[], None]] = []
         self._first = True
         request_maps, indexers = [], []
@@ -59,6 +65,7 @@ class Step:
             elif kind == "indexer":
                 indexers.append(_indexer_rows(own, num_reqs))
                 self._schedules.append(_schedule(builder, own.decode))
+                self._captured.append((own.decode, own.decode.schedule_metadata))
             else:
                 self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
         if not request_maps and not indexers:
@@ -75,6 +82,11 @@ class Step:
         self._first = False
         for compute in (*self._schedules, *self._others):
             compute()
+
+    def close(self) -> None:
+        """The draft is over: the next one starts with the schedules that were captured, where a rebuild puts its own."""
+        for decode, captured in self._captured:
+            decode.schedule_metadata = captured
 
 
 class Uncovered(Exception):
@@ -107,19 +119,31 @@ class DeferredSlots:
             self.tables.compute_slot_mappings(*args, **kwargs)
 
 
+class EveryGroup:
+    """Stands for the attention groups of a speculator whose loop asks each of them to update its metadata."""
+
+    def __init__(self, update: Callable[[Any], None]) -> None:
+        self.update_draft_decode_metadata = update
+
+
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name.
+    """Replacements of the methods of `owner`, one of `capabilities.SPECULATORS`, by name.
 
     They pass their calls on to the originals when they are not `live`.
     """
-    generate, update = getattr(owner, GENERATE), getattr(owner, UPDATE)
+    generate = getattr(owner, GENERATE)
+    asks_groups = not hasattr(owner, UPDATE)
+    update = _update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
 
     def uncovered(speculator: Any) -> str:
         """Empty, or why this speculator's step stays as it is: slots may only be put off if nothing comes in between."""
-        if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
-            return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
-        return capabilities.not_vllms(update) or capabilities.uncovered_speculator(speculator)
+        if not asks_groups:
+            if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
+                return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
+            if problem := capabilities.not_vllms(update):
+                return problem
+        return capabilities.uncovered_speculator(speculator)
 
     def fell_back(error: Exception) -> None:
         nonlocal failed
@@ -145,14 +169,18 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
             fell_back(error)
             return original()
         host.using(logger, ENGINE, PATH, "graph")
-        tables = speculator.block_tables
+        tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)
+        if asks_groups:
+            ask = EveryGroup(lambda metadata: update_draft_decode_metadata(speculator, metadata, num_reqs, groups))
+            speculator.attn_groups = [[ask]]
         try:
             return original()
         finally:
-            speculator.block_tables = tables
+            speculator.block_tables, speculator.attn_groups = tables, groups
+            step.close()
 
-    def update_draft_decode_metadata(speculator: Any, attn_metadata: Any, num_reqs: int) -> Any:
+    def update_draft_decode_metadata(speculator: Any, attn_metadata: Any, num_reqs: int, *groups: Any) -> Any:
         deferred = speculator.block_tables
         if isinstance(deferred, DeferredSlots) and deferred.step is not None:
             try:
@@ -160,31 +188,40 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
             except Exception as error:
                 deferred.give_up()
                 fell_back(error)
-        return update(speculator, attn_metadata, num_reqs)
+        return update(speculator, attn_metadata, num_reqs, *groups)
 
-    return MappingProxyType({GENERATE: generate_fused_drafts, UPDATE: update_draft_decode_metadata})
+    hooked = {} if asks_groups else {UPDATE: update_draft_decode_metadata}
+    return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
+
+
+def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any) -> None:
+    """What the loop of vLLM 0.28 to 0.31 does for the metadata of a step."""
+    for group in (group for same_cache in groups for group in same_cache):
+        group.update_draft_decode_metadata(attn_metadata)
 
 
 def slot_groups(tables: Any) -> SlotGroups:
     """The block tables of vLLM's `BlockTables`, one per KV-cache group, and its slot mappings. Copies no tensor."""
+    enabled = getattr(tables, "slot_mapping_enabled", None)  # vLLM 0.28 maps every group's slots
     return SlotGroups(
         [table.gpu for table in tables.block_tables],
         tables.block_table_ptrs,
         tables.block_table_strides,
-        tables.block_sizes_tensor,
-        tables.slot_mapping_enabled,
+        getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor),  # of vLLM until 0.31
+        torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled,
         tables.slot_mappings,
     )
 
 
 def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
     decode = metadata.decode
-    ones = [decode.decode_lens, decode.per_req_decode_lens]
+    ones = [decode.decode_lens, getattr(decode, "per_req_decode_lens", None)]
+    source = getattr(metadata, "block_table", decode.block_table)  # without it the first step's rebuild has copied it
     return IndexerRows(
         decode.seq_lens.view(-1),
         tuple(lens for lens in ones if lens is not None),
         decode.indices,
-        metadata.block_table[:num_reqs],
+        source[:num_reqs],
         decode.block_table,
     )
 

@@ -54,7 +54,7 @@ def expected() -> list[Step]:
     from tests.vllm.harness import Draft
 
     draft = Draft(*LAYOUT, TOKENS)
-    assert not draft.speculator.supports_decode_metadata_update
+    assert not draft.fused
     return proposals(draft)
 
 

@@ -15,7 +15,9 @@ Step = dict[str, torch.Tensor]
 LAYOUT, TOKENS = LAYOUTS["bf16"], 3
 LARGE = ([100, 107, 126, 65, 700, 64], [1, 0, 2, 2, 0, 1], 1)
 """More requests than were captured."""
-OWNERS = (capabilities.BUILDER, capabilities.SPECULATOR, capabilities.V1_PROPOSER)
+FIRST_IS_REBUILT = not hasattr(pkgutil.resolve_name(capabilities.speculator()), capabilities.UPDATE)
+"""vLLM 0.28 to 0.31 rebuilds the metadata of the first draft step, and updates that of the others."""
+OWNERS = (capabilities.BUILDER, capabilities.INDEXER, capabilities.speculator(), capabilities.V1_PROPOSER)
 
 
 def proposals(draft: Draft) -> list[Step]:

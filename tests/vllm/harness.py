@@ -7,6 +7,7 @@ only updates in place can make it right.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 import types
@@ -143,10 +144,10 @@ class Graphs:
     def body(self) -> None:
         """What a graph records: the whole draft if its metadata stays in place, else one step."""
         speculator, size = self._draft.speculator, self._draft.sizes.captured
-        fused = speculator.supports_decode_metadata_update
-        run = speculator._generate_fused_drafts if fused else speculator._generate_draft
-        steps = speculator.num_speculative_steps
-        run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
+        run = speculator._generate_fused_drafts if self._draft.fused else speculator._generate_draft
+        takes_steps = "num_speculative_steps" in inspect.signature(run).parameters  # vLLM 0.32 and later
+        steps = (speculator.num_speculative_steps,) * takes_steps
+        run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, *steps)
 
     def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: Any = None, **_: Any) -> Any:
         """The captured size, if the batch fits."""
@@ -225,12 +226,24 @@ class Draft:
             self.speculator.model = self.model = model()
             self.speculator.draft_attn_layer_names = set(DRAFT)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
-            self.tables = BlockTables([64], sizes.requests, sizes.tokens, [sizes.model_len // 64], device)
+            kernel_blocks = {"kernel_block_sizes": [64]}  # of vLLM until 0.31
+            known = inspect.signature(BlockTables).parameters
+            self.tables = BlockTables(
+                [64], sizes.requests, sizes.tokens, [sizes.model_len // 64], device,
+                **{name: value for name, value in kernel_blocks.items() if name in known},
+            )  # fmt: skip
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
             self.graphs: Any = graphs(self)
             self.speculator.decode_cudagraph_manager = self.graphs
+
+    @property
+    def fused(self) -> bool:
+        """Whether the whole draft is one graph, under the name that this vLLM has for it."""
+        speculator = self.speculator
+        new, old = "supports_decode_metadata_update", "use_fused_multi_step_decode"
+        return bool(getattr(speculator, new if hasattr(speculator, new) else old))
 
     @property
     def builders(self) -> list[Any]:
@@ -243,7 +256,9 @@ class Draft:
         for request in range(size):
             self.tables.append_block_ids(request, ([first_block + request * 16 + block for block in range(16)],), True)
         self.tables.apply_staged_writes()
-        batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width, is_padding=False)
+        batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width)
+        if hasattr(batch, "is_padding") and batch.is_padding is not None:
+            batch.is_padding.fill_(False)
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         self.buffers.seq_lens[:size] = seq_lens
         self.buffers.positions[: size * width] = torch.cat([torch.arange(length - width, length) for length in lengths])
