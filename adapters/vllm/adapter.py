@@ -17,6 +17,7 @@ Model Runner V1's draft is patched by `v1_proposer`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -25,7 +26,8 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
@@ -47,11 +49,13 @@ class Part:
 def v2_parts() -> tuple[Part, ...]:
     """All of them are patched, or none. Imports nothing."""
     speculator = capabilities.speculator()
-    return (
-        Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
-        Part(capabilities.INDEXER_MODULE, capabilities.INDEXER, capabilities.INDEXER_NEEDS, v2_builder.indexer_hooks),
-        Part(speculator.rpartition(".")[0], speculator, capabilities.step_needs(speculator), v2_step.hooks),
-    )
+    builders = (_part(row, capabilities.NEEDS) for row in in_place.ESSENTIAL)
+    module = speculator.rpartition(".")[0]
+    return (*builders, Part(module, speculator, capabilities.step_needs(speculator), v2_step.hooks))
+
+
+def _part(row: InPlace, needs: tuple[Need, ...] = ()) -> Part:
+    return Part(row.module, row.builder, (*needs, *row.needs), functools.partial(v2_builder.hooks, row))
 
 
 class VllmAdapter:
@@ -91,6 +95,8 @@ class VllmAdapter:
             if problems:
                 self._leave_v2_alone()
                 return problems
+            for row in in_place.MORE:
+                self._watches.append(WhenImported(row.module, lambda row=row: self._patch_more(host, row)))  # type: ignore[misc]
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
@@ -132,6 +138,24 @@ class VllmAdapter:
                 plans.append(PathPlan(path, strategy, better))
         return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
 
+    def _patch_more(self, host: Host, row: InPlace) -> None:
+        """Patch the builder of one more backend; what is wrong concerns that backend alone."""
+        part = _part(row)
+        try:
+            problems = missing(part.needs)
+            if not problems:
+                self._set(host, part)
+        except Exception as error:
+            logger.exception("nsa-plugin: patching %s failed", part.owner)
+            problems = [str(error)]
+        if problems:
+            logger.warning("nsa-plugin: draft decode with %s is left as it is: %s", row.backend, "; ".join(problems))
+
+    def _set(self, host: Host, part: Part) -> None:
+        owner, patches = pkgutil.resolve_name(part.owner), self._patches
+        for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
+            patches.set(owner, name, replacement)
+
     def _leave_v2_alone(self) -> None:
         for watch in self._watches:
             watch.cancel()
@@ -146,10 +170,7 @@ class VllmAdapter:
         try:
             problems += missing(part.needs)
             if not problems:
-                owner = pkgutil.resolve_name(part.owner)
-                patches = self._patches
-                for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
-                    patches.set(owner, name, replacement)
+                self._set(host, part)
         except Exception as error:
             logger.exception("nsa-plugin: patching %s failed", part.owner)
             problems.append(str(error))

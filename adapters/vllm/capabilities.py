@@ -20,11 +20,6 @@ TESTED = ("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 NEEDS: tuple[Need, ...] = (
     Need(f"{BASE}.supports_draft_decode_metadata_update", (), "say that the fused multi-step draft may be chosen (set)"),
     Need(f"{BASE}.update_draft_decode_metadata", ("metadata",), "what the fused draft records per step (provided)"),
-    Need(f"{BUILDER}.__init__", ("kv_cache_spec", "layer_names", "vllm_config", "device"), "decide per builder (hooked)"),
-    Need(f"{MODULE}.FlashMLASparseMetadata", ("req_id_per_token", "query_start_loc", "num_decode_tokens"),
-         "the request map, all that is the builder's own and depends on the batch"),
-    Need("vllm.v1.worker.utils.AttentionGroup.update_draft_decode_metadata", ("attn_metadata",),
-         "a fused draft that asks every group's builder"),
 )  # fmt: skip
 
 INDEXER_MODULE = "vllm.v1.attention.backends.mla.indexer"
@@ -80,18 +75,6 @@ INDEXER_FIELDS = frozenset(
      "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")
 )  # fmt: skip
 """Fields of the indexer's decode metadata that are understood: with any other its own update runs."""
-
-
-def uncovered_indexer(builder: Any) -> str:
-    """Empty, or why an indexer's builder gets no update in place from this adapter."""
-    if f"{type(builder).__module__}.{type(builder).__qualname__}" != INDEXER:
-        return f"{type(builder).__qualname__} builds metadata of its own"
-    if builder.compress_ratio > 1:
-        return "a compressed indexer cache has slots of its own, computed anew for every step"
-    decode = pkgutil.resolve_name(f"{INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata")
-    if unknown := sorted({field.name for field in dataclasses.fields(decode)} - INDEXER_FIELDS):
-        return f"its metadata has fields that are not known here: {', '.join(unknown)}"
-    return uncovered_builder(builder)
 
 
 def uncovered_builder(builder: Any) -> str:

@@ -1,7 +1,4 @@
-"""A builder's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step.
-
-FlashMLA-sparse has no update of its own in any release; the indexer has one from 0.32 on.
-"""
+"""A builder's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step."""
 
 from __future__ import annotations
 
@@ -15,66 +12,54 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import agreement, capabilities
+from nsa_plugin.adapters.vllm import agreement
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
 PATH = "draft decode"
-INDEXER_PATH = "draft decode, indexer"
 METHOD = "update_draft_decode_metadata"
 Hooks = Mapping[str, Callable[..., Any]]
 RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
-def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, the `FlashMLASparseMetadataBuilder`, by name; none if it has its own.
+def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own.
 
     They pass their calls on to the originals when they are not `live`.
     """
     if METHOD in vars(owner):
-        logger.info("nsa-plugin: this vLLM updates FlashMLA-sparse metadata in place itself; it is left as it is")
         return {}
-    init = _init(host, PATH, owner.__init__, live, unsupported)  # type: ignore[misc]
-    return MappingProxyType({"__init__": init, METHOD: _update(host)})
-
-
-def indexer_hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """The same for the indexer's builder, of vLLM 0.28 to 0.31."""
-    if METHOD in vars(owner):
-        return {}
-    init = _init(host, INDEXER_PATH, owner.__init__, live, capabilities.uncovered_indexer)  # type: ignore[misc]
-    return MappingProxyType({"__init__": init, METHOD: update_indexer})
-
-
-def unsupported(builder: Any) -> str:
-    """Empty, or what about the builder is not covered."""
-    hisparse = getattr(builder, "use_hisparse", False)
-    return capabilities.uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
+    path = PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}"
+    init = _init(host, path, owner, live, row.refused)
+    return MappingProxyType({"__init__": init, METHOD: UPDATES[row.changes](host)})
 
 
 def _init(
     host: Host,
     path: str,
-    original: Callable[..., None],
+    owner: type,
     live: Callable[[], bool],
-    unsupported: Callable[[Any], str],
+    refused: Callable[[Any], str],
 ) -> Callable[..., None]:
+    original: Callable[..., None] = owner.__init__  # type: ignore[misc]
     objection = functools.cache(agreement.objection)  # one vote per process
 
     @functools.wraps(original)
     def init(builder: Any, *args: Any, **kwargs: Any) -> None:
         original(builder, *args, **kwargs)
-        if not live():
+        kind: type = type(builder)
+        if not live() or kind is not owner:  # a subclass may build metadata of its own
             return
-        problem = unsupported(builder) or objection()
+        problem = refused(builder) or objection()
         builder.supports_draft_decode_metadata_update = not problem
         host.using(logger, ENGINE, path, f"off ({problem})" if problem else "graph")
 
     return init
 
 
-def _update(host: Host) -> Callable[[Any, Any], None]:
+def _update_request_map(host: Host) -> Callable[[Any, Any], None]:
     on_device = _vllms_request_map() or request_map
     failed = False
 
@@ -124,6 +109,10 @@ def update_indexer(builder: Any, metadata: Any) -> None:
         decode.schedule_metadata.copy_(schedule(decode))
 
 
+def update_nothing(builder: Any, metadata: Any) -> None:
+    """All that changes from step to step are values in the runner's own buffers, of which the metadata has views."""
+
+
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
     """The same in plain torch: request of each of the first `tokens` tokens, into `out` [>= tokens].
 
@@ -132,3 +121,10 @@ def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -
     token = torch.arange(tokens, dtype=query_start_loc.dtype, device=query_start_loc.device)
     request = torch.searchsorted(query_start_loc[1:], token, right=True)
     out[:tokens].copy_(request.clamp_(max=query_start_loc.numel() - 2))
+
+
+UPDATES: dict[Changes, Callable[[Host], Callable[[Any, Any], None]]] = {
+    "request map": _update_request_map,
+    "lengths and schedule": lambda host: update_indexer,
+    "nothing": lambda host: update_nothing,
+}

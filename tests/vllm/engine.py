@@ -15,6 +15,7 @@ import torch
 
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_step
+from nsa_plugin.adapters.vllm.adapter import v2_parts
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values, without
 from tests.vllm.harness import Draft
 
@@ -131,13 +132,9 @@ class VllmEngine(Engine):
         """Each need in turn, and an installation that breaks off."""
         absent = [
             Obstacle(need.path.rpartition(".")[2], without(need.path))
-            for need in (
-                *capabilities.NEEDS,
-                *capabilities.INDEXER_NEEDS,
-                *capabilities.step_needs(capabilities.speculator()),
-            )
+            for need in dict.fromkeys(need for part in v2_parts() for need in part.needs)
         ]
-        broken = mock.patch.object(v2_builder, "_update", side_effect=RuntimeError("planted"))
+        broken = mock.patch.object(v2_builder, "_init", side_effect=RuntimeError("planted"))
         return [*absent, Obstacle("the update can't be made", broken, probed=False)]
 
     @contextlib.contextmanager

@@ -52,6 +52,22 @@ class Sizes:
     tokens: int = 256
 
 
+class HostBuffer:
+    """Stands for `UvaBuffer` where the device is the host."""
+
+    def __init__(self, size: Any, dtype: torch.dtype) -> None:
+        self.cpu = self.uva = torch.zeros(size, dtype=dtype)
+        self.np = self.cpu.numpy()
+
+
+def without_pinned_memory() -> None:
+    """Let vLLM's runner do without memory that a GPU can read; 0.30 and later know how, 0.28 insists on it."""
+    buffer_utils.is_uva_available = lambda: False
+    if not hasattr(buffer_utils, "NonUvaBuffer"):
+        buffer_utils.UvaBuffer = HostBuffer
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
+
+
 class Layer(AttentionLayerBase):  # type: ignore[misc]
     """An attention layer as far as metadata builders look at it."""
 
@@ -99,7 +115,7 @@ class DraftModel(torch.nn.Module):
             step["indexer lengths"] = index.decode.seq_lens.flatten()
             step["indexer blocks"] = index.decode.block_table[:, : self.columns]
             step["query tokens"] = index.decode.decode_lens
-            step["query tokens per request"] = index.decode.per_req_decode_lens
+            step["query tokens per request"] = getattr(index.decode, "per_req_decode_lens", None)  # not in 0.28
             step["indices"] = index.decode.indices
             if indexer.has_deep_gemm() and indexer.current_platform.is_cuda():
                 step["schedule"] = index.decode.schedule_metadata[None]  # whole in every row
@@ -145,7 +161,9 @@ class Graphs:
         """What a graph records: the whole draft if its metadata stays in place, else one step."""
         speculator, size = self._draft.speculator, self._draft.sizes.captured
         run = speculator._generate_fused_drafts if self._draft.fused else speculator._generate_draft
-        takes_steps = "num_speculative_steps" in inspect.signature(run).parameters  # vLLM 0.32 and later
+        takes_steps = (
+            "num_speculative_steps" in inspect.signature(speculator._generate_draft).parameters
+        )  # 0.32 and later
         steps = (speculator.num_speculative_steps,) * takes_steps
         run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, *steps)
 
@@ -189,7 +207,7 @@ class Draft:
     ) -> None:
         on_cpu = sizes.device.type == "cpu"
         if on_cpu:
-            buffer_utils.is_uva_available = lambda: False  # no pinned memory here
+            without_pinned_memory()
         if on_cpu and cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
             sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
             from vllm.third_party.flashmla import flash_mla_interface

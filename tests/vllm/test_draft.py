@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from nsa_plugin.adapters.vllm import capabilities
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2_builder import _vllms_request_map, request_map, unsupported
+from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
+from nsa_plugin.adapters.vllm.v2_builder import _vllms_request_map, request_map
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
@@ -46,7 +47,7 @@ def test_each_model_runner_is_patched_where_the_strategy_allows(strategy: str) -
     ],
 )
 def test_what_is_not_covered_is_named(builder: dict[str, Any], problem: str) -> None:
-    assert unsupported(SimpleNamespace(**builder)) == problem
+    assert FLASHMLA_SPARSE.refused(SimpleNamespace(**builder)) == problem
 
 
 @pytest.mark.skipif(_vllms_request_map() is None, reason="this vLLM computes the request map on the host")

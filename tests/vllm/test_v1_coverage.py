@@ -17,7 +17,8 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from nsa_plugin.adapters.vllm import v1_metadata, v1_proposer
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v1_metadata import KEPT, keeper_of
+from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
+from nsa_plugin.adapters.vllm.v1_metadata import keeper_of
 from nsa_plugin.adapters.vllm.v1_proposer import BUILD, UPDATE, unsupported
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
 from nsa_plugin.host import Host
@@ -147,9 +148,9 @@ def test_a_group_whose_blocks_are_mapped_is_rebuilt(hopper: None) -> None:
 
 def test_metadata_with_an_unknown_field_is_rebuilt(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later vLLM may compute it from the lengths of a step."""
-    (name,) = (name for name in KEPT if name.endswith("FlashMLASparseMetadataBuilder"))
-    known = KEPT[name].fields
-    monkeypatch.setitem(known, "FlashMLASparseMetadata", known["FlashMLASparseMetadata"] - {"num_reqs"})
+    known: Any = FLASHMLA_SPARSE.fields
+    path = f"{FLASHMLA_SPARSE.module}.FlashMLASparseMetadata"
+    monkeypatch.setitem(known, path, known[path] - {"num_reqs"})
     keeper, why = keeper_of(V1Draft("auto", 4, 3).proposer.draft_attn_groups[0])
     assert keeper is None and "has fields that are not known here: num_reqs" in why
 
