@@ -154,7 +154,6 @@ MORE = (
     *FLASHINFER_SPARSE,
     _dense("FLASHINFER_MLA", f"{MLA}.flashinfer_mla", "FlashInferMLAMetadataBuilder", "FlashInferMLADecodeMetadata",
            "flattened_block_table flattened_seq_lens flattened_row_req query_len query_start_loc max_query_len"),
-    _dense("CUTLASS_MLA", f"{MLA}.cutlass_mla", "CutlassMLAMetadataBuilder"),
     _dense("TOKENSPEED_MLA", f"{MLA}.tokenspeed_mla", "TokenspeedMLAMetadataBuilder"),
 )  # fmt: skip
 """Further ones, each for itself. The dense ones are of Eagle drafts; for TRITON_MLA, whose metadata are the same, vLLM itself

@@ -68,11 +68,20 @@ def without_pinned_memory() -> None:
         torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
 
 
+class Prefill:
+    """Stands for the prefill backend of a dense MLA layer, which decode metadata do without."""
+
+    def clone(self) -> Prefill:
+        """Itself."""
+        return self
+
+
 class Layer(AttentionLayerBase):  # type: ignore[misc]
     """An attention layer as far as metadata builders look at it."""
 
-    prefill_backend = None
+    prefill_backend = Prefill()
     num_heads = 4
+    q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 64, 512, 128, 64, 128
 
     def __init__(self, backend: Any, spec: Any) -> None:
         self._backend, self._spec = backend, spec
@@ -102,11 +111,12 @@ class DraftModel(torch.nn.Module):
             return hidden_states.clone(), hidden_states.clone()
         context = get_forward_context()
         attention, index = (context.attn_metadata[name] for name in DRAFT)
+        decode = attention if hasattr(attention, "block_table") else attention.decode  # of a dense backend
         step = {
-            "request map": attention.req_id_per_token,
-            "lengths": attention.seq_lens,
+            "request map": getattr(attention, "req_id_per_token", None),
+            "lengths": decode.seq_lens,
             "slots": attention.slot_mapping,
-            "blocks": attention.block_table[:, : self.columns],
+            "blocks": decode.block_table[:, : self.columns],
             "indexer slots": index.slot_mapping,
             "positions": positions,
             "context slots": context.slot_mapping[DRAFT[0]],
@@ -193,6 +203,7 @@ class Draft:
     tokens : speculative tokens
     sizes : Sizes
     model : stand-in for the draft model
+    attention : backend of the draft's attention layer; its tokens before the first draft step stay with FlashMLA-sparse
     graphs : stand-in for the decode CUDA-graph manager
     """
 
@@ -204,6 +215,7 @@ class Draft:
         sizes: Sizes = Sizes(),
         model: type[DraftModel] = DraftModel,
         graphs: type[Graphs] = Graphs,
+        attention: Any = flashmla_sparse.FlashMLASparseBackend,
     ) -> None:
         on_cpu = sizes.device.type == "cpu"
         if on_cpu:
@@ -244,6 +256,7 @@ class Draft:
             self.speculator.model = self.model = model()
             self.speculator.draft_attn_layer_names = set(DRAFT)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
+            layers[DRAFT[0]]._backend = attention
             kernel_blocks = {"kernel_block_sizes": [64]}  # of vLLM until 0.31
             known = inspect.signature(BlockTables).parameters
             self.tables = BlockTables(

@@ -26,17 +26,13 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2_builder import METHOD
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
-from tests.vllm.drafts import FIRST_IS_REBUILT
+from tests.vllm.drafts import FIRST_IS_REBUILT, POISONED, unequal_steps
 from tests.vllm.engine import BATCHES, LAYOUTS
-from tests.vllm.harness import CAPTURED, Draft
+from tests.vllm.harness import Draft
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Owner = pkgutil.resolve_name(capabilities.speculator())
 POISON = 3
-BUFFERS = (
-    "req_id_per_token_buffer", "expanded_block_table_buffer", "decode_seq_lens_buffer", "decode_lens_buffer",
-    "per_req_decode_lens_buffer", "decode_indices_buffer",
-)  # fmt: skip
 NUM_SMS = 8
 
 
@@ -89,30 +85,13 @@ def drafts(layout: str, tokens: int, poison: bool = False) -> list[dict[str, tor
     seen = []
     for lengths, rejected, first_block in BATCHES:
         for builder in draft.builders if poison else ():
-            for name in BUFFERS:
+            for name in POISONED:
                 if hasattr(builder, name):
                     getattr(builder, name).fill_(POISON)
         if poison:
             draft.tables.slot_mappings.fill_(POISON)
         seen += draft.propose(lengths, [min(count, tokens) for count in rejected], first_block)
     return seen
-
-
-def unequal(
-    expected: list[dict[str, torch.Tensor]], got: list[dict[str, torch.Tensor]], rebuilt: bool = True
-) -> set[str]:
-    """What differs in any step.
-
-    A rebuild gives rows of padding no length, vLLM's own update in place lets them grow with the draft: the schedules of a
-    padded batch can only be compared with that.
-    """
-    wrong = set()
-    for index, (want, have) in enumerate(zip(expected, got, strict=True)):
-        assert want.keys() == have.keys() and {"schedule", "query tokens", "request map"} <= want.keys()
-        padded = rebuilt and len(want["request map"]) < CAPTURED
-        names = want.keys() - ({"schedule"} if padded else set())
-        wrong |= {f"{name} of step {index}" for name in names if not torch.equal(want[name], have[name])}
-    return wrong
 
 
 @pytest.mark.usefixtures("deep_gemm")
@@ -132,20 +111,21 @@ def test_every_step_equals_a_full_rebuild(
     run = v2_step.Step.run
     monkeypatch.setattr(v2_step.Step, "run", lambda step: updates.append(run(step)))
     got = drafts(layout, tokens, poison=True)
-    assert unequal(expected, got) == set()
+    assert unequal_steps(expected, got) == set()
     assert len(updates) == in_graph and not host.fallbacks
     monkeypatch.setattr(capabilities, "uncovered_speculator", lambda speculator: "vLLM's own updates in place")
     in_place = drafts(layout, tokens, poison=True)
     assert len(updates) == in_graph, "the plugin's step was used"
-    assert unequal(in_place, got, rebuilt=False) == set()
+    assert unequal_steps(in_place, got, rebuilt=False) == set()
 
 
 @pytest.mark.usefixtures("deep_gemm")
 def test_the_comparison_can_fail(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = drafts("fp8 mixed", 4)
+    assert {"schedule", "query tokens", "request map"} <= expected[0].keys()
     install()
     monkeypatch.setattr(v2_step.Step, "run", lambda step: None)
-    wrong = {text.partition(" of step")[0] for text in unequal(expected, drafts("fp8 mixed", 4, poison=True))}
+    wrong = unequal_steps(expected, drafts("fp8 mixed", 4, poison=True))
     same_in_all_steps = set() if FIRST_IS_REBUILT else {"request map", "indexer blocks", "query tokens"}
     assert {"slots", "indexer lengths", "schedule"} | same_in_all_steps <= wrong
 
@@ -304,7 +284,7 @@ def test_an_error_in_any_step_leaves_vllms_results_right(
 
     monkeypatch.setattr(step_update.StepUpdate, "run", planted)
     got = drafts("fp8 separate", 4, poison=True)
-    assert unequal(expected, got) == set()
+    assert unequal_steps(expected, got) == set()
     assert [(cause[1], cause[4], times > 0) for cause, times in host.fallbacks.items()] == [
         (v2_step.PATH, "RuntimeError", True)
     ]

@@ -1,0 +1,139 @@
+"""Every further backend that gets an update in place: frozen metadata, poisoned buffers, changing batches, as rebuilt."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from nsa_plugin.adapters.vllm import in_place, v2_step
+from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.in_place import InPlace
+from nsa_plugin.host import Host
+from tests.vllm.drafts import POISONED, unequal_steps
+from tests.vllm.engine import BATCHES
+from tests.vllm.harness import DRAFT, Draft
+
+Install = Callable[..., tuple[Host, VllmAdapter]]
+ROWS = {row.backend: row for row in in_place.MORE}
+
+
+def importable(name: str) -> Any:
+    """A module of vLLM, whose kernels, which its builder does not need, may be absent."""
+    absent = importlib.util.find_spec("flashinfer") is None
+    kernels = {name: MagicMock() for name in ("flashinfer", "flashinfer.decode", "flashinfer.utils") if absent}
+    with mock.patch.dict(sys.modules, kernels):
+        module = importlib.import_module(name)
+    sys.modules[name] = module
+    return module
+
+
+def backend(row: InPlace) -> Any:
+    """vLLM's backend of a row."""
+    module = importable(row.module)
+    builder = pkgutil.resolve_name(row.builder)
+    found = [
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and kind.__module__ == row.module and hasattr(kind, "get_builder_cls")
+        and not kind.__name__.startswith("_") and kind.get_builder_cls() is builder
+    ]  # fmt: skip
+    (kind,) = found
+    assert kind.get_name() == row.backend
+    return kind
+
+
+def steps(row: InPlace, poison: bool) -> tuple[Draft, list[dict[str, torch.Tensor]]]:
+    """What each draft step of each batch saw."""
+    draft = Draft("auto", 4, 4, attention=backend(row))
+    seen = []
+    for lengths, rejected, first_block in BATCHES:
+        for builder in draft.builders if poison else ():
+            for name in POISONED:
+                if hasattr(builder, name):
+                    getattr(builder, name).fill_(3)
+        if poison:
+            draft.tables.slot_mappings.fill_(3)
+        seen += draft.propose(lengths, rejected, first_block)
+    return draft, seen
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_every_step_equals_a_full_rebuild(install: Install, hopper: None, row: InPlace) -> None:
+    rebuilt, expected = steps(row, poison=False)
+    if rebuilt.fused:
+        pytest.skip("this vLLM has an update of its own")
+    host, adapter = install()
+    draft, got = steps(row, poison=True)
+    assert draft.fused and not host.fallbacks
+    assert len(got) == len(BATCHES) * 3 and unequal_steps(expected, got) == set()
+    adapter.undo()
+    assert not steps(row, poison=False)[0].fused
+
+
+@pytest.mark.parametrize("row", [row for row in in_place.MORE if row.changes == "nothing"], ids=lambda row: row.backend)
+def test_metadata_that_only_hold_views(row: InPlace, hopper: None) -> None:
+    """Every tensor of a rebuilt batch is where that of the captured one is: in the runner's buffers."""
+    draft = Draft("auto", 4, 3, attention=backend(row))
+    captured = draft.graphs.inputs()[0][DRAFT[0]]
+    runner = [
+        *vars(draft.speculator.input_buffers).values(),
+        *draft.tables.input_block_tables,
+        draft.tables.slot_mappings,
+    ]
+    addresses = {value.untyped_storage().data_ptr() for value in runner if isinstance(value, torch.Tensor)}
+    for holder in (captured, captured.decode):
+        for name, value in vars(holder).items():
+            assert not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() in addresses, name
+    assert captured.num_prefills == 0 and captured.prefill is None
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_the_comparison_can_fail(install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch, row: InPlace) -> None:
+    _, expected = steps(row, poison=False)
+    install()
+    monkeypatch.setattr(v2_step.Step, "run", lambda step: None)
+    draft, got = steps(row, poison=True)
+    assert not draft.fused or "slots" in unequal_steps(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("row", "builder", "problem"),
+    [
+        ("FLASHINFER_MLA", {"dcp_world_size": 2}, "decode context parallelism"),
+        ("FLASHINFER_MLA", {"non_causal_multi_token_decode": True}, "a non-causal draft"),
+        ("FLASHINFER_MLA_SPARSE_SM120", {"use_hisparse": True}, "HiSparse"),
+    ],
+)
+def test_what_is_refused_is_named(row: str, builder: dict[str, Any], problem: str) -> None:
+    assert problem in ROWS[row].refused(SimpleNamespace(**builder))
+
+
+def test_a_field_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ROWS["TOKENSPEED_MLA"]
+    known: Any = row.fields
+    (path,) = (path for path in known if path.endswith("MLACommonDecodeMetadata"))
+    monkeypatch.setitem(known, path, known[path] - {"seq_lens"})
+    assert row.refused(SimpleNamespace()) == "MLACommonDecodeMetadata has fields that are not known here: seq_lens"
+
+
+def test_what_one_backend_lacks_concerns_that_backend_alone(
+    install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch, log: Callable[[int], list[str]]
+) -> None:
+    one, other = backend(ROWS["FLASHINFER_MLA"]), backend(ROWS["TOKENSPEED_MLA"])
+    with monkeypatch.context() as patch:
+        patch.delattr(sys.modules[ROWS["FLASHINFER_MLA"].module], "FlashInferMLADecodeMetadata")
+        install()
+    assert not Draft("auto", 4, 3, attention=one).fused
+    assert Draft("auto", 4, 3, attention=other).fused
+    (line,) = log(30)
+    assert "draft decode with FLASHINFER_MLA is left as it is" in line and "FlashInferMLADecodeMetadata" in line
