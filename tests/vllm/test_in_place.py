@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,10 +16,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from vllm.v1.attention.backends.mla import indexer
 
-from nsa_plugin.adapters.vllm import in_place, v2_step
+from nsa_plugin.adapters.probe import installed_version
+from nsa_plugin.adapters.vllm import backends, in_place, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.in_place import InPlace
+from nsa_plugin.adapters.vllm.v2_builder import METHOD
 from nsa_plugin.host import Host
 from tests.vllm.drafts import POISONED, unequal_steps
 from tests.vllm.engine import BATCHES
@@ -137,3 +142,26 @@ def test_what_one_backend_lacks_concerns_that_backend_alone(
     assert Draft("auto", 4, 3, attention=other).fused
     (line,) = log(30)
     assert "draft decode with FLASHINFER_MLA is left as it is" in line and "FlashInferMLADecodeMetadata" in line
+
+
+INHERITED = {
+    "FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV", "DEEPSEEK_V41_SPARSE_INDEXER", "DEEPSEEK_V4_ROCM_MXFP4_INDEXER",
+    "DEEPSEEK_V41_ROCM_MXFP4_INDEXER",
+}  # fmt: skip
+"""Backends whose builders are subclasses of one with an update."""
+
+
+@pytest.mark.skipif(installed_version("vllm") != "0.33.0", reason="the table is of 0.33.0")
+def test_every_backend_without_an_update_is_named() -> None:
+    """Read in the sources, because many of them can't be imported without their device."""
+    without: set[str] = set()
+    with_update: set[str] = set()
+    for source in Path(indexer.__file__).parents[1].rglob("*.py"):
+        text = source.read_text()
+        if source.parent.name != "prefill":
+            names = re.findall(r'def get_name\(\) -> str:\s+return "(\w+)"', text)
+            (with_update if f"def {METHOD}" in text else without).update(names)
+    named = {name for name, _ in backends.LACKING_HOOK}
+    assert len(named) == len(backends.LACKING_HOOK) and not named & with_update
+    ours = {row.backend for row in (*in_place.ESSENTIAL, *in_place.MORE)}
+    assert named == without - ours - INHERITED - {"FLASH_ATTN"}  # which ROCm's calls itself too

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import pkgutil
-import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 
-from nsa_plugin.adapters.probe import installed_version
-from nsa_plugin.adapters.vllm import backends, capabilities, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2_builder import METHOD
 from nsa_plugin.core import step_update
@@ -343,17 +340,3 @@ def test_context_parallelism_is_left_to_vllm(install: Install, monkeypatch: pyte
     monkeypatch.setattr(draft.tables, "cp_size", 1)
     monkeypatch.setattr(draft.speculator, "pcp_manager", object(), raising=False)
     assert "context parallelism" in capabilities.uncovered_speculator(draft.speculator)
-
-
-def test_the_backends_that_are_named_lack_the_hook_in_this_release() -> None:
-    """Read in the sources, because many of them can't be imported without their device."""
-    without: set[str] = set()
-    with_hook: set[str] = set()
-    for source in Path(indexer.__file__).parents[1].rglob("*.py"):
-        text = source.read_text()
-        names = re.findall(r'def get_name\(\) -> str:\s+return "(\w+)"', text)
-        (with_hook if "def update_draft_decode_metadata" in text else without).update(names)
-    named = {backend for backend, _ in backends.LACKING_HOOK}
-    assert len(named) == len(backends.LACKING_HOOK) and not named & with_hook
-    assert installed_version("vllm") != "0.33.0" or named <= without
-    assert "FLASHMLA_SPARSE" in without and "DEEPSEEK_V32_INDEXER" in with_hook
