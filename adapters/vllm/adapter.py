@@ -12,6 +12,8 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
 
+- `_multi_step_decode` of the same class, where vLLM does not fuse: see `v2_copy` (not proposed upstream).
+
 Model Runner V1's draft is patched by `v1_proposer`.
 """
 
@@ -26,7 +28,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
@@ -69,6 +71,7 @@ class VllmAdapter:
         self._patches = Patches()
         self._v1 = V1Draft()
         self._served: list[str] = []
+        self._fuses = False
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
@@ -96,11 +99,17 @@ class VllmAdapter:
                 self._leave_v2_alone()
                 return problems
             for row in in_place.MORE:
-                self._watches.append(WhenImported(row.module, lambda row=row: self._patch_more(host, row)))  # type: ignore[misc]
+                path = f"draft decode with {row.backend}"
+                patch = functools.partial(self._patch_more, host, path, _part(row))
+                self._watches.append(WhenImported(row.module, patch))
+            self._fuses = True
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
             )
+        speculator = capabilities.speculator()
+        part = Part(speculator.rpartition(".")[0], speculator, v2_copy.needs(speculator), v2_copy.hooks)
+        self._watches.append(WhenImported(part.module, functools.partial(self._patch_more, host, v2_copy.PATH, part)))
         self._v1.install(host)
         self._served.append("Model Runner V1's draft steps are computed at once")
         return []
@@ -116,9 +125,12 @@ class VllmAdapter:
         return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
 
     def switch(self, on: bool) -> list[str]:
-        """Switch Model Runner V1's drafts from the next one on; those of V2 are recorded in CUDA graphs."""
+        """Switch Model Runner V1's drafts, and those of V2 that are not fused, from the next one on.
+
+        Fused ones are recorded in CUDA graphs.
+        """
         self._v1.switch(on)
-        if on or not self._watches:
+        if on or not self._fuses:
             return []
         return [f"{ENGINE}: {v2_builder.PATH} (Model Runner V2) keeps what its CUDA graphs recorded; restart"]
 
@@ -127,6 +139,7 @@ class VllmAdapter:
         plans = []
         for path, strategy, problems in (
             (f"{v2_builder.PATH} (Model Runner V2)", "graph", self.probe()),
+            (f"{v2_copy.PATH} (Model Runner V2)", "copy", missing(v2_copy.needs(capabilities.speculator()))),
             (v1_proposer.PATH, "copy", self._v1.probe()),
         ):
             if strategy not in host.strategies:
@@ -138,9 +151,8 @@ class VllmAdapter:
                 plans.append(PathPlan(path, strategy, better))
         return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
 
-    def _patch_more(self, host: Host, row: InPlace) -> None:
-        """Patch the builder of one more backend; what is wrong concerns that backend alone."""
-        part = _part(row)
+    def _patch_more(self, host: Host, path: str, part: Part) -> None:
+        """Patch what other parts do without; what is wrong concerns this path alone."""
         try:
             problems = missing(part.needs)
             if not problems:
@@ -149,7 +161,7 @@ class VllmAdapter:
             logger.exception("nsa-plugin: patching %s failed", part.owner)
             problems = [str(error)]
         if problems:
-            logger.warning("nsa-plugin: draft decode with %s is left as it is: %s", row.backend, "; ".join(problems))
+            logger.warning("nsa-plugin: %s: left as it is: %s", path, "; ".join(problems))
 
     def _set(self, host: Host, part: Part) -> None:
         owner, patches = pkgutil.resolve_name(part.owner), self._patches
@@ -157,6 +169,7 @@ class VllmAdapter:
             patches.set(owner, name, replacement)
 
     def _leave_v2_alone(self) -> None:
+        self._fuses = False
         for watch in self._watches:
             watch.cancel()
         self._watches = []

@@ -56,6 +56,13 @@ def speculator() -> str:
     return SPECULATORS[0]
 
 
+SLOTS = Need(
+    "vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings",
+    ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"),
+    "put the step's slots off until its metadata is written",
+)
+
+
 def step_needs(speculator: str) -> tuple[Need, ...]:
     """What one kernel per step of a fused draft needs of the speculator at a dotted path."""
     update = Need(
@@ -65,8 +72,7 @@ def step_needs(speculator: str) -> tuple[Need, ...]:
         Need(f"{speculator}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
              "know when a fused draft begins and ends (hooked)"),
         *((update,) if speculator == SPECULATORS[0] else ()),
-        Need("vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings",
-             ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"), "put the step's slots off until then"),
+        SLOTS,
     )  # fmt: skip
 
 
@@ -104,21 +110,29 @@ def not_vllms(function: Any) -> str:
     return f"{getattr(function, '__qualname__', function)} was patched by {written_in}"
 
 
-def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["request map", "indexer", "other"]:
-    """Whether the update of an attention group in a draft step is understood, judged by whose method it is.
+Kind = Literal["request map", "indexer", "nothing", "other"]
+"""What a draft step has to write for an attention group; "other" is not understood."""
+
+
+def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Kind:
+    """What a group's own update in place writes, judged by whose method it is.
 
     `metadata` is what the group's builder made for `num_reqs` requests of one token each.
     """
     update = getattr(type(builder), "update_draft_decode_metadata", None)
-    rows = getattr(metadata, "num_decode_tokens", None)
-    if rows != num_reqs:
+    if getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
     if update is not None and getattr(update, "only_the_request_map", None) is update:
         return "request map"
     if update is not pkgutil.resolve_name(INDEXER).update_draft_decode_metadata:
         return "other"
+    return "indexer" if is_plain_indexer(builder, metadata, num_reqs) else "other"
+
+
+def is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
+    """Whether an indexer's metadata are those of `num_reqs` requests of one token each, with no field that is not known."""
     decode = metadata.decode
-    fits = (
+    return bool(
         builder.dcp_world_size == 1
         and builder.compress_ratio == 1
         and metadata.num_prefills == 0
@@ -127,7 +141,6 @@ def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["reques
         and frozenset(field.name for field in dataclasses.fields(decode)) <= INDEXER_FIELDS
         and decode.seq_lens.numel() == num_reqs
     )
-    return "indexer" if fits else "other"
 
 
 V1_MODULE = "vllm.v1.spec_decode.llm_base_proposer"

@@ -158,3 +158,19 @@ MORE = (
 )  # fmt: skip
 """Further ones, each for itself. The dense ones are of Eagle drafts; for TRITON_MLA, whose metadata are the same, vLLM itself
 has an update that does nothing."""
+ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE)}
+
+
+def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> capabilities.Kind:
+    """What of a group's rebuilt metadata changes from step to step, judged by its builder's row.
+
+    `metadata` is what the group's builder made for `num_reqs` requests of one token each.
+    """
+    row = ROWS.get(f"{type(builder).__module__}.{type(builder).__qualname__}")
+    if row is None or row.refused(builder) or getattr(metadata, "num_decode_tokens", None) != num_reqs:
+        return "other"
+    if row is INDEXER:
+        return "indexer" if capabilities.is_plain_indexer(builder, metadata, num_reqs) else "other"
+    if metadata.num_prefills:
+        return "other"
+    return "request map" if row.changes == "request map" else "nothing"

@@ -36,14 +36,19 @@ Hooks = Mapping[str, Callable[..., Any]]
 
 
 class Step:
-    """The metadata of one fused draft: bound when its loop starts, run once per step.
+    """The metadata of one draft: bound when its loop starts, run once per step.
 
     Parameters
     ----------
-    speculator : TargetDependentARSpeculator
+    speculator : one of `capabilities.SPECULATORS`
     metadata : mapping of layer name to the metadata that its group's builder made
     num_reqs : int
         Requests, padding included; each has one query token.
+
+    Attributes
+    ----------
+    others : list of AttentionGroup
+        Those that are not understood.
 
     Raises
     ------
@@ -51,24 +56,28 @@ class Step:
         Something that this update does not know; the message says what.
     """
 
+    kind_of_group = staticmethod(capabilities.kind_of_group)
+    _first = True
+
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
         self._schedules: list[Callable[[], None]] = []
         self._captured: list[tuple[Any, torch.Tensor]] = []
-        self._others: list[Callable[[], None]] = []
-        self._first = True
-        request_maps, indexers = [], []
+        self.others: list[Any] = []
+        self._metadata = metadata
+        request_maps, indexers, understood = [], [], False
         for group in (group for groups in speculator.attn_groups for group in groups):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = capabilities.kind_of_group(builder, own, num_reqs)
+            kind = self.kind_of_group(builder, own, num_reqs)
+            understood |= kind != "other"
             if kind == "request map":
                 request_maps.append(own.req_id_per_token)
             elif kind == "indexer":
                 indexers.append(_indexer_rows(own, num_reqs))
-                self._schedules.append(_schedule(builder, own.decode))
+                self._schedules.append(self.schedule(builder, own.decode))
                 self._captured.append((own.decode, own.decode.schedule_metadata))
-            else:
-                self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
-        if not request_maps and not indexers:
+            elif kind == "other":
+                self.others.append(group)
+        if not understood:
             raise Uncovered("no attention group that this update knows")
         buffers = speculator.input_buffers
         rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
@@ -80,8 +89,25 @@ class Step:
         """Write the metadata of the step that begins now."""
         self._update.run(first=self._first)
         self._first = False
-        for compute in (*self._schedules, *self._others):
+        for compute in self._schedules:
             compute()
+        self.run_others()
+
+    def run_others(self) -> None:
+        """The updates of the groups that are not understood."""
+        for group in self.others:
+            group.update_draft_decode_metadata(self._metadata)
+
+    @staticmethod
+    def schedule(builder: Any, decode: Any) -> Callable[[], None]:
+        """What makes DeepGEMM's schedule anew. Its own tensor takes the captured one's place: its readers are recorded later."""
+        make = scheduler(builder)
+
+        def replace() -> None:
+            if make is not None:
+                decode.schedule_metadata = as_captured(make(decode), decode)
+
+        return replace
 
     def close(self) -> None:
         """The draft is over: the next one starts with the schedules that were captured, where a rebuild puts its own."""
@@ -96,7 +122,7 @@ class Uncovered(Exception):
 class DeferredSlots:
     """Stands for a speculator's `BlockTables` during a fused draft: slots wait for the update that follows."""
 
-    def __init__(self, tables: Any, step: Step) -> None:
+    def __init__(self, tables: Any, step: Step | None) -> None:
         self.tables = tables
         self.step: Step | None = step
         self._waiting: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -104,12 +130,15 @@ class DeferredSlots:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tables, name)
 
-    def compute_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
-        """Remember the call; vLLM's fused draft does not look at what it returns."""
+    def compute_slot_mappings(
+        self, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, **kwargs: Any
+    ) -> Any:
+        """Remember the call; returns where the slots will be."""
+        args = idx_mapping, query_start_loc, positions, num_tokens_padded
         if self.step is None:
             return self.tables.compute_slot_mappings(*args, **kwargs)
         self._waiting = args, kwargs
-        return self.tables.slot_mappings
+        return self.tables.slot_mappings[:, :num_tokens_padded]
 
     def give_up(self) -> None:
         """Make up for the call that was put off, and put off none any more."""
@@ -226,16 +255,8 @@ def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
     )
 
 
-def _schedule(builder: Any, decode: Any) -> Callable[[], None]:
-    schedule = scheduler(builder)
-    if schedule is None:
-        return lambda: None
-
-    def compute() -> None:
-        """DeepGEMM's own tensor takes the place of the captured one: its readers are recorded after this."""
-        made = schedule(decode)
-        if made.shape != decode.schedule_metadata.shape:
-            raise RuntimeError(f"a schedule of shape {tuple(made.shape)}, not {tuple(decode.schedule_metadata.shape)}")
-        decode.schedule_metadata = made
-
-    return compute
+def as_captured(made: torch.Tensor, decode: Any) -> torch.Tensor:
+    """`made`, a schedule, unless it has another shape than the one that was captured."""
+    if made.shape != decode.schedule_metadata.shape:
+        raise RuntimeError(f"a schedule of shape {tuple(made.shape)}, not {tuple(decode.schedule_metadata.shape)}")
+    return made

@@ -46,7 +46,7 @@ def backend(row: InPlace) -> Any:
     """vLLM's backend of a row."""
     module = importable(row.module)
     builder = pkgutil.resolve_name(row.builder)
-    found = [
+    found: list[Any] = [
         kind
         for kind in vars(module).values()
         if isinstance(kind, type) and kind.__module__ == row.module and hasattr(kind, "get_builder_cls")
@@ -141,7 +141,7 @@ def test_what_one_backend_lacks_concerns_that_backend_alone(
     assert not Draft("auto", 4, 3, attention=one).fused
     assert Draft("auto", 4, 3, attention=other).fused
     (line,) = log(30)
-    assert "draft decode with FLASHINFER_MLA is left as it is" in line and "FlashInferMLADecodeMetadata" in line
+    assert "draft decode with FLASHINFER_MLA: left as it is" in line and "FlashInferMLADecodeMetadata" in line
 
 
 INHERITED = {

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 
-from nsa_plugin.adapters.vllm import capabilities, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2_builder import METHOD
 from nsa_plugin.core import step_update
@@ -221,6 +221,7 @@ def count(layout: str, tokens: int) -> list[Counter[str]]:
         for method in ("_build_uniform_attn_metadata", "_build_draft_attn_metadata", v2_step.UPDATE):
             if hasattr(speculator, method):
                 patch.setattr(speculator, method, watched(getattr(speculator, method)))
+        patch.setattr(v2_copy.KeptStep, "run", watched(v2_copy.KeptStep.run))
         if FIRST_IS_REBUILT:
             patch.setattr(v2_step.Step, "run", watched(v2_step.Step.run))
             for group in (group for groups in speculator.attn_groups for group in groups):
@@ -236,15 +237,20 @@ def test_launches_per_draft_step(
     install: Install, monkeypatch: pytest.MonkeyPatch, layout: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     stock = count(layout, 4)
+    _, adapter = install("copy")
+    kept = count(layout, 4)
+    adapter.undo()
     install()
     with monkeypatch.context() as patch:
         patch.setattr(capabilities, "uncovered_speculator", lambda speculator: "counted without")
         in_place = count(layout, 4)
     ours = count(layout, 4)
     with capfd.disabled():
-        for way, steps in (("stock", stock), ("in place", in_place), ("one kernel", ours)):
+        for way, steps in (("stock", stock), ("kept", kept), ("in place", in_place), ("one kernel", ours)):
             print(f"\n{layout}, {way}: {[step.total() for step in steps]} launches a step, the last {dict(steps[-1])}")
     assert all(step.total() > 25 for step in stock)
+    assert kept.pop(0) == stock[0]
+    assert all(step.total() == 3 for step in kept)  # the kernel, DeepGEMM's schedule, its copy to where graphs read it
     if FIRST_IS_REBUILT:
         assert in_place.pop(0) == ours.pop(0) == stock[0]
     assert all(step.total() == 8 for step in in_place)
