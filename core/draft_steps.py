@@ -5,7 +5,6 @@ They follow from where the requests are now and from their block table, so that 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,30 +19,22 @@ BLOCK = 128
 """Rows that a program of the kernel takes through all steps."""
 
 
-class PastEnd(enum.Enum):
-    """What becomes of a request whose next position would be `max_model_len` or more."""
-
-    PAD = "pad"
-    """Position 0, length 1 and the padding slot; the step after goes on from there (vLLM's Model Runner V1)."""
-    CLAMP = "clamp"
-    """It stays at the last position, with the length and the slot that go with it (vLLM's Model Runner V2)."""
-
-
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
     """How far a draft goes.
+
+    A request whose next position would be `max_model_len` or more takes position 0, length 1 and the padding slot, and goes
+    on from there, as in vLLM's Model Runner V1.
 
     Parameters
     ----------
     max_model_len : int >= 1
         Positions that a request can have; also the longest length.
-    past_end : PastEnd
     padding_slot : int
         The slot that means "write nowhere".
     """
 
     max_model_len: int
-    past_end: PastEnd
     padding_slot: int = -1
 
 
@@ -92,7 +83,6 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: I
 
     addresses = [[step.positions.data_ptr(), step.slots.data_ptr(), step.seq_lens.data_ptr()] for step in steps]
     records = torch.tensor(addresses, dtype=torch.int64).to(device)
-    pad = limits.past_end is PastEnd.PAD
 
     def fill(
         positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int, num_rows: int
@@ -101,7 +91,7 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: I
         draft_steps_kernel[(-(-num_rows // BLOCK),)](
             positions, seq_lens, blocks, records,
             positions.stride(0), seq_lens.stride(0), *blocks.stride(), len(steps), batch_size, num_rows, blocks.shape[1],
-            table.block_size, limits.max_model_len, limits.padding_slot, PAD=pad, BLOCK=BLOCK, num_warps=4,
+            table.block_size, limits.max_model_len, limits.padding_slot, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
     return fill
@@ -123,12 +113,11 @@ def fill_reference(
         position = position + 1
         length = (length + 1).clamp(max=limits.max_model_len)
         past = position >= limits.max_model_len
-        pad = past if limits.past_end is PastEnd.PAD else torch.zeros_like(past)
-        position = torch.where(pad, 0, position.clamp(max=limits.max_model_len - 1))
-        length = torch.where(pad, 1, length)
+        position = torch.where(past, 0, position)
+        length = torch.where(past, 1, length)
         column = (position // block_size).clamp(max=blocks.shape[1] - 1)
         block = blocks.gather(1, column[:, None])[:, 0].long()
-        slot = torch.where(pad, limits.padding_slot, block * block_size + position % block_size)
+        slot = torch.where(past, limits.padding_slot, block * block_size + position % block_size)
         step.positions[:batch_size] = position
         step.slots[:batch_size] = slot
         step.slots[batch_size:num_rows] = limits.padding_slot

@@ -31,7 +31,7 @@ from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_metadata import DecodeBatch, KeptSteps, keeper_of
 from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, bind_draft_steps, check_source
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps, check_source
 from nsa_plugin.core.errors import reject
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
@@ -246,7 +246,7 @@ class DraftSteps:
     """
 
     def __init__(self, proposer: Any) -> None:
-        self._limits = DraftLimits(proposer.max_model_len, PastEnd.PAD, _padding_slot())
+        self._limits = DraftLimits(proposer.max_model_len, _padding_slot())
         self._most_steps = max(1, proposer.speculative_config.num_speculative_tokens - 1)
         self._positions, self._slots = proposer.positions, proposer._slot_mapping_buffer
         self._request_map = proposer.arange

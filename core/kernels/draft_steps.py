@@ -18,7 +18,7 @@ RECORD: tl.constexpr = tl.constexpr(3)
 def draft_steps_kernel(
     positions, seq_lens, block_table, records,
     position_stride, length_stride, row_stride, column_stride, num_steps, batch_size, num_rows, num_blocks,
-    block_size, max_model_len, padding_slot, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    block_size, max_model_len, padding_slot, BLOCK: tl.constexpr,
 ):
     """Each program takes `BLOCK` rows through all steps; rows from `batch_size` on are padding and only get slots."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -33,17 +33,12 @@ def draft_steps_kernel(
         position += 1
         past = position >= max_model_len
         length = tl.minimum(length + 1, max_model_len)
-        if PAD:
-            position = tl.where(past, 0, position)
-            length = tl.where(past, 1, length)
-        else:
-            position = tl.minimum(position, max_model_len - 1)
+        position = tl.where(past, 0, position)
+        length = tl.where(past, 1, length)
         column = tl.minimum(position // block_size, num_blocks - 1)
         block = tl.load(blocks + column * column_stride, mask=live, other=0).to(tl.int64)
         slot = block * block_size + position % block_size
-        if PAD:
-            slot = tl.where(past, padding_slot, slot)
-        slot = tl.where(live, slot, padding_slot)
+        slot = tl.where(live & ~past, slot, padding_slot)
         tl.store(tl.load(record + POSITIONS).to(tl.pointer_type(tl.int64)) + row, position, mask=live)
         tl.store(tl.load(record + SLOTS).to(tl.pointer_type(tl.int64)) + row, slot, mask=there)
         tl.store(tl.load(record + SEQ_LENS).to(tl.pointer_type(tl.int32)) + row, length.to(tl.int32), mask=live)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps, check_source
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, bind_draft_steps, check_source
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError
 
 pytest.importorskip("triton")
@@ -63,10 +62,9 @@ class Case:
             position, length = int(self.positions[row]), int(self.seq_lens[row])
             for step in steps:
                 position, length = position + 1, min(length + 1, longest)
-                padded = position >= longest and self.limits.past_end is PastEnd.PAD
+                padded = position >= longest
                 if padded:
                     position, length = 0, 1
-                position = min(position, longest - 1)
                 block = int(
                     self.table.block_table[row, min(position // block_size, self.table.block_table.shape[1] - 1)]
                 )
@@ -101,7 +99,7 @@ def cases(draw: Callable[..., Any]) -> Case:
     return Case(
         strided(positions, strides[0]), strided(seq_lens, strides[1]), BlockTable(strided(table, strides[2]), block_size),
         batch_size, batch_size + padding, draw(st.integers(1, 8)),
-        DraftLimits(longest, draw(st.sampled_from(list(PastEnd))), draw(st.sampled_from([-1, 0]))),
+        DraftLimits(longest, draw(st.sampled_from([-1, 0]))),
     )  # fmt: skip
 
 
@@ -138,20 +136,18 @@ def test_all_steps_at_once_equal_one_step_at_a_time_in_place(case: Case) -> None
 def test_more_rows_than_a_program_takes() -> None:
     rows = torch.arange(300)
     table = BlockTable(rows[:, None].repeat(1, 4), 64)
-    case = Case(rows % 250, (rows % 250 + 1).int(), table, 300, 391, 3, DraftLimits(251, PastEnd.PAD))
+    case = Case(rows % 250, (rows % 250 + 1).int(), table, 300, 391, 3, DraftLimits(251))
     assert_same(case.filled("triton"), case.counted())
 
 
 def test_past_the_end() -> None:
-    """In words: V1 starts again at the front and writes nowhere, once; V2 stays at the last position."""
+    """In words: it starts again at the front and writes nowhere, once."""
     table = BlockTable(torch.tensor([[5, 6]]), 4)
-    at_end = partial(Case, torch.tensor([7]), torch.tensor([8]), table, 1, 1, 3)
-    first, second, third = at_end(DraftLimits(8, PastEnd.PAD)).filled("reference")
+    case = Case(torch.tensor([7]), torch.tensor([8]), table, 1, 1, 3, DraftLimits(8))
+    first, second, third = case.filled("reference")
     assert [int(first.positions[0]), int(first.slots[0]), int(first.seq_lens[0])] == [0, -1, 1]
     assert [int(second.positions[0]), int(second.slots[0]), int(second.seq_lens[0])] == [1, 21, 2]
     assert [int(third.positions[0]), int(third.slots[0]), int(third.seq_lens[0])] == [2, 22, 3]
-    for step in at_end(DraftLimits(8, PastEnd.CLAMP)).filled("reference"):
-        assert [int(step.positions[0]), int(step.slots[0]), int(step.seq_lens[0])] == [7, 27, 8]
 
 
 def vector(dtype: torch.dtype = torch.int64, stride: int = 1) -> torch.Tensor:
@@ -161,11 +157,11 @@ def vector(dtype: torch.dtype = torch.int64, stride: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("steps", "limits", "error", "message"),
     [
-        ([], DraftLimits(8, PastEnd.PAD), InvalidValueError, "steps: expected at least one draft step"),
-        ([DraftStep(vector(), vector(), vector(torch.int32))], DraftLimits(0, PastEnd.PAD), InvalidValueError, "max_model_len"),
-        ([DraftStep(vector(), vector(), vector())], DraftLimits(8, PastEnd.PAD), InvalidTypeError, r"steps\[0\].seq_lens: expected torch.int32"),
-        ([DraftStep(vector(stride=2), vector(), vector(torch.int32))], DraftLimits(8, PastEnd.PAD), InvalidValueError, "contiguous vector"),
-        ([DraftStep(vector(), vector(), vector(torch.int32).to("meta"))], DraftLimits(8, PastEnd.PAD), InvalidValueError, "on cpu, got meta"),
+        ([], DraftLimits(8), InvalidValueError, "steps: expected at least one draft step"),
+        ([DraftStep(vector(), vector(), vector(torch.int32))], DraftLimits(0), InvalidValueError, "max_model_len"),
+        ([DraftStep(vector(), vector(), vector())], DraftLimits(8), InvalidTypeError, r"steps\[0\].seq_lens: expected torch.int32"),
+        ([DraftStep(vector(stride=2), vector(), vector(torch.int32))], DraftLimits(8), InvalidValueError, "contiguous vector"),
+        ([DraftStep(vector(), vector(), vector(torch.int32).to("meta"))], DraftLimits(8), InvalidValueError, "on cpu, got meta"),
     ],
 )  # fmt: skip
 def test_bad_destinations_are_named(

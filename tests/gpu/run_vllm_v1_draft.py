@@ -39,7 +39,7 @@ import torch
 from nsa_plugin.bench.run import where
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, bind_draft_steps
 from nsa_plugin.host import Host
 
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 16), "fp8 separate": ("fp8_ds_mla", 64)}
@@ -184,7 +184,7 @@ def kernel_cases(device: str, number: int) -> Outcome:
         positions = torch.randint(0, longest + 1, (size,), device=device)
         seq_lens = torch.randint(1, longest + 2, (size,), device=device, dtype=torch.int32)
         table = torch.randint(0, 1 << 20, (size, -(-longest // block_size)), device=device, dtype=torch.int32)
-        limits, filled = DraftLimits(longest, rng.choice(list(PastEnd))), []
+        limits, filled = DraftLimits(longest), []
         impls: tuple[Impl, ...] = ("reference", "triton")
         for impl in impls:
             made = [
