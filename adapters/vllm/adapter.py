@@ -80,7 +80,7 @@ class VllmAdapter:
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
 
-        Model Runner V2's draft takes `graph`, Model Runner V1's `copy`. What V1 lacks is logged and stops nothing else.
+        Model Runner V2's fused draft takes `graph`, one that is not fused and Model Runner V1's `copy`. What V1 lacks is logged and stops nothing else.
         """
         if self._served:
             return []
@@ -107,6 +107,7 @@ class VllmAdapter:
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
             )
+        self._served.append("steps of its drafts that are not fused keep the metadata of the first one")
         speculator = capabilities.speculator()
         part = Part(speculator.rpartition(".")[0], speculator, v2_copy.needs(speculator), v2_copy.hooks)
         self._watches.append(WhenImported(part.module, functools.partial(self._patch_more, host, v2_copy.PATH, part)))
@@ -152,7 +153,7 @@ class VllmAdapter:
         return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
 
     def _patch_more(self, host: Host, path: str, part: Part) -> None:
-        """Patch what other parts do without; what is wrong concerns this path alone."""
+        """Patch what other parts do without; what this vLLM lacks concerns this path alone."""
         try:
             problems = missing(part.needs)
             if not problems:
@@ -161,7 +162,7 @@ class VllmAdapter:
             logger.exception("nsa-plugin: patching %s failed", part.owner)
             problems = [str(error)]
         if problems:
-            logger.warning("nsa-plugin: %s: left as it is: %s", path, "; ".join(problems))
+            logger.info("nsa-plugin: %s: left as it is: %s", path, "; ".join(problems))
 
     def _set(self, host: Host, part: Part) -> None:
         owner, patches = pkgutil.resolve_name(part.owner), self._patches

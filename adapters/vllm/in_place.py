@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import capabilities
 
 Changes = Literal["request map", "lengths and schedule", "nothing"]
@@ -51,6 +51,8 @@ class InPlace:
 
     def refused(self, builder: Any) -> str:
         """Empty, or why a builder of this class is left to vLLM."""
+        if problems := missing(self.needs):
+            return problems[0]
         if problem := capabilities.uncovered_builder(builder):
             return problem
         if self.changes == "request map" and _hisparse(builder):

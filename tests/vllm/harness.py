@@ -81,6 +81,7 @@ class Layer(AttentionLayerBase):  # type: ignore[misc]
 
     prefill_backend = Prefill()
     num_heads = 4
+    impl = types.SimpleNamespace(num_heads=num_heads)  # where vLLM 0.28 looks
     q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 64, 512, 128, 64, 128
 
     def __init__(self, backend: Any, spec: Any) -> None:

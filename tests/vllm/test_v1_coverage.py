@@ -142,6 +142,8 @@ def test_builders_that_are_not_covered_are_named(
 
 def test_a_group_whose_blocks_are_mapped_is_rebuilt(hopper: None) -> None:
     group = V1Draft("auto", 4, 3).proposer.draft_attn_groups[0]
+    if not hasattr(group, "map_to_kernel_block_table"):
+        pytest.skip("this vLLM's groups map no blocks")
     group.kernel_block_size = 32
     assert "kernel blocks" in keeper_of(group)[1]
 
@@ -193,4 +195,5 @@ def test_the_proposer_is_patched_when_vllm_imports_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", AUTOLOAD], env=dict(os.environ), capture_output=True, text=True, check=True
     )
-    assert done.stdout.split("\n")[:2] == ["patched: True", "undone: True"]
+    said = [line for line in done.stdout.splitlines() if line.startswith(("patched", "undone"))]  # vLLM 0.28 logs there
+    assert said == ["patched: True", "undone: True"]
