@@ -148,7 +148,7 @@ class VllmAdapter:
             elif problems:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
-                better = "" if strategy == "graph" else "vLLM captures no whole draft there"
+                better = "" if strategy == "graph" else "vLLM captures one step, not a whole draft"
                 plans.append(PathPlan(path, strategy, better))
         return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
 

@@ -76,6 +76,16 @@ class Prefill:
         return self
 
 
+def block_tables(block_size: int, requests: int, tokens: int, blocks: int, device: torch.device) -> BlockTables:
+    """vLLM's tables of one KV-cache group, which until 0.31 ask for the kernels' block size too."""
+    asked = (
+        {"kernel_block_sizes": [block_size]}
+        if "kernel_block_sizes" in inspect.signature(BlockTables).parameters
+        else {}
+    )
+    return BlockTables([block_size], requests, tokens, [blocks], device, **asked)
+
+
 class Layer(AttentionLayerBase):  # type: ignore[misc]
     """An attention layer as far as metadata builders look at it."""
 
@@ -258,12 +268,7 @@ class Draft:
             self.speculator.draft_attn_layer_names = set(DRAFT)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
             layers[DRAFT[0]]._backend = attention
-            kernel_blocks = {"kernel_block_sizes": [64]}  # of vLLM until 0.31
-            known = inspect.signature(BlockTables).parameters
-            self.tables = BlockTables(
-                [64], sizes.requests, sizes.tokens, [sizes.model_len // 64], device,
-                **{name: value for name, value in kernel_blocks.items() if name in known},
-            )  # fmt: skip
+            self.tables = block_tables(64, sizes.requests, sizes.tokens, sizes.model_len // 64, device)
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)

@@ -28,7 +28,7 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
-from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v2_step
+from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
@@ -288,5 +288,6 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     paths = {name.removeprefix("vllm: "): detail for name, detail in found.items() if name.startswith("vllm: ")}
     left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in backends.LACKING_HOOK}
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
+    assert paths.pop(f"{v2_copy.PATH} (Model Runner V2)").startswith("strategy copy")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")
     assert paths == left

@@ -124,6 +124,7 @@ def test_the_comparison_can_fail(install: Install, hopper: None, monkeypatch: py
     ],
 )
 def test_what_is_refused_is_named(row: str, builder: dict[str, Any], problem: str) -> None:
+    backend(ROWS[row])
     assert problem in ROWS[row].refused(SimpleNamespace(**builder))
 
 
