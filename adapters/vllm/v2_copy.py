@@ -120,7 +120,9 @@ class Steps:
             self._fell_back(error)
             return self._build(*args, **kwargs)
         if step.others:
-            self._speculator.attn_groups = [[group for group in same if group in step.others] for same in self._groups]
+            self._speculator.attn_groups = [
+                [group for group in same if any(group is other for other in step.others)] for same in self._groups
+            ]
             try:
                 self._metadata = {**self._metadata, **self._build(*args, **kwargs)}
             finally:
@@ -135,6 +137,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """
     loop = getattr(owner, LOOP)
     bound: dict[Any, KeptStep] = {}
+    groups: Any = None
     failed = False
 
     def fell_back(error: Exception) -> None:
@@ -143,8 +146,12 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         host.fell_back(logger, Fallback(ENGINE, PATH, "replay", "copy", error))
 
     def bind(speculator: Any, metadata: Any, num_rows: int) -> KeptStep | None:
-        """The steps for metadata in these places, bound when they are new."""
+        """The steps for metadata in these places, bound when they are new; none of groups that vLLM has replaced."""
+        nonlocal groups
         try:
+            if groups is not speculator.attn_groups:
+                bound.clear()
+                groups = speculator.attn_groups
             key = places(speculator, metadata, num_rows)
             if key not in bound:
                 if len(bound) >= KEPT_BATCHES:

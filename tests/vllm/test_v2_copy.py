@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
 
 from nsa_plugin.adapters.vllm import capabilities, in_place, v2_copy
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
@@ -167,3 +168,19 @@ def test_what_no_row_knows_is_left_to_vllm(
     monkeypatch.setattr(capabilities, "uncovered_speculator", lambda speculator: "context parallelism is not covered")
     assert unequal_steps(expected, drafts("bf16", 3)) == set() and not runs
     assert any("strategy off (context parallelism is not covered)" in line for line in log(logging.INFO))
+
+
+def test_groups_that_vllm_makes_anew_are_bound_anew(
+    install: Install, hopper: None, runs: list[v2_copy.KeptStep]
+) -> None:
+    attention = dense()
+    expected = drafts("bf16", 3, attention, BATCHES[:1])
+    install("copy")
+    draft = Draft(*LAYOUTS["bf16"], 3, attention=attention)
+    for _ in range(2):
+        assert unequal_steps(expected, draft.propose(*BATCHES[0])) == set()
+        with set_current_vllm_config(draft.config):
+            draft.speculator.set_attn(None, draft.cache, draft.tables, draft.buffers, draft.groups)
+            draft.speculator.decode_cudagraph_manager = draft.graphs = type(draft.graphs)(draft)
+    first, second = runs
+    assert first is not second and first.others[0] is not second.others[0]
