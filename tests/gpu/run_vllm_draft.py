@@ -2,16 +2,18 @@
 """vLLM's real V2 speculator on a GPU: the metadata of its draft steps, as shipped and with this plugin, in one process.
 
 Real `MTPSpeculator`, `BlockTables`, FlashMLA-sparse and indexer builders, DeepGEMM schedule and Triton kernels, with a
-stand-in for the draft model and the draft's CUDA graphs really captured. Three ways in turn:
+stand-in for the draft model and the draft's CUDA graphs really captured. Four ways in turn:
 
     stock       as shipped: metadata rebuilt and a graph replayed for every draft step
+    kept        where vLLM does not fuse: the first step's metadata is kept, one metadata kernel (and DeepGEMM's schedule and
+                its copy) for every further step
     in place    FlashMLA-sparse has its hook: the whole draft is one graph, each group updates its metadata itself
     one kernel  the plugin as it is installed: that graph with one metadata kernel (and DeepGEMM's schedule) a step
 
-First the graphs of the latter two are replayed over changing batches (sizes, lengths up to the model's, requests, block
+First the graphs of the latter three are replayed over changing batches (sizes, lengths up to the model's, requests, block
 tables; buffers poisoned in between), and what every step's model saw is compared with the rebuild; DeepGEMM's schedule
 only in full batches, because vLLM's updates in place let rows of padding grow and its rebuild does not. The last is also
-compared with the second, rows of padding included. Then all are timed.
+compared with the third, rows of padding included. Then all are timed.
 
     python tests/gpu/run_vllm_draft.py --json vllm_draft.json
 
@@ -54,7 +56,8 @@ from tests.vllm.harness import Draft, DraftModel, Graphs, Sizes
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LAYOUTS = {"fp8 64 heads": ("fp8_ds_mla", 64), "fp8 16 heads": ("fp8_ds_mla", 16), "bf16 64 heads": ("auto", 64)}
-WAYS = ("stock", "in place", "one kernel")
+WAYS = ("stock", "kept", "in place", "one kernel")
+FUSED = ("in place", "one kernel")
 POISON = 7
 
 
@@ -279,12 +282,14 @@ def main() -> int:
             try:
                 drafts: dict[str, Draft] = {}
                 for way in WAYS:
-                    if way == "in place":
-                        assert adapter.install(host) == []
                     alone = way == "in place"
                     capabilities.uncovered_speculator = (lambda speculator: "measured without") if alone else covered
                     drafts[way] = draft = make(layout, tokens, sizes)
-                    assert draft.speculator.supports_decode_metadata_update == (way != "stock")
+                    assert draft.speculator.supports_decode_metadata_update == (way in FUSED)
+                    if way == "stock":  # which stays so
+                        draft.speculator._multi_step_decode = draft.speculator._multi_step_decode
+                    if way == "kept":  # made before, so that vLLM does not fuse it
+                        assert adapter.install(host) == []
                     with set_current_vllm_config(draft.config), torch.inference_mode():
                         draft.graphs.capture(record=True)
                         if way != "stock":
