@@ -6,6 +6,7 @@ lengths, so that a stale or missing one shows. All else is vLLM's.
 
 from __future__ import annotations
 
+import functools
 import logging
 import pkgutil
 from collections import Counter
@@ -162,6 +163,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def counted(self, function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         """`function`, of whose calls each counts as one, whatever it does inside."""
 
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.inside:
                 self.found[name(*args)] += 1
