@@ -11,8 +11,9 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata
 
-TILE = 2048
-"""Columns of a page table that a program handles at a time."""
+TILE, TILE_OF_SEVERAL_ROWS = 2048, 512
+"""Columns of a page table that a program handles at a time; the second where each is written to several rows, so that
+short tables, too, keep many multiprocessors busy."""
 BLOCK = 256
 """Requests or rows that a program scans at a time."""
 PROGRAMS_PER_SM = 4
@@ -53,10 +54,11 @@ def bind_precompute(
     wide, real, aligned = _layout(destinations, geometry)
     token_table = isinstance(batch.slots, TokenTable)
     ragged = batch.extend_lens is not None
+    tile = TILE if batch.rows_per_request == 1 else TILE_OF_SEVERAL_ROWS
     grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
-        "TOKENS": any(step.positions is not None for step in destinations), "TILE": TILE, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
+        "TOKENS": any(step.positions is not None for step in destinations), "TILE": tile, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)

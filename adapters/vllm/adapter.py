@@ -7,16 +7,20 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
   recompute the request map of the captured metadata, the whole draft becomes one CUDA graph. Everything else in that
   metadata is a view of the runner's persistent buffers, a constant of the captured size, or depends on shapes alone.
   (Upstream report 54369 and pull request 54790, both open.)
+- `DeepseekV32IndexerMetadataBuilder` of vLLM 0.28 to 0.31 lacks it too: lengths and DeepGEMM's schedule are recomputed.
+  (vLLM 0.32 has it.)
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
 - `TargetDependentARSpeculator._fused_multi_step_decode`, only if drafts are verified or measured: to see each begin (see
   `v2_watch`).
+- `_multi_step_decode` of the same class, where vLLM does not fuse: see `v2_copy` (not proposed upstream).
 
 Model Runner V1's draft is patched by `v1_proposer`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -25,7 +29,8 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_watch
+from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_copy, v2_watch
+from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
@@ -44,11 +49,16 @@ class Part:
     hooks: Callable[[Host, type, Callable[[], bool]], Mapping[str, Callable[..., Any]]]
 
 
-V2_PARTS = (
-    Part(capabilities.MODULE, capabilities.BUILDER, capabilities.NEEDS, v2_builder.hooks),
-    Part(capabilities.SPECULATOR_MODULE, capabilities.SPECULATOR, capabilities.STEP_NEEDS, v2_watch.hooks),
-)
-"""All of them or none."""
+def v2_parts() -> tuple[Part, ...]:
+    """All of them are patched, or none. Imports nothing."""
+    speculator = capabilities.speculator()
+    builders = (_part(row, capabilities.NEEDS) for row in in_place.ESSENTIAL)
+    module = speculator.rpartition(".")[0]
+    return (*builders, Part(module, speculator, capabilities.step_needs(speculator), v2_watch.hooks))
+
+
+def _part(row: InPlace, needs: tuple[Need, ...] = ()) -> Part:
+    return Part(row.module, row.builder, (*needs, *row.needs), functools.partial(v2_builder.hooks, row))
 
 
 class VllmAdapter:
@@ -63,37 +73,47 @@ class VllmAdapter:
         self._v1 = V1Draft()
         self._served: list[str] = []
         self._host: Host | None = None
+        self._fuses = False
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
-        return missing(tuple(need for part in V2_PARTS for need in part.needs))
+        return missing(tuple(need for part in v2_parts() for need in part.needs))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
 
-        Model Runner V2's draft takes `graph`, Model Runner V1's `copy`. What V1 lacks is logged and stops nothing else.
+        Model Runner V2's fused draft takes `graph`, one that is not fused and Model Runner V1's `copy`. What V1 lacks is logged and stops nothing else.
         """
         if self._served:
             return []
         if installed_version("vllm") == "unknown":
-            return ["looked for vLLM, found no such distribution; install vllm 0.32 or later"]
+            return ["looked for vLLM, found no such distribution; install vllm 0.28 or later"]
         if "copy" not in host.strategies:
             return ["looked for a strategy to try, found none; NSA_PLUGIN_STRATEGY is auto, graph, share or copy"]
         self._host = host
         problems: list[str] = []
         if "graph" in host.strategies:
             warned: list[bool] = []
-            for part in V2_PARTS:
+            for part in v2_parts():
                 self._watches.append(
                     WhenImported(part.module, lambda part=part: self._patch(host, part, problems, warned))  # type: ignore[misc]
                 )
             if problems:
                 self._leave_v2_alone()
                 return problems
+            for row in in_place.MORE:
+                path = f"draft decode with {row.backend}"
+                patch = functools.partial(self._patch_more, host, path, _part(row))
+                self._watches.append(WhenImported(row.module, patch))
+            self._fuses = True
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
             )
+        self._served.append("steps of its drafts that are not fused keep the metadata of the first one")
+        speculator = capabilities.speculator()
+        part = Part(speculator.rpartition(".")[0], speculator, v2_copy.needs(speculator), v2_copy.hooks)
+        self._watches.append(WhenImported(part.module, functools.partial(self._patch_more, host, v2_copy.PATH, part)))
         self._v1.install(host)
         self._served.append("Model Runner V1's draft steps are computed at once")
         return []
@@ -109,9 +129,9 @@ class VllmAdapter:
         return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
 
     def switch(self, on: bool) -> list[str]:
-        """Switch drafts from the next one on, but for those of Model Runner V2 whose metadata CUDA graphs compute."""
+        """Switch from the next draft on, but for those of Model Runner V2 whose metadata CUDA graphs compute."""
         self._v1.switch(on)
-        if on or not self._watches or (self._host is not None and v2_watch.switchable(self._host)):
+        if on or not self._fuses or (self._host is not None and v2_watch.switchable(self._host)):
             return []
         return [f"{ENGINE}: {v2_builder.PATH} (Model Runner V2) keeps what its CUDA graphs recorded; restart"]
 
@@ -120,6 +140,7 @@ class VllmAdapter:
         plans = []
         for path, needs, strategy, better, problems in (
             (f"{v2_builder.PATH} (Model Runner V2)", "graph", *_plan_v2(host), self.probe()),
+            (f"{v2_copy.PATH} (Model Runner V2)", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
             (v1_proposer.PATH, "copy", "copy", "vLLM captures no whole draft there", self._v1.probe()),
         ):
             if needs not in host.strategies:
@@ -128,9 +149,27 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in capabilities.LACKING_HOOK]
+        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
+
+    def _patch_more(self, host: Host, path: str, part: Part) -> None:
+        """Patch what other parts do without; what this vLLM lacks concerns this path alone."""
+        try:
+            problems = missing(part.needs)
+            if not problems:
+                self._set(host, part)
+        except Exception as error:
+            logger.exception("nsa-plugin: patching %s failed", part.owner)
+            problems = [str(error)]
+        if problems:
+            logger.info("nsa-plugin: %s: left as it is: %s", path, "; ".join(problems))
+
+    def _set(self, host: Host, part: Part) -> None:
+        owner, patches = pkgutil.resolve_name(part.owner), self._patches
+        for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
+            patches.set(owner, name, replacement)
 
     def _leave_v2_alone(self) -> None:
+        self._fuses = False
         for watch in self._watches:
             watch.cancel()
         self._watches = []
@@ -144,10 +183,7 @@ class VllmAdapter:
         try:
             problems += missing(part.needs)
             if not problems:
-                owner = pkgutil.resolve_name(part.owner)
-                patches = self._patches
-                for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
-                    patches.set(owner, name, replacement)
+                self._set(host, part)
         except Exception as error:
             logger.exception("nsa-plugin: patching %s failed", part.owner)
             problems.append(str(error))
@@ -167,3 +203,8 @@ def _plan_v2(host: Host) -> tuple[str, str]:
     if problems := missing(capabilities.WATCH_NEEDS):
         return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
+
+
+def _plan_unfused(host: Host) -> list[str]:
+    """What is in the way of Model Runner V2's drafts that are not fused."""
+    return [v2_copy.UNVERIFIED] if host.verify else missing(v2_copy.needs(capabilities.speculator()))

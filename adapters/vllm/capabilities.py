@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import pkgutil
+from pathlib import Path
 from typing import Any, Literal
 
 from nsa_plugin.adapters.probe import Need
@@ -11,44 +14,77 @@ from nsa_plugin.adapters.probe import Need
 MODULE = "vllm.v1.attention.backends.mla.flashmla_sparse"
 BUILDER = f"{MODULE}.FlashMLASparseMetadataBuilder"
 BASE = "vllm.v1.attention.backend.AttentionMetadataBuilder"
-TESTED = ("0.32.0", "0.33.0")
+TESTED = ("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 """Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
 NEEDS: tuple[Need, ...] = (
     Need(f"{BASE}.supports_draft_decode_metadata_update", (), "say that the fused multi-step draft may be chosen (set)"),
     Need(f"{BASE}.update_draft_decode_metadata", ("metadata",), "what the fused draft records per step (provided)"),
-    Need(f"{BUILDER}.__init__", ("kv_cache_spec", "layer_names", "vllm_config", "device"), "decide per builder (hooked)"),
-    Need(f"{MODULE}.FlashMLASparseMetadata", ("req_id_per_token", "query_start_loc", "num_decode_tokens"),
-         "the request map, all that is the builder's own and depends on the batch"),
-    Need("vllm.v1.attention.ops.metadata.compute_token_to_req_indices",
-         ("query_start_loc", "out", "num_mapped_tokens", "num_tokens"), "compute the request map on the device"),
 )  # fmt: skip
 
-SPECULATOR_MODULE = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
-SPECULATOR = f"{SPECULATOR_MODULE}.TargetDependentARSpeculator"
 INDEXER_MODULE = "vllm.v1.attention.backends.mla.indexer"
 INDEXER = f"{INDEXER_MODULE}.DeepseekV32IndexerMetadataBuilder"
-
-STEP_NEEDS: tuple[Need, ...] = (
-    Need(f"{SPECULATOR}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
-         "know when a fused draft begins and ends (hooked)"),
-    Need(f"{SPECULATOR}._update_draft_decode_metadata", ("attn_metadata", "num_reqs"),
-         "write the metadata of a draft step (hooked)"),
-    Need("vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings",
-         ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"), "put the step's slots off until then"),
-    Need(f"{INDEXER}.update_draft_decode_metadata", ("metadata",), "the indexer's update that the kernel stands for"),
+INDEXER_NEEDS: tuple[Need, ...] = (
+    Need(f"{INDEXER}._prepare_decode_tensors", ("seq_lens", "block_table", "decode_lens"),
+         "the lengths and rows of decode tokens, as the update takes them to be"),
+    Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
+         ("seq_lens", "num_decodes", "num_decode_tokens", "num_prefills", "decode"), "the lengths that a draft moves on"),
+    Need(f"{INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata",
+         ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "indices"), "what of the indexer follows from them"),
     Need(f"{INDEXER_MODULE}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
          "DeepGEMM's schedule, which stays a call of its own"),
 )  # fmt: skip
 
+SPECULATORS = (
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator.TargetDependentARSpeculator",
+    "vllm.v1.worker.gpu.spec_decode.autoregressive.speculator.AutoRegressiveSpeculator",
+)
+"""Where the fused draft of Model Runner V2 is; the second, of vLLM 0.28 to 0.31, rebuilds the metadata of its first step."""
+UPDATE = "_update_draft_decode_metadata"
+"""The first one's method that asks every attention group; the second one's loop does it itself."""
+
+
+@functools.cache
+def speculator() -> str:
+    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing."""
+    found = importlib.util.find_spec("vllm")
+    folders = [] if found is None else [Path(folder).parent for folder in found.submodule_search_locations or ()]
+    for path in SPECULATORS:
+        module = path.rpartition(".")[0].replace(".", "/")
+        if any((folder / f"{module}.py").exists() for folder in folders):
+            return path
+    return SPECULATORS[0]
+
+
+SLOTS = Need(
+    "vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings",
+    ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"),
+    "put the step's slots off until its metadata is written",
+)
+
+
+def step_needs(speculator: str) -> tuple[Need, ...]:
+    """What one kernel per step of a fused draft needs of the speculator at a dotted path."""
+    update = Need(
+        f"{speculator}.{UPDATE}", ("attn_metadata", "num_reqs"), "write the metadata of a draft step (hooked)"
+    )
+    return (
+        Need(f"{speculator}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
+             "know when a fused draft begins and ends (hooked)"),
+        *((update,) if speculator == SPECULATORS[0] else ()),
+        SLOTS,
+    )  # fmt: skip
+
+
+UPDATE_INPUTS = f"{SPECULATORS[0].rpartition('.')[0]}.update_draft_inputs"
 WATCH_NEEDS: tuple[Need, ...] = (
-    Need(f"{SPECULATOR}._fused_multi_step_decode",
+    Need(f"{SPECULATORS[0]}._fused_multi_step_decode",
          ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
          "see a draft begin (hooked)"),
-    Need(f"{SPECULATOR}.advance_draft_positions", (), "know that positions move on from step to step"),
-    Need(f"{SPECULATOR}._build_uniform_attn_metadata",
+    Need(f"{SPECULATORS[0]}.advance_draft_positions", (), "know that positions move on from step to step"),
+    Need(f"{SPECULATORS[0]}._build_uniform_attn_metadata",
          ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),
-    Need(f"{SPECULATOR_MODULE}.update_draft_inputs",
+    Need(UPDATE_INPUTS,
          ("draft_tokens", "current_draft_step", "hidden_states", "output_draft_tokens", "next_input_hidden_states",
           "input_buffers", "sample_src_positions", "num_reqs", "max_model_len", "num_speculative_steps"),
          "move a rebuild on from step to step"),
@@ -60,22 +96,6 @@ INDEXER_FIELDS = frozenset(
      "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")
 )  # fmt: skip
 """Fields of the indexer's decode metadata that are understood: with any other its own update runs."""
-
-_SCHEDULED = "its decode metadata holds a schedule of its own kernels, which has not been shown right in place"
-_STATES = "state-space metadata, not examined"
-_OTHER_DEVICE = "not for the NVIDIA GPUs that this adapter is tested for, not examined"
-_UNEXAMINED = "not examined: no draft with it has been replayed"
-LACKING_HOOK: tuple[tuple[str, str], ...] = (
-    ("FLASHMLA", _SCHEDULED), ("FLASH_ATTN_MLA", _SCHEDULED), ("FLASHINFER_MLA", _UNEXAMINED), ("CUTLASS_MLA", _UNEXAMINED),
-    ("TOKENSPEED_MLA", _UNEXAMINED), ("B12X", _UNEXAMINED), ("HPC_ATTN", _UNEXAMINED), ("TURBOQUANT", _UNEXAMINED),
-    ("FLEX_ATTENTION", _UNEXAMINED), ("LINEAR_ATTN", _STATES), ("BAILING_LINEAR_ATTN", _STATES), ("GDN_ATTN", _STATES),
-    ("MAMBA1_ATTN", _STATES), ("MAMBA2_ATTN", _STATES), ("SHORT_CONV_ATTN", _STATES), ("PLE_SHORT_CONV_ATTN", _STATES),
-    ("CPU_ATTN", _OTHER_DEVICE), ("AMX_MLA", _OTHER_DEVICE), ("XPU_MLA_SPARSE", _OTHER_DEVICE),
-    ("ROCM_ATTN", _OTHER_DEVICE), ("ROCM_AITER_UNIFIED_ATTN", _OTHER_DEVICE), ("ROCM_SEGMENTED_ATTN", _OTHER_DEVICE),
-    ("ROCM_AITER_MLA", _OTHER_DEVICE), ("ROCM_AITER_MLA_SPARSE", _OTHER_DEVICE),
-)  # fmt: skip
-"""Backends of 0.33.0 without an update in place to which this adapter gives none, and why: vLLM rebuilds their metadata for
-each draft step. `FLASHMLA_SPARSE` gets one, unless `adapter.unsupported` names what is not covered."""
 
 
 def uncovered_builder(builder: Any) -> str:
@@ -105,21 +125,29 @@ def not_vllms(function: Any) -> str:
     return f"{getattr(function, '__qualname__', function)} was patched by {written_in}"
 
 
-def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["request map", "indexer", "other"]:
-    """Whether the update of an attention group in a draft step is understood, judged by whose method it is.
+Kind = Literal["request map", "indexer", "nothing", "other"]
+"""What a draft step has to write for an attention group; "other" is not understood."""
+
+
+def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Kind:
+    """What a group's own update in place writes, judged by whose method it is.
 
     `metadata` is what the group's builder made for `num_reqs` requests of one token each.
     """
     update = getattr(type(builder), "update_draft_decode_metadata", None)
-    rows = getattr(metadata, "num_decode_tokens", None)
-    if rows != num_reqs:
+    if getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
     if update is not None and getattr(update, "only_the_request_map", None) is update:
         return "request map"
     if update is not pkgutil.resolve_name(INDEXER).update_draft_decode_metadata:
         return "other"
+    return "indexer" if is_plain_indexer(builder, metadata, num_reqs) else "other"
+
+
+def is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
+    """Whether an indexer's metadata are those of `num_reqs` requests of one token each, with no field that is not known."""
     decode = metadata.decode
-    fits = (
+    return bool(
         builder.dcp_world_size == 1
         and builder.compress_ratio == 1
         and metadata.num_prefills == 0
@@ -127,9 +155,7 @@ def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Literal["reques
         and decode is not None
         and frozenset(field.name for field in dataclasses.fields(decode)) <= INDEXER_FIELDS
         and decode.seq_lens.numel() == num_reqs
-        and metadata.block_table is not None
     )
-    return "indexer" if fits else "other"
 
 
 V1_MODULE = "vllm.v1.spec_decode.llm_base_proposer"
@@ -144,7 +170,7 @@ V1_NEEDS: tuple[Need, ...] = (
          ("seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "slot_mapping", "block_table_tensor", "num_reqs",
           "num_actual_tokens", "max_logits_per_req", "_token_to_req_indices_cache", "_num_computed_tokens_cache"),
          "the batch that draft steps move on"),
-    Need("vllm.v1.worker.utils.AttentionGroup.build_metadata_for_drafting", ("common_attn_metadata", "draft_index"),
+    Need("vllm.v1.attention.backend.AttentionMetadataBuilder.build_for_drafting", ("common_attn_metadata", "draft_index"),
          "build the metadata of a group"),
     Need("vllm.v1.spec_decode.utils.PADDING_SLOT_ID", (), "the slot of tokens that are not stored"),
 )  # fmt: skip

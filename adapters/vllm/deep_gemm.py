@@ -16,7 +16,8 @@ def scheduler(builder: Any) -> Callable[[Any], torch.Tensor] | None:
     module = importlib.import_module(INDEXER_MODULE)
     if not (module.current_platform.is_cuda() and module.has_deep_gemm()):
         return None
-    block_size, num_sms = builder.kv_cache_spec.num_states, builder.num_sms
+    spec, num_sms = builder.kv_cache_spec, builder.num_sms
+    block_size = spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size  # the latter until 0.28
 
     def schedule(decode: Any) -> torch.Tensor:
         made: torch.Tensor = module.get_paged_mqa_logits_metadata(

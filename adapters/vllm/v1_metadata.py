@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
-from nsa_plugin.adapters.vllm.capabilities import INDEXER_MODULE as INDEXER
-from nsa_plugin.adapters.vllm.capabilities import uncovered_builder
+from nsa_plugin.adapters.vllm.capabilities import INDEXER_MODULE, uncovered_builder
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-
-FLASHINFER_SPARSE = "vllm.v1.attention.backends.mla.flashinfer_mla_sparse"
-FLASHMLA_SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
+from nsa_plugin.adapters.vllm.in_place import FLASHINFER_SPARSE, FLASHMLA_SPARSE, INDEXER, InPlace, unknown_fields
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Keeper:
     needs : tuple of Need
         What it takes for granted.
     fields : mapping of str to frozenset of str
-        Every field that the metadata may have, by class name: one that is not known here may change from step to step.
+        Every field that the metadata may have, by dotted path: one that is not known here may change from step to step.
     refused : callable
         `refused(builder)`: empty, or why this one is left to vLLM.
     keep : callable
@@ -81,7 +77,7 @@ class Keeper:
     """
 
     needs: tuple[Need, ...]
-    fields: dict[str, frozenset[str]]
+    fields: Mapping[str, frozenset[str]]
     refused: Callable[[Any], str]
     keep: Callable[[Any, Any, DecodeBatch], KeptSteps | None]
 
@@ -95,20 +91,11 @@ def keeper_of(group: Any) -> tuple[Keeper | None, str]:
         return None, f"{kind.__name__}: {REBUILT.get(kind.__name__, 'not examined')}"
     if problems := missing(keeper.needs):
         return None, f"{kind.__name__}: {'; '.join(problems)}"
-    if getattr(group, "kernel_block_size", None) is not None:
+    maps_blocks = hasattr(group, "map_to_kernel_block_table")
+    if maps_blocks and group.kernel_block_size is not None:
         return None, f"{kind.__name__}: its block table is mapped to kernel blocks anew for every build"
-    problem = keeper.refused(builder) or _unknown_fields(kind.__module__, keeper.fields)
+    problem = keeper.refused(builder) or unknown_fields(keeper.fields)
     return (None, f"{kind.__name__}: {problem}") if problem else (keeper, "")
-
-
-def _unknown_fields(module: str, fields: dict[str, frozenset[str]]) -> str:
-    for path, known in fields.items():
-        owner: Any = importlib.import_module(module)
-        for name in path.split("."):
-            owner = getattr(owner, name)
-        if unknown := sorted({field.name for field in dataclasses.fields(owner)} - known):
-            return f"{path} has fields that are not known here: {', '.join(unknown)}"
-    return ""
 
 
 def _sparse_refused(builder: Any) -> str:
@@ -151,6 +138,8 @@ def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | N
         return None
     if decode.global_seq_lens is not None or decode.block_table.shape != batch.block_table.shape:
         return None
+    per_request = getattr(decode, "per_req_decode_lens", None)  # which vLLM 0.28 does not have
+    ones = ("decode_lens",) if per_request is None else ("decode_lens", "per_req_decode_lens")
     steps = []
     for seq_lens in batch.seq_lens:
         step = copy.copy(built)
@@ -159,8 +148,7 @@ def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | N
             decode,
             seq_lens=seq_lens.unsqueeze(-1),
             block_table=batch.block_table,
-            decode_lens=batch.ones,
-            per_req_decode_lens=None if decode.per_req_decode_lens is None else batch.ones,
+            **dict.fromkeys(ones, batch.ones),
             indices=None if decode.indices is None else batch.request_map,
         )
         steps.append(step)
@@ -179,54 +167,24 @@ def _schedule(builder: Any) -> Callable[[Any], None] | None:
     return refresh
 
 
-def _names(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-SPARSE_FIELDS = _names(
-    "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes num_decode_tokens num_prefills "
-    "causal head_dim prefill decode block_table req_id_per_token seq_lens block_size topk_tokens decode_max_query_len "
-    "prefill_max_seq_len cp_kv_cache_interleave_size"
-)
-"""Of `SparseMLACommonMetadata`."""
-
-
-def _sparse(metadata: str, fields: dict[str, frozenset[str]]) -> Keeper:
+def _sparse(row: InPlace, metadata: str) -> Keeper:
     needs = ("seq_lens", "req_id_per_token", "max_seq_len", "num_prefills", "num_decode_tokens", "prefill")
-    return Keeper(
-        (Need(metadata, needs, "lengths and request map of a draft step"),), fields, _sparse_refused, _keep_sparse
-    )
+    why = "lengths and request map of a draft step"
+    return Keeper((Need(f"{row.module}.{metadata}", needs, why),), row.fields, _sparse_refused, _keep_sparse)
 
-
-_flashinfer = _sparse(
-    f"{FLASHINFER_SPARSE}.FlashInferMLASparseMetadata", {"FlashInferMLASparseMetadata": SPARSE_FIELDS}
-)
 
 KEPT: dict[str, Keeper] = {
-    f"{FLASHMLA_SPARSE}.FlashMLASparseMetadataBuilder": _sparse(
-        f"{FLASHMLA_SPARSE}.FlashMLASparseMetadata",
-        {"FlashMLASparseMetadata": SPARSE_FIELDS | {"fp8_extra_metadata", "fp8_use_mixed_batch"},
-         "FlashMLASparseMetadata.FP8KernelMetadata": _names("scheduler_metadata dummy_block_table cache_lens"),
-         "FlashMLASparseMetadata.FP8SeparatePrefillDecode": _names(
-             "num_prefills num_decodes num_prefill_tokens num_decode_tokens decode prefill"),
-         "FlashMLASparseMetadata.FP8SeparatePrefillDecode.Decode": _names("seq_lens kernel_metadata decode_query_len")}),
-    f"{FLASHINFER_SPARSE}.FlashInferMLASparseMetadataBuilder": _flashinfer,
-    f"{FLASHINFER_SPARSE}.FlashInferMLASparseTRTLLMMetadataBuilder": _flashinfer,
-    f"{INDEXER}.DeepseekV32IndexerMetadataBuilder": Keeper(
-        (Need(f"{INDEXER}.DeepseekV32IndexerMetadata", ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"),
-              "lengths of a draft step"),
-         Need(f"{INDEXER}.DeepSeekV32IndexerDecodeMetadata",
-              ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "per_req_decode_lens", "indices",
-               "global_seq_lens"), "lengths and schedule of a draft step"),
-         Need(f"{INDEXER}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
+    FLASHMLA_SPARSE.builder: _sparse(FLASHMLA_SPARSE, "FlashMLASparseMetadata"),
+    **{row.builder: _sparse(row, "FlashInferMLASparseMetadata") for row in FLASHINFER_SPARSE},
+    INDEXER.builder: Keeper(
+        (Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
+              ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"), "lengths of a draft step"),
+         Need(f"{INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata",
+              ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "indices", "global_seq_lens"),
+              "lengths and schedule of a draft step"),
+         Need(f"{INDEXER_MODULE}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
               "DeepGEMM's schedule of a draft step")),
-        {"DeepseekV32IndexerMetadata": _names(
-            "seq_lens max_seq_len slot_mapping num_decodes num_decode_tokens num_prefills num_prefill_tokens decode prefill "
-            "positions block_table"),
-         "DeepSeekV32IndexerDecodeMetadata": _names(
-             "block_table seq_lens decode_lens requires_padding schedule_metadata global_seq_lens per_req_decode_lens "
-             "decode_is_uniform write_max_decode_len indices")},
-        _indexer_refused, _keep_indexer),
+        INDEXER.fields, _indexer_refused, _keep_indexer),
 }  # fmt: skip
 """Builders (their exact classes) whose metadata is kept."""
 

@@ -395,7 +395,11 @@ class DraftSteps:
 
 
 def _build(group: Any, batch: Any, draft_index: int) -> Any:
-    return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+    asked = (
+        group if hasattr(group, "build_metadata_for_drafting") else group.get_metadata_builder()
+    )  # the latter until 0.31
+    name = "build_metadata_for_drafting" if asked is group else "build_for_drafting"
+    return getattr(asked, name)(common_attn_metadata=batch, draft_index=draft_index)
 
 
 def _padding_slot() -> int:

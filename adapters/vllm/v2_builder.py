@@ -1,9 +1,10 @@
-"""FlashMLA-sparse's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step."""
+"""A builder's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import pkgutil
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -11,49 +12,55 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import agreement, capabilities
+from nsa_plugin.adapters.vllm import agreement
+from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
 PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
+Hooks = Mapping[str, Callable[..., Any]]
+RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
-def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., Any]]:
-    """Replacements of the methods of `owner`, the `FlashMLASparseMetadataBuilder`, by name; none if it has its own.
+def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own.
 
     They pass their calls on to the originals when they are not `live`.
     """
     if METHOD in vars(owner):
-        logger.info("nsa-plugin: this vLLM updates FlashMLA-sparse metadata in place itself; it is left as it is")
         return {}
-    return MappingProxyType({"__init__": _init(host, owner.__init__, live), METHOD: _update(host)})  # type: ignore[misc]
+    path = PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}"
+    init = _init(host, path, owner, live, row.refused)
+    return MappingProxyType({"__init__": init, METHOD: UPDATES[row.changes](host)})
 
 
-def unsupported(builder: Any) -> str:
-    """Empty, or what about the builder is not covered."""
-    hisparse = getattr(builder, "use_hisparse", False)
-    return capabilities.uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
-
-
-def _init(host: Host, original: Callable[..., None], live: Callable[[], bool]) -> Callable[..., None]:
+def _init(
+    host: Host,
+    path: str,
+    owner: type,
+    live: Callable[[], bool],
+    refused: Callable[[Any], str],
+) -> Callable[..., None]:
+    original: Callable[..., None] = owner.__init__  # type: ignore[misc]
     objection = functools.cache(agreement.objection)  # one vote per process
 
     @functools.wraps(original)
     def init(builder: Any, *args: Any, **kwargs: Any) -> None:
         original(builder, *args, **kwargs)
-        if not live():
+        kind: type = type(builder)
+        if not live() or kind is not owner:  # a subclass may build metadata of its own
             return
-        problem = unsupported(builder) or objection()
+        problem = refused(builder) or objection()
         builder.supports_draft_decode_metadata_update = not problem
-        host.using(logger, ENGINE, PATH, f"off ({problem})" if problem else "graph")
+        host.using(logger, ENGINE, path, f"off ({problem})" if problem else "graph")
 
     return init
 
 
-def _update(host: Host) -> Callable[[Any, Any], None]:
-    from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
-
+def _update_request_map(host: Host) -> Callable[[Any, Any], None]:
+    on_device = _vllms_request_map() or request_map
     failed = False
 
     def update_draft_decode_metadata(builder: Any, metadata: Any) -> None:
@@ -64,7 +71,7 @@ def _update(host: Host) -> Callable[[Any, Any], None]:
             return
         if not failed:
             try:
-                compute_token_to_req_indices(metadata.query_start_loc, metadata.req_id_per_token, tokens, tokens)
+                on_device(metadata.query_start_loc, metadata.req_id_per_token, tokens)
                 return
             except Exception as error:
                 failed = True
@@ -76,6 +83,36 @@ def _update(host: Host) -> Callable[[Any, Any], None]:
     return update_draft_decode_metadata
 
 
+def _vllms_request_map() -> RequestMap | None:
+    """vLLM's own kernel for the request map; None in releases that compute it on the host (0.28 to 0.31)."""
+    try:
+        compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
+    except (ImportError, AttributeError):
+        return None
+    return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
+
+
+def update_indexer(builder: Any, metadata: Any) -> None:
+    """Recompute what follows from the lengths of a draft step in captured indexer metadata; capture-safe.
+
+    The rest is the same in all steps of a draft, and vLLM before 0.32 rebuilds the metadata of the first one.
+    """
+    decode = metadata.decode
+    if decode is None or not metadata.num_decode_tokens:
+        return
+    if metadata.num_prefills or decode.seq_lens.numel() != metadata.num_decode_tokens:
+        got = f"{metadata.num_prefills} prefills and {decode.seq_lens.numel()} lengths"
+        raise RuntimeError(f"expected {metadata.num_decode_tokens} requests of one token each, got {got}")
+    decode.seq_lens.view(-1).copy_(metadata.seq_lens[: metadata.num_decode_tokens])
+    schedule = scheduler(builder)
+    if schedule is not None:
+        decode.schedule_metadata.copy_(schedule(decode))
+
+
+def update_nothing(builder: Any, metadata: Any) -> None:
+    """All that changes from step to step are values in the runner's own buffers, of which the metadata has views."""
+
+
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
     """The same in plain torch: request of each of the first `tokens` tokens, into `out` [>= tokens].
 
@@ -84,3 +121,10 @@ def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -
     token = torch.arange(tokens, dtype=query_start_loc.dtype, device=query_start_loc.device)
     request = torch.searchsorted(query_start_loc[1:], token, right=True)
     out[:tokens].copy_(request.clamp_(max=query_start_loc.numel() - 2))
+
+
+UPDATES: dict[Changes, Callable[[Host], Callable[[Any, Any], None]]] = {
+    "request map": _update_request_map,
+    "lengths and schedule": lambda host: update_indexer,
+    "nothing": lambda host: update_nothing,
+}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.capabilities import SPECULATOR_MODULE
+from nsa_plugin.adapters.vllm.capabilities import UPDATE_INPUTS
 from nsa_plugin.adapters.vllm.shadows import shadow, spare_group
 
 
@@ -56,7 +56,7 @@ class Rebuild:
     def __init__(self, speculator: Any, groups: Sequence[Any]) -> None:
         most, tables, device = speculator.max_num_reqs, speculator.block_tables, speculator.device
         self._source = speculator.input_buffers
-        self._update_inputs = pkgutil.resolve_name(f"{SPECULATOR_MODULE}.update_draft_inputs")
+        self._update_inputs = pkgutil.resolve_name(UPDATE_INPUTS)
         with torch.inference_mode(False):  # written in and outside of it
             self._buffers = shadow(
                 self._source,

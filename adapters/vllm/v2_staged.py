@@ -332,6 +332,9 @@ class RecordedStep:
         for update in self._others:
             update()
 
+    def close(self) -> None:
+        """The draft is over; nothing was put in place of what was captured."""
+
 
 def _by_dtype(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """One launch each."""

@@ -6,6 +6,9 @@ group. Here the first is put off until the second, and the second is one launch 
 all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule, then the other groups' own updates.
 Whatever is not understood leaves the step as vLLM has it; an error hands the draft, and all later ones, back to vLLM's own
 code.
+
+vLLM 0.28 to 0.31 (`AutoRegressiveSpeculator`) does the same two things between the steps, without a method for the second:
+there one object stands for all groups. The metadata of the first step is rebuilt on the host.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
+
+import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import capabilities
@@ -26,19 +31,24 @@ logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
-UPDATE = "_update_draft_decode_metadata"
+UPDATE = capabilities.UPDATE
 Hooks = Mapping[str, Callable[..., Any]]
 
 
 class Step:
-    """The metadata of one fused draft: bound when its loop starts, run once per step.
+    """The metadata of one draft: bound when its loop starts, run once per step.
 
     Parameters
     ----------
-    speculator : TargetDependentARSpeculator
+    speculator : one of `capabilities.SPECULATORS`
     metadata : mapping of layer name to the metadata that its group's builder made
     num_reqs : int
         Requests, padding included; each has one query token.
+
+    Attributes
+    ----------
+    others : list of AttentionGroup
+        Those that are not understood.
 
     Raises
     ------
@@ -47,23 +57,28 @@ class Step:
     """
 
     strategy = "graph"
+    kind_of_group = staticmethod(capabilities.kind_of_group)
+    _first = True
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
         self._schedules: list[Callable[[], None]] = []
-        self._others: list[Callable[[], None]] = []
-        self._first = True
-        request_maps, indexers = [], []
+        self._captured: list[tuple[Any, torch.Tensor]] = []
+        self.others: list[Any] = []
+        self._metadata = metadata
+        request_maps, indexers, understood = [], [], False
         for group in (group for groups in speculator.attn_groups for group in groups):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = capabilities.kind_of_group(builder, own, num_reqs)
+            kind = self.kind_of_group(builder, own, num_reqs)
+            understood |= kind != "other"
             if kind == "request map":
                 request_maps.append(own.req_id_per_token)
             elif kind == "indexer":
                 indexers.append(_indexer_rows(own, num_reqs))
-                self._schedules.append(_schedule(builder, own.decode))
-            else:
-                self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
-        if not request_maps and not indexers:
+                self._schedules.append(self.schedule(builder, own.decode))
+                self._captured.append((own.decode, own.decode.schedule_metadata))
+            elif kind == "other":
+                self.others.append(group)
+        if not understood:
             raise Uncovered("no attention group that this update knows")
         buffers = speculator.input_buffers
         rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
@@ -75,8 +90,30 @@ class Step:
         """Write the metadata of the step that begins now."""
         self._update.run(first=self._first)
         self._first = False
-        for compute in (*self._schedules, *self._others):
+        for compute in self._schedules:
             compute()
+        self.run_others()
+
+    def run_others(self) -> None:
+        """The updates of the groups that are not understood."""
+        for group in self.others:
+            group.update_draft_decode_metadata(self._metadata)
+
+    @staticmethod
+    def schedule(builder: Any, decode: Any) -> Callable[[], None]:
+        """What makes DeepGEMM's schedule anew. Its own tensor takes the captured one's place: its readers are recorded later."""
+        make = scheduler(builder)
+
+        def replace() -> None:
+            if make is not None:
+                decode.schedule_metadata = as_captured(make(decode), decode)
+
+        return replace
+
+    def close(self) -> None:
+        """The draft is over: the next one starts with the schedules that were captured, where a rebuild puts its own."""
+        for decode, captured in self._captured:
+            decode.schedule_metadata = captured
 
 
 class RunsStep(Protocol):
@@ -93,6 +130,9 @@ class RunsStep(Protocol):
     def run(self) -> None:
         """Write the metadata of the step that begins now."""
 
+    def close(self) -> None:
+        """The draft is over."""
+
 
 class Uncovered(Exception):
     """Something that the one-kernel step does not know; vLLM's own update is used."""
@@ -101,7 +141,7 @@ class Uncovered(Exception):
 class DeferredSlots:
     """Stands for a speculator's `BlockTables` during a fused draft: slots wait for the update that follows."""
 
-    def __init__(self, tables: Any, step: RunsStep) -> None:
+    def __init__(self, tables: Any, step: RunsStep | None) -> None:
         self.tables = tables
         self.step: RunsStep | None = step
         self._waiting: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -109,12 +149,15 @@ class DeferredSlots:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tables, name)
 
-    def compute_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
-        """Remember the call; vLLM's fused draft does not look at what it returns."""
+    def compute_slot_mappings(
+        self, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, **kwargs: Any
+    ) -> Any:
+        """Remember the call; returns where the slots will be."""
+        args = idx_mapping, query_start_loc, positions, num_tokens_padded
         if self.step is None:
             return self.tables.compute_slot_mappings(*args, **kwargs)
         self._waiting = args, kwargs
-        return self.tables.slot_mappings
+        return self.tables.slot_mappings[:, :num_tokens_padded]
 
     def give_up(self) -> None:
         """Make up for the call that was put off, and put off none any more."""
@@ -124,25 +167,37 @@ class DeferredSlots:
             self.tables.compute_slot_mappings(*args, **kwargs)
 
 
+class EveryGroup:
+    """Stands for the attention groups of a speculator whose loop asks each of them to update its metadata."""
+
+    def __init__(self, update: Callable[[Any], None]) -> None:
+        self.update_draft_decode_metadata = update
+
+
 def hooks(
     host: Host,
     owner: type,
     live: Callable[[], bool],
     make: Callable[[Any, Mapping[str, Any], int], RunsStep] | None = None,
 ) -> Hooks:
-    """Replacements of the methods of `owner`, a `TargetDependentARSpeculator`, by name.
+    """Replacements of the methods of `owner`, one of `capabilities.SPECULATORS`, by name.
 
     They pass their calls on to the originals when they are not `live`. `make` makes what runs at each step, a `Step` if
     it is None.
     """
-    generate, update = getattr(owner, GENERATE), getattr(owner, UPDATE)
+    generate = getattr(owner, GENERATE)
+    asks_groups = not hasattr(owner, UPDATE)
+    update = _update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
 
     def uncovered(speculator: Any) -> str:
         """Empty, or why this speculator's step stays as it is: slots may only be put off if nothing comes in between."""
-        if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
-            return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
-        return capabilities.not_vllms(update) or capabilities.uncovered_speculator(speculator)
+        if not asks_groups:
+            if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
+                return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
+            if problem := capabilities.not_vllms(update):
+                return problem
+        return capabilities.uncovered_speculator(speculator)
 
     def fell_back(error: Exception) -> None:
         nonlocal failed
@@ -168,14 +223,18 @@ def hooks(
             fell_back(error)
             return original()
         host.using(logger, ENGINE, PATH, step.strategy)
-        tables = speculator.block_tables
+        tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)
+        if asks_groups:
+            ask = EveryGroup(lambda metadata: update_draft_decode_metadata(speculator, metadata, num_reqs, groups))
+            speculator.attn_groups = [[ask]]
         try:
             return original()
         finally:
-            speculator.block_tables = tables
+            speculator.block_tables, speculator.attn_groups = tables, groups
+            step.close()
 
-    def update_draft_decode_metadata(speculator: Any, attn_metadata: Any, num_reqs: int) -> Any:
+    def update_draft_decode_metadata(speculator: Any, attn_metadata: Any, num_reqs: int, *groups: Any) -> Any:
         deferred = speculator.block_tables
         if isinstance(deferred, DeferredSlots) and deferred.step is not None:
             try:
@@ -183,45 +242,46 @@ def hooks(
             except Exception as error:
                 deferred.give_up()
                 fell_back(error)
-        return update(speculator, attn_metadata, num_reqs)
+        return update(speculator, attn_metadata, num_reqs, *groups)
 
-    return MappingProxyType({GENERATE: generate_fused_drafts, UPDATE: update_draft_decode_metadata})
+    hooked = {} if asks_groups else {UPDATE: update_draft_decode_metadata}
+    return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
+
+
+def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any) -> None:
+    """What the loop of vLLM 0.28 to 0.31 does for the metadata of a step."""
+    for group in (group for same_cache in groups for group in same_cache):
+        group.update_draft_decode_metadata(attn_metadata)
 
 
 def slot_groups(tables: Any) -> SlotGroups:
     """The block tables of vLLM's `BlockTables`, one per KV-cache group, and its slot mappings. Copies no tensor."""
+    enabled = getattr(tables, "slot_mapping_enabled", None)  # vLLM 0.28 maps every group's slots
     return SlotGroups(
         [table.gpu for table in tables.block_tables],
         tables.block_table_ptrs,
         tables.block_table_strides,
-        tables.block_sizes_tensor,
-        tables.slot_mapping_enabled,
+        getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor),  # of vLLM until 0.31
+        torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled,
         tables.slot_mappings,
     )
 
 
 def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
     decode = metadata.decode
-    ones = [decode.decode_lens, decode.per_req_decode_lens]
+    ones = [decode.decode_lens, getattr(decode, "per_req_decode_lens", None)]
+    source = getattr(metadata, "block_table", decode.block_table)  # without it the first step's rebuild has copied it
     return IndexerRows(
         decode.seq_lens.view(-1),
         tuple(lens for lens in ones if lens is not None),
         decode.indices,
-        metadata.block_table[:num_reqs],
+        source[:num_reqs],
         decode.block_table,
     )
 
 
-def _schedule(builder: Any, decode: Any) -> Callable[[], None]:
-    schedule = scheduler(builder)
-    if schedule is None:
-        return lambda: None
-
-    def compute() -> None:
-        """DeepGEMM's own tensor takes the place of the captured one: its readers are recorded after this."""
-        made = schedule(decode)
-        if made.shape != decode.schedule_metadata.shape:
-            raise RuntimeError(f"a schedule of shape {tuple(made.shape)}, not {tuple(decode.schedule_metadata.shape)}")
-        decode.schedule_metadata = made
-
-    return compute
+def as_captured(made: torch.Tensor, decode: Any) -> torch.Tensor:
+    """`made`, a schedule, unless it has another shape than the one that was captured."""
+    if made.shape != decode.schedule_metadata.shape:
+        raise RuntimeError(f"a schedule of shape {tuple(made.shape)}, not {tuple(decode.schedule_metadata.shape)}")
+    return made

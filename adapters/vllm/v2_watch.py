@@ -269,6 +269,10 @@ class _Measured:
         self._step.run()
         self._spent += time.perf_counter() - start
 
+    def close(self) -> None:
+        """The draft is over."""
+        self._step.close()
+
     def record(self) -> None:
         """The draft has been run."""
         self._seconds(self._spent)

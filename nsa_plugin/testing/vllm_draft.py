@@ -7,6 +7,7 @@ only updates in place can make it right.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 import types
@@ -52,11 +53,47 @@ class Sizes:
     tokens: int = 256
 
 
+class HostBuffer:
+    """Stands for `UvaBuffer` where the device is the host."""
+
+    def __init__(self, size: Any, dtype: torch.dtype) -> None:
+        self.cpu = self.uva = torch.zeros(size, dtype=dtype)
+        self.np = self.cpu.numpy()
+
+
+def without_pinned_memory() -> None:
+    """Let vLLM's runner do without memory that a GPU can read; 0.30 and later know how, 0.28 insists on it."""
+    buffer_utils.is_uva_available = lambda: False
+    if not hasattr(buffer_utils, "NonUvaBuffer"):
+        buffer_utils.UvaBuffer = HostBuffer
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
+
+
+class Prefill:
+    """Stands for the prefill backend of a dense MLA layer, which decode metadata do without."""
+
+    def clone(self) -> Prefill:
+        """Itself."""
+        return self
+
+
+def block_tables(block_size: int, requests: int, tokens: int, blocks: int, device: torch.device) -> BlockTables:
+    """vLLM's tables of one KV-cache group, which until 0.31 ask for the kernels' block size too."""
+    asked = (
+        {"kernel_block_sizes": [block_size]}
+        if "kernel_block_sizes" in inspect.signature(BlockTables).parameters
+        else {}
+    )
+    return BlockTables([block_size], requests, tokens, [blocks], device, **asked)
+
+
 class Layer(AttentionLayerBase):  # type: ignore[misc]
     """An attention layer as far as metadata builders look at it."""
 
-    prefill_backend = None
+    prefill_backend = Prefill()
     num_heads = 4
+    impl = types.SimpleNamespace(num_heads=num_heads)  # where vLLM 0.28 looks
+    q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 64, 512, 128, 64, 128
 
     def __init__(self, backend: Any, spec: Any) -> None:
         self._backend, self._spec = backend, spec
@@ -86,11 +123,12 @@ class DraftModel(torch.nn.Module):
             return hidden_states.clone(), hidden_states.clone()
         context = get_forward_context()
         attention, index = (context.attn_metadata[name] for name in DRAFT)
+        decode = attention if hasattr(attention, "block_table") else attention.decode  # of a dense backend
         step = {
-            "request map": attention.req_id_per_token,
-            "lengths": attention.seq_lens,
+            "request map": getattr(attention, "req_id_per_token", None),
+            "lengths": decode.seq_lens,
             "slots": attention.slot_mapping,
-            "blocks": attention.block_table[:, : self.columns],
+            "blocks": decode.block_table[:, : self.columns],
             "indexer slots": index.slot_mapping,
             "positions": positions,
             "context slots": context.slot_mapping[DRAFT[0]],
@@ -99,7 +137,7 @@ class DraftModel(torch.nn.Module):
             step["indexer lengths"] = index.decode.seq_lens.flatten()
             step["indexer blocks"] = index.decode.block_table[:, : self.columns]
             step["query tokens"] = index.decode.decode_lens
-            step["query tokens per request"] = index.decode.per_req_decode_lens
+            step["query tokens per request"] = getattr(index.decode, "per_req_decode_lens", None)  # not in 0.28
             step["indices"] = index.decode.indices
             if indexer.has_deep_gemm() and indexer.current_platform.is_cuda():
                 step["schedule"] = index.decode.schedule_metadata[None]  # whole in every row
@@ -145,8 +183,11 @@ class Graphs:
         """What a graph records: the whole draft if its metadata stays in place, else one step."""
         speculator, size = self._draft.speculator, self._draft.sizes.captured
         run = speculator._generate_fused_drafts if self._draft.fused else speculator._generate_draft
-        steps = speculator.num_speculative_steps
-        run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, steps)
+        takes_steps = (
+            "num_speculative_steps" in inspect.signature(speculator._generate_draft).parameters
+        )  # 0.32 and later
+        steps = (speculator.num_speculative_steps,) * takes_steps
+        run(size, size, self._metadata, self._slots, None, CUDAGraphMode.NONE, *steps)
 
     def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: Any = None, **_: Any) -> Any:
         """The captured size, if the batch fits."""
@@ -174,6 +215,7 @@ class Draft:
     tokens : speculative tokens
     sizes : Sizes
     model : stand-in for the draft model
+    attention : backend of the draft's attention layer; its tokens before the first draft step stay with FlashMLA-sparse
     graphs : stand-in for the decode CUDA-graph manager
     """
 
@@ -185,10 +227,11 @@ class Draft:
         sizes: Sizes = Sizes(),
         model: type[DraftModel] = DraftModel,
         graphs: type[Graphs] = Graphs,
+        attention: Any = flashmla_sparse.FlashMLASparseBackend,
     ) -> None:
         on_cpu = sizes.device.type == "cpu"
         if on_cpu:
-            buffer_utils.is_uva_available = lambda: False  # no pinned memory here
+            without_pinned_memory()
         if on_cpu and cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
             sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
             from vllm.third_party.flashmla import flash_mla_interface
@@ -225,7 +268,8 @@ class Draft:
             self.speculator.model = self.model = model()
             self.speculator.draft_attn_layer_names = set(DRAFT)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
-            self.tables = BlockTables([64], sizes.requests, sizes.tokens, [sizes.model_len // 64], device)
+            layers[DRAFT[0]]._backend = attention
+            self.tables = block_tables(64, sizes.requests, sizes.tokens, sizes.model_len // 64, device)
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
@@ -234,8 +278,10 @@ class Draft:
 
     @property
     def fused(self) -> bool:
-        """Whether the whole draft is one graph."""
-        return bool(self.speculator.supports_decode_metadata_update)
+        """Whether the whole draft is one graph, under the name that this vLLM has for it."""
+        speculator = self.speculator
+        new, old = "supports_decode_metadata_update", "use_fused_multi_step_decode"
+        return bool(getattr(speculator, new if hasattr(speculator, new) else old))
 
     @property
     def builders(self) -> list[Any]:
@@ -248,7 +294,9 @@ class Draft:
         for request in range(size):
             self.tables.append_block_ids(request, ([first_block + request * 16 + block for block in range(16)],), True)
         self.tables.apply_staged_writes()
-        batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width, is_padding=False)
+        batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width)
+        if hasattr(batch, "is_padding") and batch.is_padding is not None:
+            batch.is_padding.fill_(False)
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         self.buffers.seq_lens[:size] = seq_lens
         self.buffers.positions[: size * width] = torch.cat([torch.arange(length - width, length) for length in lengths])

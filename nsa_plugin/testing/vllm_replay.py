@@ -20,7 +20,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from nsa_plugin.adapters.probe import installed_version
-from nsa_plugin.adapters.vllm import v2_builder, v2_step
+from nsa_plugin.adapters.vllm import v2_builder, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.settings import Settings
@@ -29,7 +29,7 @@ from nsa_plugin.testing.watching import WatchedHost
 
 LAYOUTS = {"fp8 64 heads": ("fp8_ds_mla", 64), "fp8 16 heads": ("fp8_ds_mla", 16), "bf16 64 heads": ("auto", 64)}
 """Dtype of the KV cache and attention heads per GPU: each takes other branches of the metadata builders."""
-STOCK, IN_PLACE, ONE_KERNEL = "vllm stock", "vllm in place", "one kernel"
+STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm stock", "metadata kept", "vllm in place", "one kernel"
 STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE)
 """Methods of the speculator that "one kernel" replaces and "vllm in place" leaves as they are."""
 POISON = 7
@@ -131,7 +131,7 @@ class ReplayedDraft(Draft):
         self.tables.apply_staged_writes()
         for builder in self.builders:
             setattr(builder, v2_builder.METHOD, getattr(builder, v2_builder.METHOD))
-        for name in STEP_METHODS:
+        for name in (*STEP_METHODS, v2_copy.LOOP):
             setattr(self.speculator, name, getattr(self.speculator, name))
 
     def without_metadata(self) -> None:
@@ -230,9 +230,10 @@ class Comparison:
 
 @contextlib.contextmanager
 def ways(layout: str, tokens: int, sizes: Sizes, verify: int = 0) -> Iterator[dict[str, ReplayedDraft]]:
-    """Drafts to compare, not captured yet: as shipped, with FlashMLA-sparse's hook alone, and with all that is installed.
+    """Drafts to compare, not captured yet: as shipped, unfused, with FlashMLA-sparse's hook alone, and with all that is installed.
 
-    vLLM has this package's patches until the end. The last verifies every `verify`-th draft, if that is not 0.
+    vLLM has this package's patches until the end. The last verifies every `verify`-th draft, if that is not 0; drafts that
+    are not fused are then left out, because they would be as shipped.
 
     Raises
     ------
@@ -245,21 +246,24 @@ def ways(layout: str, tokens: int, sizes: Sizes, verify: int = 0) -> Iterator[di
             f"{', '.join(absent)}"
         )
     host, adapter = WatchedHost(Settings(verify=verify)), VllmAdapter()
-    shipped = ReplayedDraft(layout, tokens, sizes)
+    shipped, kept = ReplayedDraft(layout, tokens, sizes), ReplayedDraft(layout, tokens, sizes)  # neither is fused
     try:
         if problems := adapter.install(host):
             raise UnavailableError("; ".join(problems))
-        in_place, drafts = ReplayedDraft(layout, tokens, sizes), {STOCK: shipped}
+        delattr(kept.speculator, v2_copy.LOOP)  # its class has what is installed
+        in_place, drafts = ReplayedDraft(layout, tokens, sizes), {STOCK: shipped, **({} if verify else {KEPT: kept})}
         for name in STEP_METHODS:
             setattr(
                 in_place.speculator, name, MethodType(getattr(shipped.speculator, name).__func__, in_place.speculator)
             )
         drafts |= {IN_PLACE: in_place, ONE_KERNEL: ReplayedDraft(layout, tokens, sizes)}
-        if [draft.fused for draft in drafts.values()] != [False, True, True]:
+        if {name for name, draft in drafts.items() if draft.fused} != {IN_PLACE, ONE_KERNEL}:
             raise UnavailableError(f"expected a draft in one graph with the plugin only; it serves {host.served}")
         yield drafts
         if host.fallbacks or (v2_step.PATH, "copy" if verify else "graph") not in host.served:
             raise UnavailableError(f"the one kernel could not be had: {host.served}, {dict(host.fallbacks)}")
+        if not verify and tokens > 2 and (v2_copy.PATH, "copy") not in host.served:
+            raise UnavailableError(f"metadata could not be kept: {host.served}")
         if host.mismatches:
             raise UnavailableError(f"a verification found a difference: {dict(host.mismatches)}")
     finally:

@@ -2,12 +2,13 @@
 """vLLM's real V2 speculator on a GPU: every value that its draft steps see, with this plugin and as shipped.
 
 Real `MTPSpeculator`, `BlockTables`, FlashMLA-sparse and indexer builders, DeepGEMM schedule and Triton kernels, with a
-stand-in for the draft model and the draft's CUDA graphs really captured. Two graphs, "vllm in place" (FlashMLA-sparse has
-its hook, each group updates its metadata itself) and "one kernel" (the plugin as it is installed), are replayed over
-changing batches (sizes, lengths up to the model's, requests, block tables; buffers poisoned in between), and what every
-step's model saw is compared with "vllm stock", which rebuilds it for every step; DeepGEMM's schedule only in full
-batches, because vLLM's updates in place let rows of padding grow and its rebuild does not. "one kernel" is also compared
-with "vllm in place", rows of padding included. `nsa-plugin bench --engine vllm` times the three.
+stand-in for the draft model and the draft's CUDA graphs really captured. Drafts that fuse, "vllm in place" (FlashMLA-sparse
+has its hook, each group updates its metadata itself) and "one kernel" (the plugin as it is installed), and one that does
+not, "metadata kept", are replayed over changing batches (sizes, lengths up to the model's, requests, block tables;
+buffers poisoned in between), and what every step's model saw is compared with "vllm stock", which rebuilds it for every
+step; DeepGEMM's schedule only in full batches, because vLLM's updates in place let rows of padding grow and its rebuild
+does not. "one kernel" is also compared with "vllm in place", rows of padding included. `nsa-plugin bench --engine vllm`
+times them.
 
     python tests/gpu/run_vllm_draft.py --json vllm_draft.json
 
@@ -79,9 +80,9 @@ def check(layout: str, tokens: int, sizes: Sizes, replays: int, seed: int, verif
     with ways(layout, tokens, sizes, verify) as drafts:
         for draft in drafts.values():
             draft.capture(record=True)
+        stock = drafts[STOCK]
         return {
-            IN_PLACE: compare(drafts[STOCK], drafts[IN_PLACE], replays, seed),
-            ONE_KERNEL: compare(drafts[STOCK], drafts[ONE_KERNEL], replays, seed),
+            **{name: compare(stock, draft, replays, seed) for name, draft in drafts.items() if draft is not stock},
             f"{ONE_KERNEL} against {IN_PLACE}": compare(
                 drafts[IN_PLACE], drafts[ONE_KERNEL], max(replays // 4, 2), seed + 1
             ),

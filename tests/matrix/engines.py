@@ -9,6 +9,7 @@ from pathlib import Path
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import capabilities as sglang
 from nsa_plugin.adapters.vllm import capabilities as vllm
+from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
 
 TESTS = Path(__file__).parents[1]
 
@@ -79,7 +80,9 @@ ENGINES = {
     ),
     "vllm": Engine(
         releases=("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"),
-        needs=(Needs(vllm.MODULE, {"draft decode": vllm.NEEDS}),),
+        needs=(
+            Needs(vllm.MODULE, {"draft decode": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs))}),
+        ),
         strategies=("graph",),
         requirements=TESTS / "vllm" / "requirements.txt",
         variables=(

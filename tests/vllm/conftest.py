@@ -63,7 +63,7 @@ def expected() -> list[Step]:
     from tests.vllm.drafts import LAYOUT, TOKENS, proposals
 
     draft = Draft(*LAYOUT, TOKENS)
-    assert not draft.speculator.supports_decode_metadata_update
+    assert not draft.fused
     return proposals(draft)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_step
+from nsa_plugin.adapters.vllm.adapter import v2_parts
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values, without
 from nsa_plugin.testing.vllm_draft import Draft
 
@@ -60,7 +61,8 @@ class VllmSession(Session):
             vars(builder)[v2_builder.METHOD] = getattr(builder, v2_builder.METHOD)
         speculator: Any = self.draft.speculator
         for name in (v2_step.GENERATE, v2_step.UPDATE):
-            setattr(speculator, name, getattr(speculator, name))
+            if hasattr(speculator, name):
+                setattr(speculator, name, getattr(speculator, name))
 
     def prepare(self, round: int) -> None:
         """Run the whole draft: vLLM has no place between preparing and replaying. What nobody updates is poison."""
@@ -110,7 +112,7 @@ class VllmEngine(Engine):
         """vLLM's own rebuild of every group's metadata at every step."""
         assert isinstance(case, VllmCase)
         session, rounds = VllmSession(case), []
-        assert not session.draft.speculator.supports_decode_metadata_update, "this vLLM does not rebuild: no reference"
+        assert not session.draft.fused, "this vLLM does not rebuild: no reference"
         for round in range(case.rounds):
             session.prepare(round)
             rounds.append(session.read())
@@ -123,33 +125,27 @@ class VllmEngine(Engine):
 
     def patched(self) -> Sequence[object]:
         """The builder that learns to update its metadata, the speculator, and Model Runner V1's proposer."""
-        owners = (capabilities.BUILDER, capabilities.SPECULATOR, capabilities.V1_PROPOSER)
+        owners = (capabilities.BUILDER, capabilities.INDEXER, capabilities.speculator(), capabilities.V1_PROPOSER)
         return [pkgutil.resolve_name(owner) for owner in owners]
 
     def obstacles(self) -> Sequence[Obstacle]:
         """Each need in turn, and an installation that breaks off."""
         absent = [
             Obstacle(need.path.rpartition(".")[2], without(need.path))
-            for need in (*capabilities.NEEDS, *capabilities.STEP_NEEDS)
+            for need in dict.fromkeys(need for part in v2_parts() for need in part.needs)
         ]
-        broken = mock.patch.object(v2_builder, "_update", side_effect=RuntimeError("planted"))
+        broken = mock.patch.object(v2_builder, "_init", side_effect=RuntimeError("planted"))
         return [*absent, Obstacle("the update can't be made", broken, probed=False)]
 
     @contextlib.contextmanager
     def plant(self, working: int) -> Iterator[Fault]:
         """In the one-kernel step, and in the function that the builder's update calls; vLLM's own builders keep it."""
-        from vllm.v1.attention.ops import metadata
+        fault, real = Fault(working), v2_builder._vllms_request_map() or v2_builder.request_map
 
-        fault, update, real = Fault(working), v2_builder._update, metadata.compute_token_to_req_indices
-
-        def failing(query_start_loc: torch.Tensor, out: torch.Tensor, *sizes: int) -> None:
+        def failing(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
             out.fill_(POISON)
             fault.call()
-            real(query_start_loc, out, *sizes)
-
-        def failing_update(host: object) -> object:
-            with mock.patch.object(metadata, "compute_token_to_req_indices", failing):
-                return update(host)  # type: ignore[arg-type]
+            real(query_start_loc, out, tokens)
 
         run = v2_step.Step.run
 
@@ -158,7 +154,7 @@ class VllmEngine(Engine):
             run(step)
 
         with (
-            mock.patch.object(v2_builder, "_update", failing_update),
+            mock.patch.object(v2_builder, "_vllms_request_map", lambda: failing),
             mock.patch.object(v2_step.Step, "run", failing_step),
         ):
             yield fault

@@ -17,7 +17,7 @@ from nsa_plugin.core.metadata import PrecomputedMetadata
 from nsa_plugin.trace import Round, save
 
 CELL = ["bench", "--engine", "vllm", "--bs", "3", "--ctx", "400", "--steps", "3", "--width", "512", "--seed", "7"]
-CHECKED = ["vllm stock", "vllm in place", "one kernel"]
+CHECKED = ["vllm stock", "metadata kept", "vllm in place", "one kernel"]
 
 
 def measured(path: Path, *more: str, status: int = 0) -> Any:
@@ -33,7 +33,7 @@ def test_every_contender_is_checked_and_timed(tmp_path: Path, capsys: pytest.Cap
     assert [cell[key] for key in ("mode", "batch_size", "context", "steps", "width")] == ["decode", 3, 400, 3, 512]
     rows = cell["contenders"]
     assert list(rows) == [*CHECKED, "no metadata"]
-    assert [rows[name]["differs"] for name in rows] == [[], [], [], None]
+    assert [rows[name]["differs"] for name in rows] == [[], [], [], [], None]
     assert all(row["host_us"] > 0 and row["gpu_us"] is None for row in rows.values())
     assert cell["bytes"] == 2 * (32 * 3 + 8 * 2) and cell["floor_us"] == cell["bytes"] / results["copy_bytes_per_us"]
     assert "the times say nothing about a GPU" in " ".join(capsys.readouterr().out.split())
@@ -54,8 +54,9 @@ def test_one_wrong_value_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(v2_step.Step, "__init__", remember)
     monkeypatch.setattr(v2_step.Step, "run", wrong)
     (cell,) = measured(tmp_path / "b.json", status=1)["cells"]
+    found = ["context slots", "indexer slots", "slots"]
     differs = [cell["contenders"][name]["differs"] for name in CHECKED]
-    assert differs == [[], [], ["context slots", "indexer slots", "slots"]]
+    assert differs == [[], found, [], found]
 
 
 def test_a_step_that_is_left_to_vllm_is_no_result(
@@ -86,7 +87,7 @@ def test_a_rebuild_that_is_not_the_reference_is_reported(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(reference, "precompute", wrong)
     (cell,) = measured(tmp_path / "b.json")["cells"]
-    assert [cell["contenders"][name]["differs"] for name in CHECKED] == [["positions"], [], []]
+    assert [cell["contenders"][name]["differs"] for name in CHECKED] == [["positions"], [], [], []]
 
 
 def test_a_recorded_trace_gives_the_inputs(tmp_path: Path) -> None:
@@ -96,4 +97,4 @@ def test_a_recorded_trace_gives_the_inputs(tmp_path: Path) -> None:
     save(tmp_path / "trace.jsonl", rounds)
     (cell,) = measured(tmp_path / "b.json", "--trace", str(tmp_path / "trace.jsonl"))["cells"]
     assert (cell["batch_size"], cell["context"]) == (2, 102)
-    assert [cell["contenders"][name]["differs"] for name in CHECKED] == [[], [], []]
+    assert [cell["contenders"][name]["differs"] for name in CHECKED] == [[], [], [], []]

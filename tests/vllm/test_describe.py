@@ -8,22 +8,21 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from nsa_plugin.adapters.vllm.describe import describe, describe_draft, geometry
-from nsa_plugin.testing.vllm_draft import CPU, Draft
+from nsa_plugin.testing.vllm_draft import CPU, Draft, block_tables, without_pinned_memory
 from tests import same_requests as shared
 
 SIZE = len(shared.LENGTHS)
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> BlockTables:
+def tables() -> BlockTables:
     """The runner's block tables, with the batch's rows gathered by vLLM's own kernel."""
-    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
-    made = BlockTables([shared.BLOCK], 8, 64, [shared.GEOMETRY.table_width // shared.BLOCK], CPU)
+    without_pinned_memory()
+    made = block_tables(shared.BLOCK, 8, 64, shared.GEOMETRY.table_width // shared.BLOCK, CPU)
     for request, blocks in enumerate(shared.BLOCKS):
         made.append_block_ids(request, (list(blocks),), True)
     made.apply_staged_writes()

@@ -28,7 +28,7 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_step
+from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
@@ -37,7 +37,7 @@ from nsa_plugin.doctor import checks
 from nsa_plugin.host import Host
 from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
 from tests.vllm import v1_harness
-from tests.vllm.drafts import LARGE, LAYOUT, OWNERS, TOKENS, Step, methods, proposals, unequal
+from tests.vllm.drafts import FIRST_IS_REBUILT, LARGE, LAYOUT, OWNERS, TOKENS, Step, methods, proposals, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -58,7 +58,7 @@ def test_the_kernel_of_a_step_does_not_compile(
     monkeypatch.setattr(step_update, "step_update_kernel", DoesNotCompile())
     host, _ = install()
     draft = Draft(*LAYOUT, TOKENS)
-    assert unequal(expected, proposals(draft)) == [] and draft.speculator.supports_decode_metadata_update
+    assert unequal(expected, proposals(draft)) == [] and draft.fused
     (line,) = log(logging.ERROR)
     assert "no such function" in line and "NSA_PLUGIN_STRATEGY=off switches the plugin off" in line
     assert host.fallbacks == {("vllm", v2_step.PATH, "capture", "graph", "CompilationError"): 1}
@@ -138,7 +138,7 @@ def test_a_dummy_batch_between_two_drafts(
             batch, metadata, slots, hidden, None, counts, counts - 1, *state, dummy_run=True,
             skip_attn_for_dummy_run=without_attention,
         )  # fmt: skip
-    assert len(steps) == (0 if without_attention else TOKENS - 1)
+    assert len(steps) == (0 if without_attention else TOKENS - 1 - FIRST_IS_REBUILT)
     draft.model.record = True
     assert unequal(expected, proposals(draft)) == []
     assert not host.fallbacks and not log(logging.WARNING)
@@ -146,7 +146,7 @@ def test_a_dummy_batch_between_two_drafts(
 
 RENAMED = {
     "a field of V2's metadata": (f"{capabilities.MODULE}.FlashMLASparseMetadata", "req_id_per_token", True),
-    "a parameter of V2's speculator": (f"{capabilities.SPECULATOR}.{v2_step.UPDATE}", "num_reqs", True),
+    "a parameter of V2's speculator": (f"{capabilities.speculator()}.{v2_step.GENERATE}", "num_reqs", True),
     "a field of V1's batch": ("vllm.v1.attention.backend.CommonAttentionMetadata", "max_seq_len", False),
     "a parameter of V1's proposer": (f"{capabilities.V1_PROPOSER}.{v1_proposer.BUILD}", "draft_index", False),
 }
@@ -177,12 +177,14 @@ def test_an_engine_that_was_updated_under_us(
     after = methods()
     for host in entry._hosts.values():
         host.manager.adapters()["vllm"].undo()
-    assert after[2] == before[2] and (after[:2] == before[:2]) == v2
+    assert after[-1] == before[-1] and (after[:-1] == before[:-1]) == v2
     (line,) = log(logging.WARNING)
     assert path in line and f"found it without {name}; use a release of the engine that has it" in line
 
 
-@pytest.mark.parametrize("module", [capabilities.MODULE, capabilities.SPECULATOR_MODULE, capabilities.V1_MODULE])
+@pytest.mark.parametrize(
+    "module", [capabilities.MODULE, capabilities.speculator().rpartition(".")[0], capabilities.V1_MODULE]
+)
 def test_an_engine_that_can_be_imported_by_half(monkeypatch: pytest.MonkeyPatch, log: Any, module: str) -> None:
     """vLLM sees the error that it would see without the plugin. An import that succeeds later is patched."""
     package, _, name = module.rpartition(".")
@@ -219,7 +221,7 @@ from nsa_plugin.testing.vllm_draft import Draft
 
 def drafts(fused):
     draft = Draft("auto", 4, 3)
-    assert draft.speculator.supports_decode_metadata_update == fused
+    assert draft.fused == fused
     steps = [step for batch in BATCHES for step in draft.propose(*batch)]
     return [{name: value.tolist() for name, value in step.items()} for step in steps]
 
@@ -285,8 +287,9 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     assert main(["doctor", "--json"]) == 0
     found = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
     paths = {name.removeprefix("vllm: "): detail for name, detail in found.items() if name.startswith("vllm: ")}
-    left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in capabilities.LACKING_HOOK}
+    left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in backends.LACKING_HOOK}
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
+    assert paths.pop(f"{v2_copy.PATH} (Model Runner V2)").startswith("strategy copy")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")
     assert paths == left
 

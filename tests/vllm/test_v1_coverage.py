@@ -17,7 +17,8 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from nsa_plugin.adapters.vllm import v1_metadata, v1_proposer
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v1_metadata import KEPT, keeper_of
+from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
+from nsa_plugin.adapters.vllm.v1_metadata import keeper_of
 from nsa_plugin.adapters.vllm.v1_proposer import BUILD, UPDATE, unsupported
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
 from nsa_plugin.host import Host
@@ -141,15 +142,17 @@ def test_builders_that_are_not_covered_are_named(
 
 def test_a_group_whose_blocks_are_mapped_is_rebuilt(hopper: None) -> None:
     group = V1Draft("auto", 4, 3).proposer.draft_attn_groups[0]
+    if not hasattr(group, "map_to_kernel_block_table"):
+        pytest.skip("this vLLM's groups map no blocks")
     group.kernel_block_size = 32
     assert "kernel blocks" in keeper_of(group)[1]
 
 
 def test_metadata_with_an_unknown_field_is_rebuilt(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later vLLM may compute it from the lengths of a step."""
-    (name,) = (name for name in KEPT if name.endswith("FlashMLASparseMetadataBuilder"))
-    known = KEPT[name].fields
-    monkeypatch.setitem(known, "FlashMLASparseMetadata", known["FlashMLASparseMetadata"] - {"num_reqs"})
+    known: Any = FLASHMLA_SPARSE.fields
+    path = f"{FLASHMLA_SPARSE.module}.FlashMLASparseMetadata"
+    monkeypatch.setitem(known, path, known[path] - {"num_reqs"})
     keeper, why = keeper_of(V1Draft("auto", 4, 3).proposer.draft_attn_groups[0])
     assert keeper is None and "has fields that are not known here: num_reqs" in why
 
@@ -192,4 +195,5 @@ def test_the_proposer_is_patched_when_vllm_imports_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", AUTOLOAD], env=dict(os.environ), capture_output=True, text=True, check=True
     )
-    assert done.stdout.split("\n")[:2] == ["patched: True", "undone: True"]
+    said = [line for line in done.stdout.splitlines() if line.startswith(("patched", "undone"))]  # vLLM 0.28 logs there
+    assert said == ["patched: True", "undone: True"]

@@ -1,0 +1,198 @@
+"""Drafts of Model Runner V2 that vLLM does not fuse: the metadata of understood groups is kept from step to step.
+
+`_multi_step_decode` rebuilds the metadata of every attention group for each step, then replays a graph of one step. It is
+what vLLM does as soon as one group can't update its metadata in place. Here the first step's rebuild stays; in later
+steps one launch writes what changes into the buffers that it went to, which are those that the graph reads, and only the
+groups that are not understood are rebuilt.
+
+Positions and lengths of later steps need no precomputation: the graph of a step advances them in the runner's buffers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.vllm import capabilities, in_place
+from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.v2_step import DeferredSlots, Hooks, Step, Uncovered, as_captured
+
+logger = logging.getLogger("vllm.plugins.nsa_plugin")
+ENGINE = "vllm"
+PATH = "draft steps that are not fused"
+LOOP = "_multi_step_decode"
+BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
+"""What the loop asks for the metadata of a step; the second in vLLM 0.28."""
+UNVERIFIED = "NSA_PLUGIN_VERIFY does not cover it"
+KEPT_BATCHES = 128
+"""Batch sizes, and places of their metadata, whose bound steps are kept."""
+
+
+def needs(speculator: str) -> tuple[Need, ...]:
+    """What this needs of the speculator at a dotted path."""
+    return (
+        Need(
+            f"{speculator}.{LOOP}",
+            ("num_reqs", "skip_attn", "batch_desc"),
+            "know when the steps begin and end (hooked)",
+        ),
+        capabilities.SLOTS,
+    )
+
+
+class KeptStep(Step):
+    """The later steps of a draft, from what vLLM built for the first one, which has written all that stays the same."""
+
+    kind_of_group = staticmethod(in_place.kind_of_group)
+    _first = False
+
+    def run_others(self) -> None:
+        """They are rebuilt."""
+
+    @staticmethod
+    def schedule(builder: Any, decode: Any) -> Callable[[], None]:
+        """Copies DeepGEMM's schedule to where the graph reads it."""
+        make = scheduler(builder)
+
+        def copy() -> None:
+            if make is not None:
+                decode.schedule_metadata.copy_(as_captured(make(decode), decode))
+
+        return copy
+
+
+class Steps:
+    """The steps of one draft: stands in for the method of a speculator that builds the metadata of each.
+
+    Parameters
+    ----------
+    speculator : one of `capabilities.SPECULATORS`
+    num_rows : int
+        Requests, padding included.
+    bind : callable
+        `bind(speculator, metadata, num_rows)`: the later steps, or None.
+    fell_back : callable
+        Told about an error.
+    """
+
+    def __init__(
+        self,
+        speculator: Any,
+        num_rows: int,
+        bind: Callable[[Any, Any, int], KeptStep | None],
+        fell_back: Callable[[Exception], None],
+    ) -> None:
+        self._speculator, self._num_rows, self._bind, self._fell_back = speculator, num_rows, bind, fell_back
+        self._name = next(name for name in BUILDS if hasattr(speculator, name))
+        self._build = getattr(speculator, self._name)
+        self._before = {name: vars(speculator)[name] for name in (self._name,) if name in vars(speculator)}
+        self._groups = speculator.attn_groups
+        self._slots = DeferredSlots(speculator.block_tables, None)
+        self._step: KeptStep | None = None
+        self._metadata: Any = None
+
+    def __enter__(self) -> None:
+        self._speculator.block_tables = self._slots
+        setattr(self._speculator, self._name, self.build)
+
+    def __exit__(self, *_: object) -> None:
+        self._speculator.block_tables = self._slots.tables
+        delattr(self._speculator, self._name)
+        vars(self._speculator).update(self._before)
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """The metadata of the step that begins now."""
+        step = self._step
+        if step is None or self._slots.step is None:
+            first = self._metadata is None
+            self._metadata = self._build(*args, **kwargs)
+            if first and self._metadata is not None:
+                self._slots.step = self._step = self._bind(self._speculator, self._metadata, self._num_rows)
+            return self._metadata
+        try:
+            step.run()
+        except Exception as error:
+            self._slots.give_up()
+            self._fell_back(error)
+            return self._build(*args, **kwargs)
+        if step.others:
+            self._speculator.attn_groups = [
+                [group for group in same if any(group is other for other in step.others)] for same in self._groups
+            ]
+            try:
+                self._metadata = {**self._metadata, **self._build(*args, **kwargs)}
+            finally:
+                self._speculator.attn_groups = self._groups
+        return self._metadata
+
+
+def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacement of the loop of `owner`, one of `capabilities.SPECULATORS`, by name.
+
+    It passes its calls on to the original when it is not `live`.
+    """
+    loop = getattr(owner, LOOP)
+    bound: dict[Any, KeptStep] = {}
+    groups: Any = None
+    failed = False
+
+    def fell_back(error: Exception) -> None:
+        nonlocal failed
+        failed = True
+        host.fell_back(logger, Fallback(ENGINE, PATH, "replay", "copy", error))
+
+    def bind(speculator: Any, metadata: Any, num_rows: int) -> KeptStep | None:
+        """The steps for metadata in these places, bound when they are new; none of groups that vLLM has replaced."""
+        nonlocal groups
+        try:
+            if groups is not speculator.attn_groups:
+                bound.clear()
+                groups = speculator.attn_groups
+            key = places(speculator, metadata, num_rows)
+            if key not in bound:
+                if len(bound) >= KEPT_BATCHES:
+                    del bound[next(iter(bound))]
+                bound[key] = KeptStep(speculator, metadata, num_rows)
+        except Uncovered as reason:
+            host.using(logger, ENGINE, PATH, f"off ({reason})")
+            return None
+        except Exception as error:
+            fell_back(error)
+            return None
+        host.using(logger, ENGINE, PATH, "copy")
+        return bound[key]
+
+    def multi_step_decode(
+        speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        def original() -> Any:
+            return loop(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
+
+        if failed or skip_attn or not live() or "copy" not in host.strategies or speculator.num_speculative_steps < 3:
+            return original()
+        if problem := UNVERIFIED if host.verify else capabilities.uncovered_speculator(speculator):
+            host.using(logger, ENGINE, PATH, f"off ({problem})")
+            return original()
+        with Steps(speculator, batch_desc.num_reqs or num_reqs, bind, fell_back):
+            return original()
+
+    return MappingProxyType({LOOP: multi_step_decode})
+
+
+def places(speculator: Any, metadata: Mapping[str, Any], num_rows: int) -> tuple[Any, ...]:
+    """Where every tensor is that the later steps of a draft could read or write."""
+    buffers = speculator.input_buffers
+    found: list[Any] = [num_rows, buffers.seq_lens.data_ptr(), speculator.block_tables.slot_mappings.data_ptr()]
+    for group in (group for same_cache in speculator.attn_groups for group in same_cache):
+        own = metadata[group.layer_names[0]]
+        for holder in (own, getattr(own, "decode", None)):
+            for value in vars(holder).values() if holder is not None else ():
+                if isinstance(value, torch.Tensor):
+                    found.append((value.data_ptr(), value.shape))
+    return tuple(found)
