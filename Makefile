@@ -11,7 +11,7 @@ VLLM = .venv-vllm-$(VLLM_RELEASE)
 # What `make matrix` runs: an engine, or one release of it (sglang==0.5.18); all of them by default.
 ENGINE ?= sglang vllm
 
-README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json
+README_RESULTS = $(addprefix examples/results/bench_,sglang_decode_h100.json sglang_verify_extend_h100.json vllm_decode_h100.json)
 
 .PHONY: demo test lint readme conformance-sglang conformance-vllm matrix canary soak clean
 
@@ -27,7 +27,7 @@ lint: $(CORE)/ready
 	$(CORE)/bin/mypy
 
 readme: $(CORE)/ready
-	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 131072
+	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 65536 131072
 	$(CORE)/bin/python -m tests.matrix.render README.md examples/results/releases.json
 
 soak: $(CORE)/ready
