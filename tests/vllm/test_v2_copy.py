@@ -71,6 +71,17 @@ def test_every_step_equals_a_full_rebuild(
     assert unequal_steps(expected, drafts(layout, tokens)) == set() and len(runs) == (len(BATCHES) + 1) * (tokens - 2)
 
 
+def test_where_drafts_are_to_be_verified_these_are_left_to_vllm(
+    install: Install, hopper: None, runs: list[v2_copy.KeptStep], log: Callable[[int], list[str]]
+) -> None:
+    expected = drafts("bf16", 4)
+    host, adapter = install("copy", verify=1)
+    assert unequal_steps(expected, drafts("bf16", 4)) == set() and not runs
+    assert f"nsa-plugin: {v2_copy.PATH}: strategy off ({v2_copy.UNVERIFIED})" in log(logging.INFO)
+    (plan,) = (plan for plan in adapter.paths(host) if plan.path.startswith(v2_copy.PATH))
+    assert plan.strategy == "off" and plan.why == v2_copy.UNVERIFIED
+
+
 def dense() -> Any:
     """FLASHMLA's backend for dense MLA, whose scheduler object is a new one for every build."""
     importable("vllm.third_party.flashmla.flash_mla_interface")
