@@ -11,7 +11,7 @@ VLLM = .venv-vllm-$(VLLM_RELEASE)
 # What `make matrix` runs: an engine, or one release of it (sglang==0.5.18); all of them by default.
 ENGINE ?= sglang vllm
 
-README_RESULTS = $(addprefix examples/results/bench_,sglang_decode_h100.json sglang_verify_extend_h100.json vllm_decode_h100.json)
+README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json examples/results/bench_vllm_decode_h100.json
 
 .PHONY: demo test lint readme conformance-sglang conformance-vllm matrix canary soak clean
 
