@@ -224,6 +224,11 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
 
 
+def command() -> str:
+    """The command line, of paths their last part."""
+    return " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+
+
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all runs have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,7 +263,7 @@ def main() -> None:
     while options.wait_for is not None and not options.wait_for.exists():
         time.sleep(0.2)
     results: dict[str, Any] = {
-        "engine": options.engine, "date": datetime.date.today().isoformat(), "command": "run.py " + " ".join(sys.argv[1:]),
+        "engine": options.engine, "date": datetime.date.today().isoformat(), "command": command(),
         "start_s": {name: engine.ready["start_s"] for name, engine in engines.items() if engine.ready}, "cells": [],
     }  # fmt: skip
     raw = options.json.with_suffix(".raw.json")

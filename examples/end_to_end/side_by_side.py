@@ -21,7 +21,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from run import Engine, parser_of, random_prompts, say, start
+from run import Engine, command, parser_of, random_prompts, say, start
 
 REQUESTS = ((1, 900), (3, 2500), (8, 700), (16, 400), (1, 6000), (5, 300))
 """Requests and longest prompt of each batch, in tokens."""
@@ -84,7 +84,7 @@ def report(
     same = [[out.get(index) == tokens for index, tokens in expected.items()] for out in found]
     return {
         "engine": options.engine, "date": datetime.date.today().isoformat(),
-        "command": "side_by_side.py " + " ".join(sys.argv[1:]),
+        "command": command(),
         "ok": len(expected) == len(REQUESTS) and all(map(all, same)) and not trouble,
         "batches": list(REQUESTS), "same_tokens": same, "trouble": trouble,
         "logs": {name: [line for line in lines if "nsa-plugin" in line] for name, lines in logs.items()},
