@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # A CPU build of torch wherever one is at hand; the tests need no GPU.
 TORCH ?= torch==2.13.0
+# Two processes, each of which imports the engine; a file's tests stay in one, because they share what is slow to set up.
+SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
 PIP = -m pip install --quiet --disable-pip-version-check
 
 CORE = .venv
@@ -34,11 +36,11 @@ soak: $(CORE)/ready
 	$(CORE)/bin/python -m tests.soak.soak
 
 conformance-sglang: $(SGLANG)/ready
-	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest tests/sglang tests/plugin/test_examples.py
+	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest $(SIDE_BY_SIDE) tests/sglang tests/plugin/test_examples.py
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
 
 conformance-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest tests/vllm tests/plugin/test_examples.py
+	$(VLLM)/bin/python -m pytest $(SIDE_BY_SIDE) tests/vllm tests/plugin/test_examples.py
 
 matrix: $(CORE)/ready
 	$(CORE)/bin/python -m tests.matrix.run $(ENGINE)
