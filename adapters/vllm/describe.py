@@ -62,11 +62,16 @@ def describe_draft(buffers: Any, tables: Any, num_reqs: int, draft_steps: int, g
 
 def geometry(builder: Any, batch: BatchDescriptor) -> Geometry:
     """Constants of a sparse MLA builder's model: positions up to the model's length, pages of the cache's block size."""
-    block_size = builder.kv_cache_spec.block_size
+    longest: int = builder.model_config.max_model_len
+    return positions_geometry(batch, longest, builder.kv_cache_spec.block_size, builder.topk_tokens)
+
+
+def positions_geometry(batch: BatchDescriptor, longest: int, block_size: int, topk: int | None = None) -> Geometry:
+    """The same by its numbers: positions up to `longest`, pages of `block_size` tokens; all of them count without `topk`."""
     return Geometry(
-        index_topk=builder.topk_tokens,
+        index_topk=longest if topk is None else topk,
         page_size=block_size,
-        table_width=builder.model_config.max_model_len,
+        table_width=longest,
         num_sms=multiprocessors(batch.seq_lens.device),
         wide_page_table=False,
     )

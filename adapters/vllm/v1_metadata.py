@@ -22,6 +22,13 @@ from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHINFER_SPARSE, FLASHMLA_SPARSE, INDEXER, InPlace, unknown_fields
 
 
+def build_group(group: Any, batch: Any, draft_index: int) -> Any:
+    """What vLLM itself builds for an attention group in a draft step; until 0.31 its builder is asked, not the group."""
+    if hasattr(group, "build_metadata_for_drafting"):
+        return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+    return group.get_metadata_builder().build_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+
+
 @dataclass(frozen=True)
 class DecodeBatch:
     """A batch of one query token per request, as kept metadata refers to it.

@@ -29,7 +29,7 @@ from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.vllm import capabilities, v1_watch
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
-from nsa_plugin.adapters.vllm.v1_metadata import DecodeBatch, KeptSteps, keeper_of
+from nsa_plugin.adapters.vllm.v1_metadata import DecodeBatch, KeptSteps, build_group, keeper_of
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, bind_draft_steps, check_source
 from nsa_plugin.core.errors import reject
@@ -329,7 +329,7 @@ class DraftSteps:
             raise RuntimeError(f"expected draft step {self._step}, got {draft_index}")
         built: list[Any] = [None] * len(groups)
         if current.groups is None:
-            built = [_build(group, batch, draft_index) for group in groups]
+            built = [build_group(group, batch, draft_index) for group in groups]
             current.groups = [
                 None if keeper is None else keeper.keep(group.get_metadata_builder(), made, current.batch)
                 for keeper, group, made in zip(self._keepers, groups, built, strict=True)
@@ -340,7 +340,7 @@ class DraftSteps:
             if kept is not None:
                 made = kept.at(self._step - 1, batch.max_seq_len)
             elif made is None:
-                made = _build(group, batch, draft_index)
+                made = build_group(group, batch, draft_index)
             per_group.append(made)
             per_layer.update(dict.fromkeys(group.layer_names, made))
         return per_group, per_layer
@@ -392,14 +392,6 @@ class DraftSteps:
         bound = _Bound(self._fills[num_steps], seq_lens, sources[0], sources, self._slots[:batch_size], parts)
         self._bound[key] = bound
         return bound
-
-
-def _build(group: Any, batch: Any, draft_index: int) -> Any:
-    asked = (
-        group if hasattr(group, "build_metadata_for_drafting") else group.get_metadata_builder()
-    )  # the latter until 0.31
-    name = "build_metadata_for_drafting" if asked is group else "build_for_drafting"
-    return getattr(asked, name)(common_attn_metadata=batch, draft_index=draft_index)
 
 
 def _padding_slot() -> int:

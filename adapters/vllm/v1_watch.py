@@ -20,9 +20,9 @@ import torch
 
 from nsa_plugin.adapters.base import Host, Mismatch, differing
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-from nsa_plugin.adapters.vllm.describe import describe
+from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
 from nsa_plugin.adapters.vllm.shadows import defined, shadow, spare_group
-from nsa_plugin.core.batch import Geometry, multiprocessors
+from nsa_plugin.adapters.vllm.v1_metadata import build_group
 from nsa_plugin.core.draft_steps import DraftLimits
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Verification:
         for number, (group, metadata) in enumerate(zip(now.groups, built, strict=True)):
             if group is None:
                 continue
-            rebuilt = group.build_metadata_for_drafting(common_attn_metadata=now.batch, draft_index=draft_index)
+            rebuilt = build_group(group, now.batch, draft_index)
             for side, one in ((expected, rebuilt), (got, metadata)):
                 values = _defined(group, one, lengths)
                 side.update({name if name not in side else f"{number}.{name}": value for name, value in values.items()})
@@ -190,11 +190,7 @@ class Verification:
     ) -> None:
         steps = max(now.proposer.num_speculative_tokens - 1, 1)
         batch = describe(now.source, block_size=now.block_size, draft_steps=steps)
-        longest = now.limits.max_model_len
-        geometry = Geometry(
-            index_topk=longest, page_size=now.block_size, table_width=longest,
-            num_sms=multiprocessors(batch.seq_lens.device), wide_page_table=False,
-        )  # fmt: skip
+        geometry = positions_geometry(batch, now.limits.max_model_len, now.block_size)
         self._host.mismatched(logger, Mismatch(*self._labels, batch, geometry, ((step, expected, got),), now.limits))
 
 

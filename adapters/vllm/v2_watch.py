@@ -19,11 +19,10 @@ import torch
 from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
 from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.vllm import capabilities, v2_step
-from nsa_plugin.adapters.vllm.describe import describe_draft
+from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2_staged import Arena, Staged
 from nsa_plugin.adapters.vllm.v2_step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
-from nsa_plugin.core.batch import Geometry, multiprocessors
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.step_update import PAD_SLOT
 
@@ -114,10 +113,7 @@ class Preparation:
             first.group.kv_cache_group_id,
         )
         longest = speculator.max_model_len
-        geometry = Geometry(
-            index_topk=getattr(builder, "topk_tokens", longest), page_size=first.block_size, table_width=longest,
-            num_sms=multiprocessors(batch.seq_lens.device), wide_page_table=False,
-        )  # fmt: skip
+        geometry = positions_geometry(batch, longest, first.block_size, getattr(builder, "topk_tokens", None))
         limits = DraftLimits(longest, PastEnd.CLAMP, PAD_SLOT)
         return Mismatch(ENGINE, PATH, "copy", batch, geometry, values, limits)
 
