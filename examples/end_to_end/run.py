@@ -2,8 +2,9 @@
 """The complete engine generates the same prompts without the plugin, with it switched off, and with it, in one run.
 
 One engine per variant and number of steps is started on the same GPU, all stay up, and requests take turns, so that
-whatever the machine does happens to all. What is compared and measured: tokens, rounds (accept lengths), wall time of a
-request, and from the probe inside the engine's process the time from round to round and the host time of each part.
+whatever the machine does happens to all; an engine whose turn it is not is stopped (SIGSTOP) and takes nothing from the
+others. What is compared and measured: tokens, rounds (accept lengths), wall time of a request, and from the probe inside
+the engine's process the time from round to round and the host time of each part.
 
     python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
 
@@ -46,7 +47,7 @@ LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|mem usage|Traceback|Error")
 
 
 class Engine:
-    """A worker process with an engine in it."""
+    """A worker process with an engine in it, in a process group of its own; stopped unless it has something to do."""
 
     def __init__(self, name: str, worker: Path, config: dict[str, Any], environment: dict[str, str], out: Path) -> None:
         self.name = name
@@ -57,33 +58,39 @@ class Engine:
         self._process = subprocess.Popen(
             [sys.executable, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log.open("w"),
             text=True, env={**environment, "E2E_CONFIG": json.dumps(config), "E2E_TIMES": str(self.folder)},
+            start_new_session=True,
         )  # fmt: skip
 
     def wait(self, seconds: float) -> None:
         """Wait until it is up; raise RuntimeError with the end of its log if it does not come up."""
         with self._limit(seconds):
             self.ready = self._read()
+        self._signal(signal.SIGSTOP)
 
     def ask(self, request: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
         """Send a request and wait for the answer."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         with self._limit(seconds):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            return self._read()
+            answer = self._read()
+        self._signal(signal.SIGSTOP)
+        return answer
 
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None
 
     def quit(self) -> None:
-        """Let it end; kill it if it does not."""
+        """Let it end; kill what is left of it."""
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(Exception):
             assert self._process.stdin is not None
             self._process.stdin.write('{"op": "quit"}\n')
             self._process.stdin.flush()
             self._process.wait(30)
-        self._process.kill()
+        self._signal(signal.SIGKILL)
 
     def times(self) -> dict[str, list[list[float]]]:
         """What the probe wrote, of all processes of the engine."""
@@ -101,12 +108,17 @@ class Engine:
     @contextlib.contextmanager
     def _limit(self, seconds: float) -> Iterator[None]:
         """Kill it if what is within takes longer."""
-        timer = threading.Timer(seconds, self._process.kill)
+        timer = threading.Timer(seconds, self._signal, [signal.SIGKILL])
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to all of its processes that are left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -24,14 +24,14 @@ from typing import Any
 Target = tuple[str, str, str]
 """Class (dotted path), method, and the name under which its calls are timed."""
 
-IDLE_S = 0.5
+TICK_S, QUIET_TICKS = 0.25, 3
+"""Idle is who did nothing for so many ticks. Ticks, not seconds: a process that was stopped does not write when it goes on."""
 times: dict[str, list[tuple[float, float]]] = {}
-_last = [0.0]
 
 
 def measure(owner: type, method: str, name: str) -> None:
     """Wrap a method of a class as it is now; outermost if nobody wraps it later."""
-    wrapped, entries, clock, last = getattr(owner, method), times.setdefault(name, []), time.perf_counter, _last
+    wrapped, entries, clock = getattr(owner, method), times.setdefault(name, []), time.perf_counter
 
     @functools.wraps(wrapped)
     def timed(*arguments: Any, **named: Any) -> Any:
@@ -39,9 +39,7 @@ def measure(owner: type, method: str, name: str) -> None:
         try:
             return wrapped(*arguments, **named)
         finally:
-            end = clock()
-            entries.append((start, end - start))
-            last[0] = end
+            entries.append((start, clock() - start))
 
     setattr(owner, method, timed)
 
@@ -98,11 +96,13 @@ class _WhenImported(MetaPathFinder):
 
 def _write() -> None:
     path = Path(os.environ["E2E_TIMES"]) / f"times_{os.getpid()}.json"
-    written = 0
+    written = seen = quiet = 0
     while True:
-        time.sleep(IDLE_S / 2)
+        time.sleep(TICK_S)
         known = sum(map(len, times.values()))
-        if known == written or time.perf_counter() - _last[0] < IDLE_S:
+        quiet = quiet + 1 if known == seen else 0
+        seen = known
+        if quiet < QUIET_TICKS or known == written:
             continue
         part = path.with_suffix(".part")
         part.write_text(json.dumps(times))
