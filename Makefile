@@ -19,6 +19,7 @@ README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
+	$(CORE)/bin/nsa-plugin demo --trace examples/traces/sglang_h100.jsonl
 
 test: $(CORE)/ready
 	$(CORE)/bin/python -m pytest

@@ -43,7 +43,7 @@ RECORDING = "recording"
 TRACED = ((1, 300, 40), (3, 1500, 60), (6, 700, 60), (11, 2500, 40))
 """Requests, tokens of the longest prompt, and new tokens of each batch that is recorded."""
 WARM_UP_TOKENS = 24
-LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|mem usage|Traceback|Error")
+LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|Graph capturing finished|mem usage|Traceback|Error")
 
 
 class Engine:

@@ -12,7 +12,6 @@ The folders are those of `run.py`. Exit status 1 if anything is not as it should
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
 import re
@@ -21,6 +20,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from report import machine
 from run import Engine, command, parser_of, random_prompts, say, start
 
 REQUESTS = ((1, 900), (3, 2500), (8, 700), (16, 400), (1, 6000), (5, 300))
@@ -67,7 +67,8 @@ def main() -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    results = report(options, expected, found, engines)
+    sys.path.append(str(options.plugin))
+    results = outcome(options, expected, found, engines)
     for engine in engines:
         engine.quit()
     options.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -75,7 +76,7 @@ def main() -> int:
     return 0 if results["ok"] else 1
 
 
-def report(
+def outcome(
     options: argparse.Namespace, expected: dict[int, Any], found: list[dict[int, Any]], engines: list[Engine]
 ) -> dict[str, Any]:
     """What happened; "ok" if every batch of every engine is there and right, and no log tells of trouble."""
@@ -83,8 +84,7 @@ def report(
     trouble = [line for lines in logs.values() for line in lines if TROUBLE.search(line)]
     same = [[out.get(index) == tokens for index, tokens in expected.items()] for out in found]
     return {
-        "engine": options.engine, "date": datetime.date.today().isoformat(),
-        "command": command(),
+        "engine": options.engine, **machine(), "command": command(),
         "ok": len(expected) == len(REQUESTS) and all(map(all, same)) and not trouble,
         "batches": list(REQUESTS), "same_tokens": same, "trouble": trouble,
         "logs": {name: [line for line in lines if "nsa-plugin" in line] for name, lines in logs.items()},

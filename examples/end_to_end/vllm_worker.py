@@ -85,7 +85,7 @@ def generate(served: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile(served: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """What torch's profiler sees while a batch is generated, and in how many drafts."""
+    """What torch's profiler sees while a batch is generated, and in how many rounds."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -98,7 +98,7 @@ def profile(served: Any, request: dict[str, Any]) -> dict[str, Any]:
     with plain.open("rb") as source, gzip.open(f"{plain}.gz", "wb", compresslevel=1) as target:
         shutil.copyfileobj(source, target)
     plain.unlink()
-    return summarise(Path(f"{plain}.gz")) | {"drafts": max(count or 0 for count in answer["rounds"])}
+    return summarise(Path(f"{plain}.gz")) | {"rounds": max(count or 0 for count in answer["rounds"])}
 
 
 def engine(config: dict[str, Any]) -> Any:

@@ -13,6 +13,8 @@ from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata
 from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, save, sizes_of
 
+RECORDED = Path(__file__).parents[2] / "examples" / "traces" / "sglang_h100.jsonl"
+
 
 def test_demo_is_green(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--rounds", "30", "--steps", "2", "4"]) == 0
@@ -69,6 +71,21 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     save(path, rounds)
     assert load(path) == rounds
     assert main(["demo", "--trace", str(path), "--steps", "4"]) == 0
+    assert main(["demo", "--trace", str(RECORDED), "--steps", "4"]) == 0
+
+
+@pytest.mark.parametrize(("path", "added_tokens"), [("draft decode", 0), ("target verify", 5), ("draft extend", 0)])
+def test_the_trace_of_a_real_engine_has_every_page_of_every_live_request(path: str, added_tokens: int) -> None:
+    rounds = load(RECORDED, path)
+    assert len(rounds) > 150 and any(entry.live < len(entry.seq_lens) for entry in rounds)
+    held: dict[int, list[int]] = {}
+    for entry in rounds:
+        for request, (at, new) in entry.pages.items():
+            held[request] = [*held.get(request, [])[:at], *new]
+        owners = [page for request in entry.requests[: entry.live] for page in held[request]]
+        assert len(set(owners)) == len(owners)
+        for request, length in zip(entry.requests[: entry.live], entry.seq_lens, strict=False):
+            assert len(held[request]) == -(-(length + added_tokens) // 64)
 
 
 def test_recorded_pages_are_used_as_they_were_recorded() -> None:

@@ -26,11 +26,17 @@ class Scheduler:
 host_times.from_first_call("__main__", "Scheduler", "run_batch", ())
 scheduler = Scheduler()
 print("nsa-plugin: loaded", file=sys.stderr)
+print("Capture draft decode CUDA graph end. elapsed=2.5 s, mem usage=1 GB", file=sys.stderr)
+print("Capture draft extend CUDA graph end. elapsed=1.5 s, mem usage=1 GB", file=sys.stderr)
 print(json.dumps({"ready": True, "start_s": 0.1}), flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     if request["op"] == "quit":
         break
+    if request["op"] == "profile":
+        seen = {"kernels": 150, "launches": 75, "graph_launches": 45, "gpu_busy_us": 1.0, "wall_us": 4.0, "rounds": 15}
+        print(json.dumps({"error": "planted"} if config["steps"] == 8 else seen), flush=True)
+        continue
     start = time.perf_counter()
     for _ in range(request["max_new_tokens"]):
         scheduler.run_batch()
@@ -83,6 +89,10 @@ def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> Non
         [sys.executable, "report.py", str(tmp_path / "r.json")], cwd=example, capture_output=True, text=True, check=True
     ).stdout
     assert table.count("differ" if wrong else "same") == 4 and "| 4 | 16 | 2 |" in table
+    assert "`auto` against no plugin, over 4 cells: " in table and "`off` against no plugin, over 2 cells: " in table
+    assert (
+        "| 4 | off | 10 | 5 | 3 | 25 % | 4 s | – |" in table and "| 8 | auto | – | – | – | planted | 4 s | – |" in table
+    )
 
 
 @pytest.mark.parametrize("planted", ["", "a token", "a line of the log"])

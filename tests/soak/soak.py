@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import random
@@ -187,7 +188,8 @@ class Sglang:
 
 def soak(subjects: list[Subject], replays: int, sizes: Sizes, seed: int) -> dict[str, Any]:
     """Replay; the subjects take turns. Returns what happened; "ok" says whether all is well."""
-    rounds = rounds_of(sizes, seed)
+    every_size = (Round((1,) * size, (0,) * size, 0) for size in sizes.captured for _ in subjects)
+    rounds = itertools.chain(every_size, rounds_of(sizes, seed))
     before = {subject.name: subject.addresses() for subject in subjects}
     wrong: dict[str, int] = {}
     verified = moved = 0

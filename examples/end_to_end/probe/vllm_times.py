@@ -1,4 +1,7 @@
-"""What is timed in vLLM's worker: rounds, drafts, and the preparation of metadata (Model Runner V2)."""
+"""What is timed in vLLM's worker: rounds, drafts, and the preparation of metadata (Model Runner V2).
+
+Not `BlockTables.compute_slot_mappings`: where somebody else patched that, the plugin leaves the draft's steps to vLLM.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ TARGETS = (
     (SPECULATOR, "_multi_step_decode", "draft steps, rebuilt"),
     (SPECULATOR, "_fused_multi_step_decode", "draft steps, fused"),
     (SPECULATOR, "propose", "draft"),
-    ("vllm.v1.worker.gpu.block_table.BlockTables", "compute_slot_mappings", "slot mappings"),
     ("vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager", "run_fullgraph", "graph launch"),
     (f"{WORKER}.GPUModelRunner", "sample_tokens", "sample and draft"),
 )
