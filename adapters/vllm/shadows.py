@@ -44,8 +44,9 @@ def spare_group(group: Any, rows: int) -> Any:
     }
     made = copy.copy(group)
     made.metadata_builders = [shadow(builder, **own)]
-    if group.kernel_block_table is not None:
-        made.kernel_block_table = group.kernel_block_table.clone()
+    table = getattr(group, "kernel_block_table", None)  # vLLM 0.32 and later
+    if table is not None:
+        made.kernel_block_table = table.clone()
     return made
 
 
