@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +70,22 @@ def test_another_plugin_wraps_a_method_of_v2(
         assert_named_once(log, name, before_us)
         draft = Draft(*LAYOUT, TOKENS)
         assert unequal(expected, proposals(draft)) == [] and not draft.fused
+
+
+def test_the_probe_of_the_end_to_end_example_has_no_effect(
+    install: Install, log: Any, expected: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "end_to_end" / "probe"))
+    host_times, probe = importlib.import_module("host_times"), importlib.import_module("vllm_times")
+    host, _ = install("graph")
+    with monkeypatch.context() as patch:
+        for owner, name, label in probe.TARGETS:
+            cls = pkgutil.resolve_name(owner)
+            patch.setattr(cls, name, getattr(cls, name))  # so that it is put back
+            host_times.measure(cls, name, label)
+        draft = Draft(*LAYOUT, TOKENS)
+        assert unequal(expected, proposals(draft)) == [] and draft.fused and not host.fallbacks
+    assert host_times.times["draft"] and not [line for line in log(logging.INFO) if "strategy off" in line]
 
 
 @pytest.mark.parametrize("before_us", [True, False])
