@@ -36,7 +36,7 @@ def reduce(results: dict[str, Any]) -> dict[str, Any]:
         variants: dict[str, Any] = {}
         for variant in dict.fromkeys(run["variant"] for run in cell["runs"]):
             runs = [run for run in cell["runs"] if run["variant"] == variant]
-            times = results["times"].get(f"{cell['steps']} {variant}", {})
+            times = results["times"].get(f"{cell['steps']} {variant}", [])
             variants[variant] = _figures(cell, runs, cell["first"][variant], times) | {
                 "same_tokens": all(run["tokens"] == reference for run in runs),
                 "same_rounds": all(run["rounds"] == cell["runs"][0]["rounds"] for run in runs),
@@ -48,12 +48,16 @@ def reduce(results: dict[str, Any]) -> dict[str, Any]:
     return kept | {"machine": machine(), "cells": cells, "profiles": results.get("profiles"), "logs": results["logs"]}
 
 
-def _figures(cell: Cell, runs: list[Cell], first_token_s: float, times: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the turns of a variant. Times of the engine's process in µs."""
+def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the turns of a variant. Times of the engine's processes, one per rank, in µs."""
     generated = sum(map(len, runs[0]["tokens"]))
     decode = [run["end"] - run["start"] - first_token_s for run in runs]
     windows = [(run["start"], run["end"]) for run in runs]
-    rounds = [_within(times.get("round", []), window)[SKIPPED:] for window in windows]
+    calls = {
+        name: [[_within(times.get(name, []), window)[SKIPPED:] for times in ranks] for window in windows]
+        for name in dict.fromkeys(name for times in ranks for name in times)
+    }
+    rounds = [entries for window in calls.get("round", []) for entries in window]
     gaps = sorted((b[0] - a[0]) * 1e6 for entries in rounds for a, b in itertools.pairwise(entries))
     figures: dict[str, Any] = {
         "turns": len(runs),
@@ -63,12 +67,26 @@ def _figures(cell: Cell, runs: list[Cell], first_token_s: float, times: dict[str
         "round_us_median": statistics.median(gaps) if gaps else None,
         "round_us_p99": gaps[int(0.99 * (len(gaps) - 1))] if gaps else None,
     }
-    for name, entries in times.items():
-        inside = [entry[1] * 1e6 for window in windows for entry in _within(entries, window)[SKIPPED:]]
+    for name, found in calls.items():
+        inside = [entry[1] * 1e6 for window in found for entries in window for entry in entries]
         if inside:
             number = max(sum(map(len, rounds)), 1)
             figures[f"{name} us"] = {"median": statistics.median(inside), "per_round": len(inside) / number}
+            figures[f"{name} us"] |= _spread(found) if len(ranks) > 1 else {}
     return figures
+
+
+def _spread(calls: list[list[list[list[float]]]]) -> dict[str, float]:
+    """How much longer the slowest rank takes than the fastest, call by call of turns in which all have as many, in µs."""
+    spreads = sorted(
+        1e6 * (max(entry[1] for entry in together) - min(entry[1] for entry in together))
+        for window in calls
+        if len(set(map(len, window))) == 1
+        for together in zip(*window, strict=True)
+    )
+    if not spreads:
+        return {}
+    return {"spread_median": statistics.median(spreads), "spread_p99": spreads[int(0.99 * (len(spreads) - 1))]}
 
 
 def _within(entries: Iterable[list[float]], window: tuple[float, float]) -> list[list[float]]:
@@ -129,7 +147,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(
             f"| {cell['steps']} | {cell['prompt']} | {cell['batch']} | {' | '.join(rates)} | {rounds} | {metadata} | {same} |"
         )
-    lines += ["", *_changes(results, variants), "", *_engines(results)]
+    lines += ["", *_changes(results, variants), *_jitter(results, variants), "", *_engines(results)]
     return "\n".join(lines)
 
 
@@ -146,6 +164,21 @@ def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
             mean = math.exp(statistics.fmean(map(math.log, ratios)))
             mean, low, high = (f"{100 * (ratio - 1):+.0f} %" for ratio in (mean, min(ratios), max(ratios)))
             lines.append(f"`{variant}` against {BASELINE}, over {len(ratios)} cells: {mean} ({low} to {high}).  ")
+    return lines
+
+
+def _jitter(results: dict[str, Any], variants: list[str]) -> list[str]:
+    """Over all cells: how much longer the slowest rank takes than the fastest for a preparation, median and p99."""
+    lines = []
+    for variant in variants:
+        found: dict[str, list[tuple[float, float]]] = {}
+        for cell in results["cells"]:
+            for name, value in cell["variants"].get(variant, {}).items():
+                if name.endswith("metadata us") and "spread_median" in value:
+                    found.setdefault(name, []).append((value["spread_median"], value["spread_p99"]))
+        for name, pairs in found.items():
+            median, p99 = (statistics.median(column) for column in zip(*pairs, strict=True))
+            lines.append(f"`{variant}`: {name}, slowest rank over fastest: {median:,.0f} (p99 {p99:,.0f}).  ")
     return lines
 
 

@@ -92,13 +92,9 @@ class Engine:
             self._process.wait(30)
         self._signal(signal.SIGKILL)
 
-    def times(self) -> dict[str, list[list[float]]]:
-        """What the probe wrote, of all processes of the engine."""
-        merged: dict[str, list[list[float]]] = {}
-        for path in self.folder.glob("times_*.json"):
-            for name, entries in json.loads(path.read_text()).items():
-                merged.setdefault(name, []).extend(entries)
-        return merged
+    def times(self) -> list[dict[str, list[list[float]]]]:
+        """What the probe wrote, process by process: one for each rank."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("times_*.json"))]
 
     def log_lines(self) -> list[str]:
         """Lines of its log that say what was loaded, captured and allocated."""
@@ -134,6 +130,8 @@ def start(
     options: argparse.Namespace, steps: int, variant: str, port: int, settings: dict[str, str] | None = None
 ) -> Engine:
     """Start one engine, with the plugin's settings of its variant or others; it is not up yet."""
+    if options.dp_attention and options.engine != "sglang":
+        sys.exit(f"--dp-attention: for sglang only, not {options.engine}; leave it out")
     path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
     environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
     if variant == RECORDING:
@@ -141,7 +139,8 @@ def start(
         environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
     config = {
-        "model": str(options.model), "steps": steps, "tp": options.tp, "max_batch_size": max(options.batch), "port": port,
+        "model": str(options.model), "steps": steps, "tp": options.tp, "dp_attention": options.dp_attention,
+        "max_batch_size": max(options.batch), "port": port,
         "max_tokens": max(options.batch) * (max(options.prompt) + options.new_tokens + 1024),
     }  # fmt: skip
     return Engine(f"{steps} {variant}", HERE / f"{options.engine}_worker.py", config, environment, options.out)
@@ -249,6 +248,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--probe", type=Path, required=True, help="folder with the installed probe")
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
+    parser.add_argument("--dp-attention", action="store_true", help="sglang: the ranks share requests, not heads")
     parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")

@@ -1,7 +1,7 @@
 """One complete sglang engine, served over JSON lines; see `run.py`, which starts it.
 
 `E2E_CONFIG` (environment, JSON): model (folder), steps (speculative_num_steps), max_batch_size, max_tokens (KV cache),
-tp (tensor parallel ranks; optional).
+tp (tensor parallel ranks), dp_attention (whether these share requests, not heads), port.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def engine(config: dict[str, Any]) -> Any:
 
     return Engine(
         model_path=config["model"], load_format="dummy", skip_tokenizer_init=True, random_seed=1,
-        tp_size=config.get("tp", 1),
+        tp_size=config["tp"], dp_size=config["tp"] if config["dp_attention"] else 1,
+        enable_dp_attention=config["dp_attention"],
         speculative_algorithm="NEXTN", speculative_num_steps=config["steps"], speculative_eagle_topk=1,
         speculative_num_draft_tokens=config["steps"] + 1, kv_cache_dtype="fp8_e4m3",
         max_running_requests=config["max_batch_size"], cuda_graph_bs_decode=captured_sizes(config["max_batch_size"]),

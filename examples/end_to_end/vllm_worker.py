@@ -1,7 +1,7 @@
 """One complete vLLM engine, served over JSON lines; see `run.py`, which starts it.
 
 `E2E_CONFIG` (environment, JSON): model (folder), steps (num_speculative_tokens), max_batch_size, max_tokens (KV cache),
-tp (tensor parallel ranks; optional).
+tp (tensor parallel ranks).
 
 The engine core runs in this process: all requests of a batch are queued before the first step, so that every run
 schedules the same batches, and the profiler sees the work (not with tp above 1, which takes a process per rank). Needs
@@ -50,7 +50,7 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
     steps, blocks = config["steps"], -(-config["max_tokens"] // BLOCK)
     return {
         "model": config["model"], "load_format": "dummy", "skip_tokenizer_init": True, "seed": 1, "dtype": "bfloat16",
-        "tensor_parallel_size": config.get("tp", 1),
+        "tensor_parallel_size": config["tp"],
         "max_model_len": min(config["max_tokens"], 32768),
         "max_num_seqs": config["max_batch_size"], "max_num_batched_tokens": 8192,
         "kv_cache_dtype": "fp8_ds_mla", "block_size": BLOCK, "enable_prefix_caching": False,

@@ -13,7 +13,7 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "end_to_end"
 WORKER = """
-import json, os, sys, time
+import json, os, pathlib, sys, time
 sys.path.insert(0, os.environ["PYTHONPATH"].split(os.pathsep)[0])
 import host_times
 config = json.loads(os.environ["E2E_CONFIG"])
@@ -21,9 +21,12 @@ strategy = os.environ.get("NSA_PLUGIN_STRATEGY")
 if strategy == "off" and config["steps"] == 8:
     sys.exit("planted: this one does not start")
 class Scheduler:
+    def prepare(self):
+        pass
     def run_batch(self):
+        self.prepare()
         time.sleep(0.0005)
-host_times.from_first_call("__main__", "Scheduler", "run_batch", ())
+host_times.from_first_call("__main__", "Scheduler", "run_batch", [("__main__.Scheduler", "prepare", "draft metadata")])
 scheduler = Scheduler()
 print("nsa-plugin: loaded", file=sys.stderr)
 print("Capture draft decode CUDA graph end. elapsed=2.5 s, mem usage=1 GB", file=sys.stderr)
@@ -45,10 +48,15 @@ for line in sys.stdin:
     answer = {"start": start, "end": time.perf_counter(), "tokens": tokens, "rounds": [len(one) for one in tokens]}
     print(json.dumps(answer), flush=True)
 time.sleep(1)
+if config["tp"] == 2:  # a second rank, slower by 300 µs
+    folder = pathlib.Path(os.environ["E2E_TIMES"])
+    own = json.loads(next(folder.glob("times_*.json")).read_text())
+    other = {name: [[start, seconds + 300e-6] for start, seconds in entries] for name, entries in own.items()}
+    (folder / "times_other.json").write_text(json.dumps(other))
 """
 
 
-def drive(tmp_path: Path, worker: str) -> tuple[str, dict[str, Any], Path]:
+def drive(tmp_path: Path, worker: str, *options: str) -> tuple[str, dict[str, Any], Path]:
     """Run the driver with a worker in place of sglang's; what it printed, its results, and the folder it ran in."""
     example = tmp_path / "example"
     shutil.copytree(EXAMPLE, example)
@@ -57,7 +65,7 @@ def drive(tmp_path: Path, worker: str) -> tuple[str, dict[str, Any], Path]:
     done = subprocess.run(
         [sys.executable, "run.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"), "--out", str(out),
          "--steps", "4", "8", "--batch", "1", "2", "--prompt", "16", "--new-tokens", "60", "--seconds-per-cell", "0",
-         "--json", str(results)],
+         "--json", str(results), *options],
         cwd=example, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,14 +93,29 @@ def test_it_takes_turns_compares_and_reports(tmp_path: Path, wrong: bool) -> Non
             assert 400 < figures["round_us_median"] < figures["round_us_p99"] * 1.001
             assert figures["round us"]["per_round"] == 1 and figures["rounds"] == [60] * cell["batch"]
     assert any("nsa-plugin: loaded" in line for line in found["logs"]["4 auto"])
-    table = subprocess.run(
-        [sys.executable, "report.py", str(tmp_path / "r.json")], cwd=example, capture_output=True, text=True, check=True
-    ).stdout
+    table = report(tmp_path, example)
+    assert "slowest rank" not in table
     assert table.count("differ" if wrong else "same") == 4 and "| 4 | 16 | 2 |" in table
     assert "`auto` against no plugin, over 4 cells: " in table and "`off` against no plugin, over 2 cells: " in table
     assert (
         "| 4 | off | 10 | 5 | 3 | 25 % | 4 s | – |" in table and "| 8 | auto | – | – | – | planted | 4 s | – |" in table
     )
+
+
+def report(tmp_path: Path, example: Path) -> str:
+    """The table of a run."""
+    command = [sys.executable, "report.py", str(tmp_path / "r.json")]
+    return subprocess.run(command, cwd=example, capture_output=True, text=True, check=True).stdout
+
+
+def test_ranks_are_compared(tmp_path: Path) -> None:
+    _, found, example = drive(tmp_path, f"WRONG = False\n{WORKER}", "--tp", "2")
+    for cell in found["cells"]:
+        for figures in cell["variants"].values():
+            assert figures["draft metadata us"]["per_round"] == figures["round us"]["per_round"] == 1
+            assert figures["draft metadata us"]["spread_median"] == pytest.approx(300)
+            assert 400 < figures["round_us_median"] < 1000  # of each rank by itself
+    assert report(tmp_path, example).count("draft metadata us, slowest rank over fastest: 300 (p99 300)") == 3
 
 
 @pytest.mark.parametrize("planted", ["", "a token", "a line of the log"])
