@@ -22,8 +22,7 @@ def engine(config: dict[str, Any]) -> Any:
 
     return Engine(
         model_path=config["model"], load_format="dummy", skip_tokenizer_init=True, random_seed=1,
-        tp_size=config["tp"], dp_size=config["tp"] if config["dp_attention"] else 1,
-        enable_dp_attention=config["dp_attention"],
+        tp_size=config["tp"], attn_dp_size=config["tp"] if config["dp_attention"] else 1,
         speculative_algorithm="NEXTN", speculative_num_steps=config["steps"], speculative_eagle_topk=1,
         speculative_num_draft_tokens=config["steps"] + 1, kv_cache_dtype="fp8_e4m3",
         max_running_requests=config["max_batch_size"], cuda_graph_bs_decode=captured_sizes(config["max_batch_size"]),
