@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from nsa_plugin import repro
 from nsa_plugin.adapters.vllm import v1_watch
+from nsa_plugin.adapters.vllm.shadows import spare_group
 from nsa_plugin.adapters.vllm.v1_metadata import KeptSteps
 from nsa_plugin.adapters.vllm.v1_proposer import PATH, DraftSteps
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
@@ -257,6 +259,19 @@ def test_it_can_be_switched_on_again(install: Install, hopper: None, monkeypatch
     monkeypatch.setattr(DraftSteps, "advance", counted)
     assert_same(want, proposals(draft))
     assert len(advanced) == len(want) and sum(host.mismatches.values()) == 1
+
+
+def test_spare_groups_of_releases_without_kernel_block_tables() -> None:
+    """vLLM before 0.32. What has room for tokens is cut to the requests of a draft; floating-point workspaces stay shared."""
+    limits = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=64))
+    builder = type("Builder", (), {})()
+    vars(builder).update(vllm_config=limits, map=torch.arange(64), offsets=torch.arange(9), workspace=torch.zeros(64))
+    group = SimpleNamespace(metadata_builders=[builder], get_metadata_builder=lambda: builder)
+    spare = spare_group(group, 8)
+    (copied,) = spare.metadata_builders
+    assert copied.map.tolist() == list(range(8)) and copied.offsets.tolist() == list(range(9))
+    assert copied.map.data_ptr() != builder.map.data_ptr() and copied.offsets.data_ptr() != builder.offsets.data_ptr()
+    assert copied.workspace is builder.workspace and group.metadata_builders == [builder]
 
 
 @pytest.mark.parametrize("what", ["_follow", "_spare", "_defined"])
