@@ -58,14 +58,14 @@ def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dic
         for name in dict.fromkeys(name for times in ranks for name in times)
     }
     rounds = [entries for window in calls.get("round", []) for entries in window]
-    gaps = sorted((b[0] - a[0]) * 1e6 for entries in rounds for a, b in itertools.pairwise(entries))
+    gaps = [(b[0] - a[0]) * 1e6 for entries in rounds for a, b in itertools.pairwise(entries)]
     figures: dict[str, Any] = {
         "turns": len(runs),
         "tokens_per_s": statistics.median((generated - cell["batch"]) / max(seconds, 1e-9) for seconds in decode),
         "tokens_per_s_all": [(generated - cell["batch"]) / max(seconds, 1e-9) for seconds in decode],
         "rounds": runs[0]["rounds"],
         "round_us_median": statistics.median(gaps) if gaps else None,
-        "round_us_p99": gaps[int(0.99 * (len(gaps) - 1))] if gaps else None,
+        "round_us_p99": _p99(gaps) if gaps else None,
     }
     for name, found in calls.items():
         inside = [entry[1] * 1e6 for window in found for entries in window for entry in entries]
@@ -78,15 +78,19 @@ def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dic
 
 def _spread(calls: list[list[list[list[float]]]]) -> dict[str, float]:
     """How much longer the slowest rank takes than the fastest, call by call of turns in which all have as many, in µs."""
-    spreads = sorted(
+    spreads = [
         1e6 * (max(entry[1] for entry in together) - min(entry[1] for entry in together))
         for window in calls
         if len(set(map(len, window))) == 1
         for together in zip(*window, strict=True)
-    )
+    ]
     if not spreads:
         return {}
-    return {"spread_median": statistics.median(spreads), "spread_p99": spreads[int(0.99 * (len(spreads) - 1))]}
+    return {"spread_median": statistics.median(spreads), "spread_p99": _p99(spreads)}
+
+
+def _p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
 
 
 def _within(entries: Iterable[list[float]], window: tuple[float, float]) -> list[list[float]]:

@@ -32,6 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from report import reduce
+
 HERE = Path(__file__).resolve().parent
 VARIANTS: dict[str, dict[str, str]] = {
     "no plugin": {},
@@ -130,8 +132,6 @@ def start(
     options: argparse.Namespace, steps: int, variant: str, port: int, settings: dict[str, str] | None = None
 ) -> Engine:
     """Start one engine, with the plugin's settings of its variant or others; it is not up yet."""
-    if options.dp_attention and options.engine != "sglang":
-        sys.exit(f"--dp-attention: for sglang only, not {options.engine}; leave it out")
     path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
     environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
     if variant == RECORDING:
@@ -256,6 +256,15 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, checked; from then on the plugin can be imported here too, which `report` asks for versions."""
+    options = parser.parse_args()
+    if options.dp_attention and options.engine != "sglang":
+        parser.error(f"--dp-attention: for sglang only, not {options.engine}; leave it out")
+    sys.path.append(str(options.plugin))
+    return options
+
+
 def main() -> None:
     """Run, and write one JSON file."""
     parser = parser_of(__doc__)
@@ -268,7 +277,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1800, help="no further cell after this time")
     parser.add_argument("--seconds-per-cell", type=float, default=30, help="no further turn after this time")
     parser.add_argument("--wait-for", type=Path, help="measure only when this file is there")
-    options = parser.parse_args()
+    options = parse(parser)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"stopped by signal {number}"))
     engines = start_all(options)
     say(f"{len(engines)} engines are up")
@@ -295,9 +304,6 @@ def main() -> None:
             engine.quit()
         results["times"] = {name: engine.times() for name, engine in engines.items()}
         raw.write_text(json.dumps(results))
-        sys.path.append(str(options.plugin))
-        from report import reduce
-
         options.json.write_text(json.dumps(reduce(results), indent=1) + "\n")
         say("done")
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from report import machine
-from run import Engine, command, parser_of, random_prompts, say, start
+from run import Engine, command, parse, parser_of, random_prompts, say, start
 
 REQUESTS = ((1, 900), (3, 2500), (8, 700), (16, 400), (1, 6000), (5, 300))
 """Requests and longest prompt of each batch, in tokens."""
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--verify", type=int, default=10, help="NSA_PLUGIN_VERIFY of both engines")
-    options = parser.parse_args()
+    options = parse(parser)
     options.batch, options.prompt = [max(REQUESTS)[0]], [max(longest for _, longest in REQUESTS)]
     rng = random.Random(options.seed)
     batches = [
@@ -67,7 +67,6 @@ def main() -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    sys.path.append(str(options.plugin))
     results = outcome(options, expected, found, engines)
     for engine in engines:
         engine.quit()
