@@ -44,7 +44,7 @@ def reduce(results: dict[str, Any]) -> dict[str, Any]:
                 "first_difference": _first_difference(reference, runs),
             }
         cells.append({key: cell[key] for key in ("steps", "prompt", "batch")} | {"variants": variants})
-    kept = {key: results[key] for key in ("engine", "date", "command", "start_s")}
+    kept = {key: results[key] for key in ("engine", "tp", "dp_attention", "date", "command", "start_s")}
     return kept | {"machine": machine(), "cells": cells, "profiles": results.get("profiles"), "logs": results["logs"]}
 
 
@@ -129,7 +129,7 @@ def markdown(results: dict[str, Any]) -> str:
     variants = list(dict.fromkeys(name for cell in results["cells"] for name in cell["variants"]))
     names = ", ".join(variants)
     lines = [
-        f"{results['engine']}, {results['machine']['machine']}, {results['date']}: decode tokens/s (median; change "
+        f"{_title(results)}: decode tokens/s (median; change "
         f"against {BASELINE}), µs from round to round (median / p99), µs of host time for metadata per round, tokens of "
         "all turns compared:",
         "",
@@ -153,6 +153,14 @@ def markdown(results: dict[str, Any]) -> str:
         )
     lines += ["", *_changes(results, variants), *_jitter(results, variants), "", *_engines(results)]
     return "\n".join(lines)
+
+
+def _title(results: dict[str, Any]) -> str:
+    """Engine, GPUs and how they share the work, date."""
+    ranks = results["tp"]
+    shared = f", {'DP attention' if results['dp_attention'] else 'tensor parallel'}" if ranks > 1 else ""
+    gpus = f"{ranks} × {results['machine']['machine']}" if ranks > 1 else results["machine"]["machine"]
+    return f"{results['engine']}, {gpus}{shared}, {results['date']}"
 
 
 def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
@@ -187,7 +195,9 @@ def _jitter(results: dict[str, Any], variants: list[str]) -> list[str]:
 
 
 def _engines(results: dict[str, Any]) -> list[str]:
-    """What the profiler saw per round of one request, and what the log says of the start."""
+    """What the profiler saw per round of one request, and what the log says of the start; nothing without profiles."""
+    if not results.get("profiles"):
+        return []
     lines = [
         "Per round at batch 1, with torch's profiler on (slower); capture of all CUDA graphs, which the first engine "
         "compiles for:",
@@ -195,7 +205,7 @@ def _engines(results: dict[str, Any]) -> list[str]:
         "| steps | variant | kernels | launches | graph launches | GPU busy | capture | page tables given back |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, seen in (results.get("profiles") or {}).items():
+    for name, seen in results["profiles"].items():
         log = "\n".join(results["logs"].get(name, ()))
         if "error" in seen:
             figures = ["–", "–", "–", seen["error"]]
@@ -251,7 +261,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.set_ylim(bottom=0)
         panel.grid(axis="y", alpha=0.3)
         panel.legend()
-    figure.suptitle(f"{results['engine']}, {results['machine']['machine']}, {results['date']}", fontsize=9)
+    figure.suptitle(_title(results), fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -153,7 +153,7 @@ def start_all(options: argparse.Namespace) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
     waiting: list[Engine] = []
     for index, (steps, variant) in enumerate(wanted):
-        engine = start(options, steps, variant, 30000 + 1000 * index)
+        engine = start(options, steps, variant, options.first_port + 1000 * index)
         waiting.append(engine)
         if index not in (0, len(wanted) - 1):
             continue
@@ -249,6 +249,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
     parser.add_argument("--dp-attention", action="store_true", help="sglang: the ranks share requests, not heads")
+    parser.add_argument("--first-port", type=int, default=30000, help="of the first engine; each has a thousand of its own")
     parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")
@@ -284,7 +285,8 @@ def main() -> None:
     while options.wait_for is not None and not options.wait_for.exists():
         time.sleep(0.2)
     results: dict[str, Any] = {
-        "engine": options.engine, "date": datetime.date.today().isoformat(), "command": command(),
+        "engine": options.engine, "tp": options.tp, "dp_attention": options.dp_attention,
+        "date": datetime.date.today().isoformat(), "command": command(),
         "start_s": {name: engine.ready["start_s"] for name, engine in engines.items() if engine.ready}, "cells": [],
     }  # fmt: skip
     raw = options.json.with_suffix(".raw.json")
@@ -295,7 +297,7 @@ def main() -> None:
         if recording := engines.get(f"{options.steps[0]} {RECORDING}"):
             record(options, recording)
         results["profiles"] = {}
-        for name, profile in profiles(options, engines):
+        for name, profile in profiles(options, engines) if options.tp == 1 else ():  # the profiler sees one process
             results["profiles"][name] = profile
     finally:
         time.sleep(1.5)

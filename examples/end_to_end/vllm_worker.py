@@ -4,8 +4,8 @@
 tp (tensor parallel ranks).
 
 The engine core runs in this process: all requests of a batch are queued before the first step, so that every run
-schedules the same batches, and the profiler sees the work (not with tp above 1, which takes a process per rank). Needs
-no FlashInfer, no flash-attention and no network.
+schedules the same batches, and the profiler sees the work (not with tp above 1, which takes a process per rank). Ranks
+reduce with NCCL alone, without NVLink multicast. Needs no FlashInfer, no flash-attention and no network.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -50,7 +52,7 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
     steps, blocks = config["steps"], -(-config["max_tokens"] // BLOCK)
     return {
         "model": config["model"], "load_format": "dummy", "skip_tokenizer_init": True, "seed": 1, "dtype": "bfloat16",
-        "tensor_parallel_size": config["tp"],
+        "tensor_parallel_size": config["tp"], "disable_custom_all_reduce": True,
         "max_model_len": min(config["max_tokens"], 32768),
         "max_num_seqs": config["max_batch_size"], "max_num_batched_tokens": 8192,
         "kv_cache_dtype": "fp8_ds_mla", "block_size": BLOCK, "enable_prefix_caching": False,
