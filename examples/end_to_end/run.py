@@ -300,6 +300,7 @@ def main() -> None:
         for name, profile in profiles(options, engines) if options.tp == 1 else ():  # the profiler sees one process
             results["profiles"][name] = profile
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is written, whoever loses patience
         time.sleep(1.5)
         results["logs"] = {name: engine.log_lines() for name, engine in engines.items()}
         for engine in engines.values():

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def report(tmp_path: Path, example: Path) -> str:
     """The table of a run."""
     command = [sys.executable, "report.py", str(tmp_path / "r.json")]
     return subprocess.run(command, cwd=example, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path) -> None:
+    example = tmp_path / "example"
+    shutil.copytree(EXAMPLE, example)
+    (example / "sglang_worker.py").write_text(f"WRONG = False\n{WORKER}")
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"), "--out", str(tmp_path),
+         "--steps", "4", "--batch", *["1"] * 200, "--prompt", "16", "--new-tokens", "60", "--seconds-per-cell", "0",
+         "--json", str(tmp_path / "r.json")],
+        cwd=example, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "1 turns" in line:
+            break
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.2)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert process.returncode == 1 and 1 <= len(found["cells"]) < 200
+    assert all(figures["round_us_median"] for figures in found["cells"][0]["variants"].values())
 
 
 def test_ranks_are_compared(tmp_path: Path) -> None:
