@@ -152,7 +152,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {cell['steps']} | {cell['prompt']} | {cell['batch']} | {' | '.join(rates)} | {rounds} | {metadata} | {same} |"
         )
     lines += ["", *_changes(results, variants), *_jitter(results, variants), "", *_engines(results)]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n")
 
 
 def _title(results: dict[str, Any]) -> str:
@@ -190,7 +190,8 @@ def _jitter(results: dict[str, Any], variants: list[str]) -> list[str]:
                     found.setdefault(name, []).append((value["spread_median"], value["spread_p99"]))
         for name, pairs in found.items():
             median, p99 = (statistics.median(column) for column in zip(*pairs, strict=True))
-            lines.append(f"`{variant}`: {name}, slowest rank over fastest: {median:,.0f} (p99 {p99:,.0f}).  ")
+            part = name.removesuffix(" us")
+            lines.append(f"`{variant}`, {part}: slowest rank over fastest {median:,.0f} µs (p99 {p99:,.0f} µs).  ")
     return lines
 
 

@@ -249,7 +249,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
     parser.add_argument("--dp-attention", action="store_true", help="sglang: the ranks share requests, not heads")
-    parser.add_argument("--first-port", type=int, default=30000, help="of the first engine; each has a thousand of its own")
+    parser.add_argument("--first-port", type=int, default=30000, help="the first engine's; each has a thousand")
     parser.add_argument("--start-seconds", type=float, default=300, help="how long an engine may take to come up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("end-to-end"), help="folder for logs and traces")

@@ -138,7 +138,7 @@ def test_ranks_are_compared(tmp_path: Path) -> None:
             assert figures["draft metadata us"]["per_round"] == figures["round us"]["per_round"] == 1
             assert figures["draft metadata us"]["spread_median"] == pytest.approx(300)
             assert 400 < figures["round_us_median"] < 1000  # of each rank by itself
-    assert report(tmp_path, example).count("draft metadata us, slowest rank over fastest: 300 (p99 300)") == 3
+    assert report(tmp_path, example).count("draft metadata: slowest rank over fastest 300 µs (p99 300 µs)") == 3
 
 
 @pytest.mark.parametrize("planted", ["", "a token", "a line of the log"])
