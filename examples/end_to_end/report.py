@@ -157,10 +157,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _title(results: dict[str, Any]) -> str:
     """Engine, GPUs and how they share the work, date."""
-    ranks = results["tp"]
-    shared = f", {'DP attention' if results['dp_attention'] else 'tensor parallel'}" if ranks > 1 else ""
-    gpus = f"{ranks} × {results['machine']['machine']}" if ranks > 1 else results["machine"]["machine"]
-    return f"{results['engine']}, {gpus}{shared}, {results['date']}"
+    gpus = results["machine"]["machine"]
+    if results["tp"] > 1:
+        gpus = f"{results['tp']} × {gpus}, {'DP attention' if results['dp_attention'] else 'tensor parallel'}"
+    return f"{results['engine']}, {gpus}, {results['date']}"
 
 
 def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
@@ -185,13 +185,12 @@ def _jitter(results: dict[str, Any], variants: list[str]) -> list[str]:
     for variant in variants:
         found: dict[str, list[tuple[float, float]]] = {}
         for cell in results["cells"]:
-            for name, value in cell["variants"].get(variant, {}).items():
-                if name.endswith("metadata us") and "spread_median" in value:
+            for name, value in _preparations(cell["variants"].get(variant, {})).items():
+                if "spread_median" in value:
                     found.setdefault(name, []).append((value["spread_median"], value["spread_p99"]))
         for name, pairs in found.items():
             median, p99 = (statistics.median(column) for column in zip(*pairs, strict=True))
-            part = name.removesuffix(" us")
-            lines.append(f"`{variant}`, {part}: slowest rank over fastest {median:,.0f} µs (p99 {p99:,.0f} µs).  ")
+            lines.append(f"`{variant}`, {name}: slowest rank over fastest {median:,.0f} µs (p99 {p99:,.0f} µs).  ")
     return lines
 
 
@@ -221,9 +220,14 @@ def _engines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _preparations(one: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of a variant's figures, those of the calls that prepare metadata."""
+    return {name.removesuffix(" us"): value for name, value in one.items() if name.endswith("metadata us")}
+
+
 def _metadata(one: dict[str, Any]) -> str:
     """Host time of everything that prepares metadata, per round."""
-    parts = [value["median"] * value["per_round"] for name, value in one.items() if name.endswith("metadata us")]
+    parts = [value["median"] * value["per_round"] for value in _preparations(one).values()]
     return f"{sum(parts):,.0f}" if parts else "–"
 
 

@@ -129,9 +129,9 @@ class Engine:
 
 
 def start(
-    options: argparse.Namespace, steps: int, variant: str, port: int, settings: dict[str, str] | None = None
+    options: argparse.Namespace, steps: int, variant: str, number: int, settings: dict[str, str] | None = None
 ) -> Engine:
-    """Start one engine, with the plugin's settings of its variant or others; it is not up yet."""
+    """Start the engine of that number, with the plugin's settings of its variant or others; it is not up yet."""
     path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
     environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
     if variant == RECORDING:
@@ -140,7 +140,7 @@ def start(
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
     config = {
         "model": str(options.model), "steps": steps, "tp": options.tp, "dp_attention": options.dp_attention,
-        "max_batch_size": max(options.batch), "port": port,
+        "max_batch_size": max(options.batch), "port": options.first_port + 1000 * number,
         "max_tokens": max(options.batch) * (max(options.prompt) + options.new_tokens + 1024),
     }  # fmt: skip
     return Engine(f"{steps} {variant}", HERE / f"{options.engine}_worker.py", config, environment, options.out)
@@ -153,7 +153,7 @@ def start_all(options: argparse.Namespace) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
     waiting: list[Engine] = []
     for index, (steps, variant) in enumerate(wanted):
-        engine = start(options, steps, variant, options.first_port + 1000 * index)
+        engine = start(options, steps, variant, index)
         waiting.append(engine)
         if index not in (0, len(wanted) - 1):
             continue
@@ -218,7 +218,9 @@ def record(options: argparse.Namespace, engine: Engine) -> None:
 
 
 def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What torch's profiler sees of some rounds of one request, engine by engine."""
+    """What torch's profiler sees of some rounds of one request, engine by engine; of several ranks it would see one."""
+    if options.tp > 1:
+        return
     prompts = random_prompts(options.model, random.Random(options.seed), options.prompt[:1])
     for name, engine in engines.items():
         if name.endswith(RECORDING) or not engine.alive():
@@ -297,7 +299,7 @@ def main() -> None:
         if recording := engines.get(f"{options.steps[0]} {RECORDING}"):
             record(options, recording)
         results["profiles"] = {}
-        for name, profile in profiles(options, engines) if options.tp == 1 else ():  # the profiler sees one process
+        for name, profile in profiles(options, engines):
             results["profiles"][name] = profile
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is written, whoever loses patience

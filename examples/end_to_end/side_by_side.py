@@ -49,16 +49,13 @@ def main() -> int:
     ]
     expected: dict[int, Any] = {}
     order = range(len(batches))
-    alone = start(options, options.steps, "no plugin", options.first_port)
+    alone = start(options, options.steps, "no plugin", 0)
     alone.wait(options.start_seconds)
     generate(alone, batches, order, options.new_tokens, expected)
     alone.quit()
     say("without the plugin: done")
     settings = {"NSA_PLUGIN_VERIFY": str(options.verify), "NSA_PLUGIN_REPRO_DIR": str(options.out.resolve())}
-    engines = [
-        start(options, options.steps, f"verified {index}", options.first_port + 1000 * (1 + index), settings)
-        for index in (0, 1)
-    ]
+    engines = [start(options, options.steps, f"verified {index}", 1 + index, settings) for index in (0, 1)]
     for engine in engines:
         engine.wait(options.start_seconds)
     found: list[dict[int, Any]] = [{}, {}]

@@ -57,21 +57,38 @@ if config["tp"] == 2:  # a second rank, slower by 300 µs
 """
 
 
-def drive(tmp_path: Path, worker: str, *options: str) -> tuple[str, dict[str, Any], Path]:
-    """Run the driver with a worker in place of sglang's; what it printed, its results, and the folder it ran in."""
+def example_with(worker: str, tmp_path: Path) -> Path:
+    """A copy of the example with a worker in place of sglang's."""
     example = tmp_path / "example"
     shutil.copytree(EXAMPLE, example)
     (example / "sglang_worker.py").write_text(worker)
-    results, out = tmp_path / "r.json", tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "run.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"), "--out", str(out),
-         "--steps", "4", "8", "--batch", "1", "2", "--prompt", "16", "--new-tokens", "60", "--seconds-per-cell", "0",
-         "--json", str(results), *options],
-        cwd=example, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return example
+
+
+def command(script: str, tmp_path: Path, *options: str) -> list[str]:
+    """A command line that writes to r.json."""
+    folders = [
+        "--plugin",
+        str(tmp_path),
+        "--probe",
+        str(tmp_path / "example" / "probe"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    return [sys.executable, script, *folders, "--json", str(tmp_path / "r.json"), *options]
+
+
+RUN = ("--prompt", "16", "--new-tokens", "60", "--seconds-per-cell", "0")
+
+
+def drive(tmp_path: Path, worker: str, *options: str) -> tuple[str, dict[str, Any], Path]:
+    """Run the driver; what it printed, its results, and the folder it ran in."""
+    example = example_with(worker, tmp_path)
+    line = command("run.py", tmp_path, *RUN, "--steps", "4", "8", "--batch", "1", "2", *options)
+    done = subprocess.run(line, cwd=example, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "planted: this one does not start" in done.stdout
-    return done.stdout, json.loads(results.read_text()), example
+    return done.stdout, json.loads((tmp_path / "r.json").read_text()), example
 
 
 def test_steps_without_any_engine_are_left_out(tmp_path: Path) -> None:
@@ -110,18 +127,13 @@ def report(tmp_path: Path, example: Path) -> str:
 
 
 def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path) -> None:
-    example = tmp_path / "example"
-    shutil.copytree(EXAMPLE, example)
-    (example / "sglang_worker.py").write_text(f"WRONG = False\n{WORKER}")
-    process = subprocess.Popen(
-        [sys.executable, "run.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"), "--out", str(tmp_path),
-         "--steps", "4", "--batch", *["1"] * 200, "--prompt", "16", "--new-tokens", "60", "--seconds-per-cell", "0",
-         "--json", str(tmp_path / "r.json")],
-        cwd=example, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    example = example_with(f"WRONG = False\n{WORKER}", tmp_path)
+    line = command("run.py", tmp_path, *RUN, "--steps", "4", "--batch", *["1"] * 200)
+    process = subprocess.Popen(line, cwd=example, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    done = (line for line in process.stdout if "1 turns" in line)
-    next(done), next(done)  # when the second is over, the first is kept
+    cells = (line for line in process.stdout if "1 turns" in line)
+    for _ in range(2):  # when the second is over, the first is kept
+        next(cells)
     while process.poll() is None:
         process.terminate()
         time.sleep(0.2)
@@ -142,20 +154,14 @@ def test_ranks_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("planted", ["", "a token", "a line of the log"])
 def test_two_engines_side_by_side_are_compared_with_one_alone(tmp_path: Path, planted: str) -> None:
-    example = tmp_path / "example"
-    shutil.copytree(EXAMPLE, example)
     worker = WORKER.replace('strategy == "auto"', '"verified-1" in os.environ["E2E_TIMES"]')
     if planted == "a line of the log":
         worker = worker.replace("nsa-plugin: loaded", "nsa-plugin: draft: … its own values are used, …")
-    (example / "sglang_worker.py").write_text(f"WRONG = {planted == 'a token'}\n{worker}")
-    results = tmp_path / "r.json"
-    done = subprocess.run(
-        [sys.executable, "side_by_side.py", "--plugin", str(tmp_path), "--probe", str(example / "probe"),
-         "--out", str(tmp_path / "out"), "--new-tokens", "20", "--json", str(results)],
-        cwd=example, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    example = example_with(f"WRONG = {planted == 'a token'}\n{worker}", tmp_path)
+    line = command("side_by_side.py", tmp_path, "--new-tokens", "20")
+    done = subprocess.run(line, cwd=example, capture_output=True, text=True, timeout=120)
     assert done.returncode == bool(planted), done.stdout + done.stderr
-    found = json.loads(results.read_text())
+    found = json.loads((tmp_path / "r.json").read_text())
     assert found["ok"] is not bool(planted)
     assert len(found["trouble"]) == (2 if planted == "a line of the log" else 0)
     assert found["same_tokens"] == [[True] * 6, [planted != "a token"] * 6]
