@@ -127,8 +127,12 @@ class Host(Protocol):
         consumers: Sequence[StepMetadata],
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
+        enabled: torch.Tensor | None = None,
     ) -> Callable[[BatchDescriptor], None]:
-        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`."""
+        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`.
+
+        Raises `UnavailableError` if `enabled` is given and a plugin's implementation does not take it.
+        """
 
     def observer(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor

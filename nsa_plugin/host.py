@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from nsa_plugin import background, repro
 from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
@@ -180,6 +182,7 @@ class Host:
         consumers: Sequence[StepMetadata],
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
+        enabled: torch.Tensor | None = None,
     ) -> Callable[[BatchDescriptor], None]:
         """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`."""
         return ReplayPlan(
@@ -189,6 +192,7 @@ class Host:
             strategy=strategy,
             derive=derive,
             bind=self.manager.bind,
+            enabled=enabled,
         ).run
 
     def observer(

@@ -141,11 +141,14 @@ class _FailingPrecompute:
         self._fault = fault
 
     @hookimpl(tryfirst=True)
-    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any, enabled: Any) -> Any:
         def run(live: Any) -> None:
-            out.steps[0].cache_seqlens.fill_(-5)  # half-written results must not survive
+            lengths = out.steps[0].cache_seqlens
+            lengths.masked_fill_(
+                lengths == lengths if enabled is None else enabled != 0, -5
+            )  # half-written results must not survive
             self._fault.call()
-            reference.precompute(live, out)
+            reference.precompute(live, out, enabled)
 
         return run
 
