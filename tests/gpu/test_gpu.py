@@ -162,6 +162,39 @@ def test_one_captured_graph_serves_changing_batches() -> None:
             assert_equals(want, consumer)
 
 
+@pytest.mark.parametrize("mode", list(ForwardMode))
+def test_a_captured_graph_is_switched_on_the_device(mode: ForwardMode) -> None:
+    """Off, a replay leaves every byte as it is; on again, it is right again. No new capture, nothing for the host."""
+    rng = random.Random(13)
+    width, size, draft_tokens = 8192, 16, 4
+    seq_lens = torch.ones(size, dtype=torch.int64, device=DEVICE)
+    requests = torch.zeros(size, dtype=torch.int64, device=DEVICE)
+    table = torch.randint(0, 1 << 30, (size + 1, width), dtype=torch.int32, device=DEVICE)
+    batch = BatchDescriptor(mode, size, seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens)
+    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)))
+    consumer = poisoned(batch, geometry)[0].steps[0]
+    enabled = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    plan = ReplayPlan(batch, geometry, [consumer], strategy="share", enabled=enabled)
+    plan.run(batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(batch)
+    for _ in range(60):
+        on = rng.random() < 0.5
+        enabled.fill_(on)
+        seq_lens.copy_(torch.tensor([rng.randint(1, width - draft_tokens) for _ in range(size)]))
+        requests.copy_(torch.randint(0, size + 1, (size,)))
+        buffers = {name: getattr(consumer, name) for name in (*VECTORS, *TABLES)}
+        for buffer in () if on else buffers.values():
+            buffer.fill_(rng.randint(-1000, -1))
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        graph.replay()
+        if on:
+            assert_equals(reference(batch, geometry), consumer)
+        else:
+            assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
+
+
 def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
     from nsa_plugin.core.kernels.fast_copy import copy_kernel
     from nsa_plugin.core.kernels.metadata import metadata_kernel
