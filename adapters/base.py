@@ -202,6 +202,9 @@ class Adapter(Protocol):
         what to do. Imports the engine, changes nothing.
         """
 
+    def untested(self) -> list[str]:
+        """Hooked functions with parameters that no tested release has, a line each; empty once installed."""
+
     def install(self, host: Host) -> list[str]:
         """Patch the engine, completely or not at all; returns the problems that kept it from doing so.
 
