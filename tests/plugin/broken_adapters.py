@@ -288,17 +288,17 @@ class NeverPlans(ToyAdapter):
 
 
 class TakesWhatItKnows(ToyAdapter):
-    def _prepare(self, forward: Any, batch: Any) -> None:  # type: ignore[override]
+    def _prepare(self, forward: Any, batch: Any) -> None:
         super()._prepare(forward, batch)
 
 
 class KeepsWhatItDoesNotKnow(ToyAdapter):
-    def _capture(self, forward: Any, batch: Any, **keywords: Any) -> None:  # type: ignore[override]
+    def _capture(self, forward: Any, batch: Any, **keywords: Any) -> None:
         super()._capture(forward, batch)
 
 
 class KeepsItWhileOff(ToyAdapter):
-    def _prepare(self, forward: Any, batch: Any, **keywords: Any) -> None:  # type: ignore[override]
+    def _prepare(self, forward: Any, batch: Any, **keywords: Any) -> None:
         super()._prepare(forward, batch)
 
 
