@@ -22,7 +22,7 @@ import pkgutil
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
-from nsa_plugin.adapters.probe import installed_version, warn_if_untested
+from nsa_plugin.adapters.probe import installed_version, untested, warn_if_untested, warn_of_untested
 from nsa_plugin.adapters.sglang import capabilities
 from nsa_plugin.adapters.sglang.paths import MultiStepDraft, Path, SingleBackend, not_graph, usable
 from nsa_plugin.adapters.sglang.preparation import ENGINE
@@ -45,6 +45,10 @@ class SglangAdapter:
         """What the installed sglang lacks; empty if it fits."""
         return capabilities.probe()
 
+    def untested(self) -> list[str]:
+        """Hooked functions of the installed sglang with parameters that no tested release has."""
+        return untested(capabilities.names().needs())
+
     def install(self, host: Host) -> list[str]:
         """Hook sglang, completely or not at all; returns the problems that kept it from doing so."""
         if self._hooks:
@@ -55,6 +59,7 @@ class SglangAdapter:
 
         self._left_alone = capabilities.lacking("draft extend")
         warn_if_untested(logger, "sglang", capabilities.TESTED)
+        warn_of_untested(logger, capabilities.names().needs())
         names = capabilities.names()
         paths: dict[str, Path] = {names.multi_step: MultiStepDraft(host), names.backend: SingleBackend(host)}
         self._paths = list(paths.values())

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
-from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
+from nsa_plugin.adapters.probe import Need, installed_version, missing, untested, warn_if_untested, warn_of_untested
 from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_copy, v2_watch
 from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
@@ -78,6 +78,12 @@ class VllmAdapter:
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
         return missing(tuple(need for part in v2_parts() for need in part.needs))
+
+    def untested(self) -> list[str]:
+        """Hooked functions of the installed vLLM with parameters that no tested release has."""
+        hooked = (need for part in v2_parts() for need in part.needs)
+        unfused = v2_copy.needs(capabilities.speculator())
+        return untested((*hooked, *unfused, *capabilities.WATCH_NEEDS, *capabilities.V1_NEEDS))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
@@ -164,6 +170,7 @@ class VllmAdapter:
             logger.info("nsa-plugin: %s: left as it is: %s", path, "; ".join(problems))
 
     def _set(self, host: Host, part: Part) -> None:
+        warn_of_untested(logger, part.needs)
         owner, patches = pkgutil.resolve_name(part.owner), self._patches
         for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
             patches.set(owner, name, replacement)

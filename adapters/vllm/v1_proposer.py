@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.probe import missing
+from nsa_plugin.adapters.probe import missing, warn_of_untested
 from nsa_plugin.adapters.vllm import capabilities, v1_watch
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
@@ -83,6 +83,7 @@ class V1Draft:
             if problems := self.probe():
                 logger.warning("nsa-plugin: Model Runner V1 is left as it is: %s", "; ".join(problems))
                 return
+            warn_of_untested(logger, capabilities.V1_NEEDS)
             base = pkgutil.resolve_name(capabilities.V1_PROPOSER)
             update, build = (vars(base)[name] for name in (UPDATE, BUILD))
             patch = self._patch_made = Patch(host, base, update, build)

@@ -40,7 +40,9 @@ def needs(speculator: str) -> tuple[Need, ...]:
         Need(
             f"{speculator}.{LOOP}",
             ("num_reqs", "skip_attn", "batch_desc"),
-            "know when the steps begin and end (hooked)",
+            "know when the steps begin and end",
+            hooked=True,
+            known=("num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
         ),
         capabilities.SLOTS,
     )

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
-from nsa_plugin.adapters.probe import missing
+from nsa_plugin.adapters.probe import missing, warn_of_untested
 from nsa_plugin.adapters.vllm import capabilities, v2_step
 from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
@@ -38,6 +38,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     if problems := missing(capabilities.WATCH_NEEDS):
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
         return v2_step.hooks(host, owner, live)
+    warn_of_untested(logger, capabilities.WATCH_NEEDS)
     _watches[id(host)] = made
     begin = functools.wraps(getattr(owner, BEGIN))(made.begin(getattr(owner, BEGIN)))
     return MappingProxyType({**v2_step.hooks(host, owner, live, made.step), BEGIN: begin})
