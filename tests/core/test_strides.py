@@ -116,7 +116,7 @@ def test_the_copy_kernel_reaches_every_element(kind: str, far: Stretch) -> None:
         assert_equal_live(want, target, 0)
 
 
-def draft() -> tuple[tuple[torch.Tensor, torch.Tensor, BlockTable], list[DraftStep]]:
+def draft() -> tuple[Any, list[DraftStep]]:
     where = torch.tensor([3, 61, 17])
     table = torch.arange(3 * 16, dtype=torch.int32).view(3, 16)
     steps = [
@@ -124,21 +124,21 @@ def draft() -> tuple[tuple[torch.Tensor, torch.Tensor, BlockTable], list[DraftSt
             torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
         )
     ]
-    return (where, where + 1, BlockTable(table, 4)), steps * 1
+    return (where, where + 1, BlockTable(table, 4)), steps
 
 
 def test_the_draft_kernel_reaches_every_element(far: Stretch) -> None:
     limits, refused = DraftLimits(64, PastEnd.CLAMP), []
-    (batch, want) = draft()
-    bind_draft_steps(want, limits, impl="reference")(*batch, 3, 4)
-    for name, (batch, steps) in stretched(draft, far):
-        check_source(*batch, 3)
+    (positions, lengths, table), want = draft()
+    bind_draft_steps(want, limits, impl="reference")(positions, lengths, table, 3, 4)
+    for name, ((positions, lengths, table), steps) in stretched(draft, far):
+        check_source(positions, lengths, table, 3)
         try:
             fill = bind_draft_steps(steps, limits, impl="triton")
         except InvalidValueError:
             refused.append(name.split(".")[-1])
             continue
-        fill(*batch, 3, 4)
+        fill(positions, lengths, table, 3, 4)
         for (_, a), (_, b) in zip(tensors(want), tensors(steps), strict=True):
             assert torch.equal(a, b), name
     assert refused == ["positions dimension 0", "slots dimension 0", "seq_lens dimension 0"]  # contiguous only
@@ -153,26 +153,26 @@ def update() -> tuple[DraftRows, SlotGroups, list[torch.Tensor], list[IndexerRow
         torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.tensor([2, 0, 1], dtype=torch.int32),
     )  # fmt: skip
     tables = [torch.arange(3 * 16, dtype=torch.int32).view(3, 16) + 100 * group for group in range(3)]
-    groups = SlotGroups(tables, *grouped(tables), new(3, 4, dtype=torch.int64))
+    groups = SlotGroups(tables, **grouped(tables), slot_mapping=new(3, 4, dtype=torch.int64))
     indexer = IndexerRows(new(3), (new(3), new(3)), new(3), tables[0].clone(), new(3, 16))
     return rows, groups, [new(3)], [indexer]
 
 
-def grouped(tables: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return (
-        torch.tensor([table.data_ptr() for table in tables]),
-        torch.tensor([table.stride(0) for table in tables]),
-        torch.full((len(tables),), 4, dtype=torch.int32),
-        torch.ones(len(tables), dtype=torch.bool),
-    )
+def grouped(tables: Any) -> dict[str, torch.Tensor]:
+    return {
+        "addresses": torch.tensor([table.data_ptr() for table in tables]),
+        "row_strides": torch.tensor([table.stride(0) for table in tables]),
+        "block_sizes": torch.full((len(tables),), 4, dtype=torch.int32),
+        "enabled": torch.ones(len(tables), dtype=torch.bool),
+    }
 
 
 def test_the_step_kernel_reaches_every_element(far: Stretch) -> None:
     want, reached = update(), set()
     StepUpdate(*want, impl="reference").run(first=True)
     for name, (rows, groups, maps, indexers) in stretched(update, far):
-        addresses, strides, *_ = grouped(groups.tables)
-        groups = replace(groups, addresses=addresses, row_strides=strides)
+        known = grouped(groups.tables)
+        groups = replace(groups, addresses=known["addresses"], row_strides=known["row_strides"])
         try:
             step = StepUpdate(rows, groups, maps, indexers, impl="triton")
         except InvalidValueError:
