@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.checks import boolean
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,14 @@ class PrecomputedMetadata:
 
     @classmethod
     def allocate(cls, batch: BatchDescriptor, geometry: Geometry, *, tokens: bool = False) -> PrecomputedMetadata:
-        """Make fresh buffers, zeroed, on the batch's device; with `tokens` also those of positions and slots."""
+        """Make fresh buffers, zeroed, on the batch's device; with `tokens` also those of positions and slots.
+
+        Raises `InvalidTypeError` or `InvalidValueError` if `batch` and `geometry` are not well formed.
+        """
+        from nsa_plugin.core.validation import check_batch  # which checks these buffers, too
+
+        check_batch(batch, geometry)
+        boolean("tokens", tokens)
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=batch.seq_lens.device)
