@@ -11,7 +11,7 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits
-from nsa_plugin.core.metadata import StepMetadata
+from nsa_plugin.core.metadata import StepMetadata, equal_in_pieces
 from nsa_plugin.core.plan import PlanStrategy
 
 P = ParamSpec("P")
@@ -78,7 +78,7 @@ def differing(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tens
     return sorted(
         name
         for name in expected.keys() | got.keys()
-        if name not in expected or name not in got or not torch.equal(expected[name], got[name])
+        if name not in expected or name not in got or not equal_in_pieces(expected[name], got[name])
     )
 
 

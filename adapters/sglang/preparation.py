@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Host, Mismatch, Strategy, differing
+from nsa_plugin.adapters.base import Host, Mismatch, Strategy
 from nsa_plugin.adapters.sglang import derived
 from nsa_plugin.adapters.sglang.capabilities import names
-from nsa_plugin.adapters.sglang.compare import SpareBuffers, compare, native_replay, shadow
+from nsa_plugin.adapters.sglang.compare import SpareBuffers, differing_values, native_replay, shadow
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
 from nsa_plugin.core.metadata import StepMetadata
@@ -233,9 +233,8 @@ class Preparation:
                     seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
                 native_replay([shadow(self._backends[0], self._spare, self._batch_size)], seen, self._native_mode)
                 computed = offset
-            expected, got = compare(self._spare, metadata, live, self._geometry)
-            if differing(expected, got):
-                yield index, {n: v.clone() for n, v in expected.items()}, {n: v.clone() for n, v in got.items()}
+            if values := differing_values(self._spare, metadata, live, self._geometry):
+                yield index, *values
 
     def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
         """The `DSAMetadata` that each backend gets."""
