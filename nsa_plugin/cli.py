@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nsa_plugin import __version__
+from nsa_plugin.build import build
 from nsa_plugin.core.errors import NsaPluginError, UnavailableError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(prog="nsa-plugin", description=sys.modules["nsa_plugin"].__doc__)
-    parser.add_argument("--version", action="version", version=f"nsa-plugin {__version__}")
+    parser.add_argument("--version", action="version", version=f"nsa-plugin {build()}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="run a decode trace and check and time every way to prepare it")
     demo.add_argument("--engine", choices=("none", "sglang"), default="none", help="none: an embedded harness")

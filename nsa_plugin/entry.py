@@ -21,8 +21,16 @@ def register_sglang() -> None:
 
 
 def register_vllm() -> None:
-    """Install the vLLM adapter (entry-point group `vllm.general_plugins`)."""
-    register("vllm", logging.getLogger("vllm.plugins.nsa_plugin"))
+    """Install the vLLM adapter (entry-point group `vllm.general_plugins`); the settings reach vLLM's other processes too."""
+    logger = logging.getLogger("vllm.plugins.nsa_plugin")
+    try:
+        from nsa_plugin.adapters.vllm.ray import carry_settings
+
+        if problem := carry_settings():  # before anything else: "off" must get there, and wrong ones must, too
+            logger.warning("nsa-plugin: %s", problem)
+    except Exception as error:
+        logger.exception("nsa-plugin: settings may not reach Ray's workers: %s", error)
+    register("vllm", logger)
 
 
 def register(engine: str, logger: logging.Logger, *plugins: object) -> None:

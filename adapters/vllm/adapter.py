@@ -9,6 +9,8 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
   (Upstream report 54369 and pull request 54790, both open.)
 - `DeepseekV32IndexerMetadataBuilder` of vLLM 0.28 to 0.31 lacks it too: lengths and DeepGEMM's schedule are recomputed.
   (vLLM 0.32 has it.)
+- `TargetDependentARSpeculator._configure_decode_metadata_update` (`_configure_fused_multi_step_decode` until 0.31), which
+  chooses the fused draft: all ranks choose alike (see `v2_choice`).
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
 - `TargetDependentARSpeculator._fused_multi_step_decode`, only if drafts are verified or measured: to see each begin (see
@@ -29,7 +31,16 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, missing, untested, warn_if_untested, warn_of_untested
-from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_copy, v2_watch
+from nsa_plugin.adapters.vllm import (
+    backends,
+    capabilities,
+    in_place,
+    v1_proposer,
+    v2_builder,
+    v2_choice,
+    v2_copy,
+    v2_watch,
+)
 from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
@@ -54,7 +65,8 @@ def v2_parts() -> tuple[Part, ...]:
     speculator = capabilities.speculator()
     builders = (_part(row, capabilities.NEEDS) for row in in_place.ESSENTIAL)
     module = speculator.rpartition(".")[0]
-    return (*builders, Part(module, speculator, capabilities.step_needs(speculator), v2_watch.hooks))
+    choice = Part(module, speculator, v2_choice.needs(speculator), v2_choice.hooks)
+    return (*builders, choice, Part(module, speculator, capabilities.step_needs(speculator), v2_watch.hooks))
 
 
 def _part(row: InPlace, needs: tuple[Need, ...] = ()) -> Part:

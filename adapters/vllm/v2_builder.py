@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import agreement
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 
@@ -24,39 +23,39 @@ Hooks = Mapping[str, Callable[..., Any]]
 RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
-def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own.
+@dataclass(frozen=True)
+class Served:
+    """A class of builders that has an update in place of this adapter's.
 
-    They pass their calls on to the originals when they are not `live`.
+    Attributes
+    ----------
+    row : InPlace
+    path : str
+        For the log.
+    live : callable
+        Whether the update was not undone.
     """
+
+    row: InPlace
+    path: str
+    live: Callable[[], bool]
+
+
+_served: dict[type, Served] = {}
+
+
+def served(builder: Any) -> Served | None:
+    """What serves a builder; None for one of another class, even a subclass, which may build metadata of its own."""
+    found = _served.get(type(builder))
+    return found if found is not None and found.live() else None
+
+
+def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own."""
     if METHOD in vars(owner):
         return {}
-    path = PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}"
-    init = _init(host, path, owner, live, row.refused)
-    return MappingProxyType({"__init__": init, METHOD: UPDATES[row.changes](host)})
-
-
-def _init(
-    host: Host,
-    path: str,
-    owner: type,
-    live: Callable[[], bool],
-    refused: Callable[[Any], str],
-) -> Callable[..., None]:
-    original: Callable[..., None] = owner.__init__  # type: ignore[misc]
-    objection = functools.cache(agreement.objection)  # one vote per process
-
-    @functools.wraps(original)
-    def init(builder: Any, *args: Any, **kwargs: Any) -> None:
-        original(builder, *args, **kwargs)
-        kind: type = type(builder)
-        if not live() or kind is not owner:  # a subclass may build metadata of its own
-            return
-        problem = refused(builder) or objection()
-        builder.supports_draft_decode_metadata_update = not problem
-        host.using(logger, ENGINE, path, f"off ({problem})" if problem else "graph")
-
-    return init
+    _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
+    return MappingProxyType({METHOD: UPDATES[row.changes](host)})
 
 
 def _update_request_map(host: Host) -> Callable[[Any, Any], None]:

@@ -7,14 +7,13 @@ machine share. Nothing is synchronised with the GPU.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import pkgutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -69,29 +68,48 @@ def from_first_call(module: str, owner: str, method: str, targets: Sequence[Targ
     if module in sys.modules:
         watch(sys.modules[module])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported(module, watch))
+        sys.meta_path = [_WhenImported(module, watch), *sys.meta_path]  # others may be walking along the old list
 
 
 class _WhenImported(MetaPathFinder):
-    def __init__(self, module: str, call: Any) -> None:
+    """Calls `call` with a module after its import. It stays on `sys.meta_path`, where others look at any time."""
+
+    def __init__(self, module: str, call: Callable[[ModuleType], None]) -> None:
         self._module, self._call = module, call
+        self._searching = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._module:
+        if fullname != self._module or vars(self._searching):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching.by = self
+        try:
+            spec = next(
+                filter(None, (finder.find_spec(fullname, path, target) for finder in tuple(sys.meta_path))), None
+            )
+        finally:
+            vars(self._searching).clear()
         if spec is not None and spec.loader is not None:
-            execute: Any = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self._call(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader = _Loader(spec.loader, self._call)
         return spec
+
+
+class _Loader:
+    """Stands before a module's loader until the module runs."""
+
+    def __init__(self, loader: Any, call: Callable[[ModuleType], None]) -> None:
+        self._loader, self._call = loader, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        for owner, name in ((module.__spec__, "loader"), (module, "__loader__")):
+            if getattr(owner, name, None) is self:
+                setattr(owner, name, self._loader)
+        self._loader.exec_module(module)
+        self._call(module)
 
 
 def _write() -> None:

@@ -1,0 +1,36 @@
+"""Settings on their way to Ray's workers, which get some variables of the driver's environment only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from nsa_plugin.settings import PREFIX
+
+CARRIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+"""vLLM's own variable (0.28 and later): prefixes, separated by commas, of further variables that are copied."""
+
+
+def carry_settings() -> str:
+    """Have vLLM copy this package's settings to Ray's workers; what the user has copied stays.
+
+    `VLLM_PLUGINS` is always copied. Does nothing if no setting is given. Returns an empty string, or what reaches no worker
+    and the remedy if this vLLM has no such variable and Ray is installed.
+    """
+    given = sorted(name for name in os.environ if name.startswith(PREFIX))
+    if not given or importlib.util.find_spec("vllm") is None:
+        return ""
+    import vllm.envs
+
+    if CARRIED in vllm.envs.environment_variables:
+        prefixes = [prefix for prefix in map(str.strip, os.environ.get(CARRIED, "").split(",")) if prefix]
+        if not any(PREFIX.startswith(prefix) for prefix in prefixes):
+            os.environ[CARRIED] = ",".join([*prefixes, PREFIX])
+        return ""
+    if importlib.util.find_spec("ray") is None:
+        return ""
+    line = " ".join(f"{name}={os.environ[name]!r}" for name in given)
+    return (
+        f"looked for {CARRIED}, with which vLLM copies settings to Ray's workers, found no such variable; under Ray, start it "
+        f"on every node with: {line} ray start …"
+    )
