@@ -104,8 +104,23 @@ class Host(Protocol):
     """The side of the package that an adapter talks to."""
 
     @property
+    def on(self) -> bool:
+        """Whether to do anything but the engine's own path: one attribute read.
+
+        Any thread may change it at any time. Read it once when a capture, a replay or a draft is prepared, and decide
+        everything by that.
+        """
+
+    @property
     def strategies(self) -> tuple[Strategy, ...]:
-        """Strategies to try, best first; empty when switched off."""
+        """Strategies to try, best first; empty while switched off. Read it once per decision: see `on`."""
+
+    @property
+    def configured(self) -> tuple[Strategy, ...]:
+        """Strategies that the settings name, best first, switched off or not.
+
+        What `install` goes by: switched off at the start, an engine may be switched on later.
+        """
 
     @property
     def verify(self) -> int:
@@ -127,8 +142,12 @@ class Host(Protocol):
         consumers: Sequence[StepMetadata],
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
+        enabled: torch.Tensor | None = None,
     ) -> Callable[[BatchDescriptor], None]:
-        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`."""
+        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`.
+
+        Raises `UnavailableError` if `enabled` is given and a plugin's implementation does not take it.
+        """
 
     def observer(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor
@@ -183,6 +202,9 @@ class Adapter(Protocol):
         what to do. Imports the engine, changes nothing.
         """
 
+    def untested(self) -> list[str]:
+        """Hooked functions with parameters that no tested release has, a line each; empty once installed."""
+
     def install(self, host: Host) -> list[str]:
         """Patch the engine, completely or not at all; returns the problems that kept it from doing so.
 
@@ -196,9 +218,10 @@ class Adapter(Protocol):
         """What is accelerated and what is left alone, for one log line."""
 
     def switch(self, on: bool) -> list[str]:
-        """Use the engine's own path from the next replay on, or ours again, without a capture.
+        """Say what goes on as before although the host was switched, one line each with the reason.
 
-        Returns what goes on as before, one line each with the reason: work that is recorded in CUDA graphs.
+        That is work recorded in CUDA graphs which can't be switched there, or what was captured while switched off. Called
+        from any thread, after the change, one call at a time; what acts on the change is `Host.on`.
         """
 
     def paths(self, host: Host) -> list[PathPlan]:

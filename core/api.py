@@ -11,7 +11,7 @@ from nsa_plugin.core import reference, triton_impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
-from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_values
+from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
 
 Impl = Literal["auto", "reference", "triton"]
 BoundPrecompute = Callable[[BatchDescriptor], None]
@@ -88,11 +88,17 @@ def fast_copy(precomputed: PrecomputedMetadata, destinations: Sequence[StepMetad
     bind_copy(precomputed, destinations, impl=impl)()
 
 
-def bind_precompute(batch: BatchDescriptor, out: PrecomputedMetadata, *, impl: Impl = "auto") -> BoundPrecompute:
-    """Bind `impl` to the (checked) buffers `out`, for batches of the mode and size of `batch`."""
+def bind_precompute(
+    batch: BatchDescriptor, out: PrecomputedMetadata, *, impl: Impl = "auto", enabled: torch.Tensor | None = None
+) -> BoundPrecompute:
+    """Bind `impl` to the (checked) buffers `out`, for batches of the mode and size of `batch`.
+
+    `enabled` as in `ReplayPlan`.
+    """
+    check_enabled(enabled, batch, ())
     if resolve_impl(impl, batch.seq_lens.device) == "triton":
-        return triton_impl.bind_precompute(batch, out)
-    return lambda live: reference.precompute(live, out)
+        return triton_impl.bind_precompute(batch, out, enabled=enabled)
+    return lambda live: reference.precompute(live, out, enabled)
 
 
 def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto") -> BoundCopy:
@@ -103,18 +109,25 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata],
 
 
 def bind(
-    batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto"
+    batch: BatchDescriptor,
+    out: PrecomputedMetadata,
+    destinations: Sequence[StepMetadata],
+    *,
+    impl: Impl = "auto",
+    enabled: torch.Tensor | None = None,
 ) -> tuple[BoundPrecompute, BoundCopy | None]:
     """Bind a precompute into `out` and what must be called after it to fill `destinations` too.
 
-    With Triton one launch computes and writes all of them, and only derived planes are left to copy.
+    With Triton one launch computes and writes all of them, and only derived planes are left to copy. `enabled` as in
+    `ReplayPlan`: not with `destinations`.
     """
+    check_enabled(enabled, batch, destinations)
     tables = out.steps[0].page_table_1 is None
     fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)
     if fusible and resolve_impl(impl, batch.seq_lens.device) == "triton":
-        return triton_impl.bind_precompute(batch, out, destinations), _bind_derived_copy(out, destinations)
+        return triton_impl.bind_precompute(batch, out, destinations, enabled), _bind_derived_copy(out, destinations)
     copy = bind_copy(out, destinations, impl=impl) if destinations else None
-    return bind_precompute(batch, out, impl=impl), copy
+    return bind_precompute(batch, out, impl=impl, enabled=enabled), copy
 
 
 def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> BoundCopy | None:

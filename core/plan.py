@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
+import torch
+
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
-from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_shared
+from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_shared
 
 PlanStrategy = Literal["copy", "share"]
 
 
 class Bind(Protocol):
-    """Binds implementations to buffers: the precompute, and what fills the destinations after it (None if nothing must)."""
+    """Binds implementations to buffers: the precompute, and what fills the destinations after it (None if nothing must).
+
+    With `enabled` (int32 [1]) the precompute leaves `out` as it is where that is 0 on the device.
+    """
 
     def __call__(
-        self, batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata]
+        self,
+        batch: BatchDescriptor,
+        out: PrecomputedMetadata,
+        destinations: Sequence[StepMetadata],
+        *,
+        enabled: torch.Tensor | None,
     ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]: ...
 
 
@@ -39,6 +49,10 @@ class ReplayPlan:
         Computes the derived planes of `consumers[0]` after the rest of it is there (an engine's own functions).
     bind : Bind, optional
         Where implementations other than the built-in ones come from.
+    enabled : int32 tensor [1] on the batch's device, optional
+        A switch that each run reads on the device: where it is 0, the run leaves the consumers as they are; where it is
+        1, it writes them. Whoever changes it does so on the stream of the runs. `derive` is called in either case.
+        Not with further consumers to copy to.
 
     Raises
     ------
@@ -60,6 +74,7 @@ class ReplayPlan:
         strategy: PlanStrategy,
         derive: Callable[[], None] | None = None,
         bind: Bind = api.bind,
+        enabled: torch.Tensor | None = None,
     ) -> None:
         if strategy not in ("copy", "share"):
             reject("strategy", "'copy' or 'share'", repr(strategy))
@@ -83,7 +98,8 @@ class ReplayPlan:
             check_shared(consumers)
         if copies:
             check_destinations(self.metadata, copies)
-        self._precompute, self._copy = bind(batch, self.metadata, copies)
+        check_enabled(enabled, batch, copies)
+        self._precompute, self._copy = bind(batch, self.metadata, copies, enabled=enabled)
 
     def run(self, batch: BatchDescriptor) -> None:
         """Write the metadata of `batch` to where the captured kernels read it.

@@ -30,9 +30,10 @@ from nsa_plugin.core.metadata import (
 )
 
 
-def precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> None:
-    """Write the metadata of `batch` into `out`."""
+def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None = None) -> None:
+    """Write the metadata of `batch` into `out`, which stays as it is where `enabled` (int32 [1]) is 0."""
     bs = batch.batch_size
+    on = None if enabled is None else enabled != 0
     request, position, count, exists = live_rows(batch)
     lengths = batch.seq_lens[:bs].long() + batch.added_tokens
     for offset, step in zip(batch.offsets, out.steps, strict=True):
@@ -41,26 +42,27 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata) -> None:
             cache_seqlens = cache_seqlens.clamp(max=out.geometry.table_width)
         expanded = (cache_seqlens[request] - count + position + 1).clamp(min=0)
         clipped = expanded.clamp(max=out.geometry.index_topk)
-        _write(step.cache_seqlens, cache_seqlens)
-        _write(step.cu_seqlens_k, _with_leading_zero(cache_seqlens.cumsum(0)))
-        _write(step.seqlens_expanded, expanded)
-        _write(step.nsa_cache_seqlens, clipped)
-        _write(step.nsa_cu_seqlens_k, _with_leading_zero((clipped * exists).cumsum(0)))
+        _write(step.cache_seqlens, cache_seqlens, on)
+        _write(step.cu_seqlens_k, _with_leading_zero(cache_seqlens.cumsum(0)), on)
+        _write(step.seqlens_expanded, expanded, on)
+        _write(step.nsa_cache_seqlens, clipped, on)
+        _write(step.nsa_cu_seqlens_k, _with_leading_zero((clipped * exists).cumsum(0)), on)
         if step.positions is not None and step.slot_mapping is not None:
             positions = (cache_seqlens - 1).clamp(min=0)
-            _write(step.positions, positions)
-            _write(step.slot_mapping, torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), -1))
+            _write(step.positions, positions, on)
+            slot_mapping = torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), -1)
+            _write(step.slot_mapping, slot_mapping, on)
 
     table, geometry = out.steps[0], out.geometry
     width = _live_width(lengths + max(batch.offsets), geometry.table_width)
     if table.page_table_1 is not None:
         slots = batch.slots.lookup(bs, width)
         pages = slots[:, :: geometry.page_size]
-        _write_rows(table.page_table_1, _expand(slots, batch, request))
+        _write_rows(table.page_table_1, _expand(slots, batch, request), on)
     else:
         pages = batch.slots.lookup(bs, width, geometry.page_size)
     if geometry.page_size > 1:
-        _write_rows(table.real_page_table, _expand(pages // geometry.page_size, batch, request))
+        _write_rows(table.real_page_table, _expand(pages // geometry.page_size, batch, request), on)
 
 
 def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> None:
@@ -100,10 +102,14 @@ def _with_leading_zero(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values.new_zeros(1), values])
 
 
-def _write(vector: torch.Tensor, values: torch.Tensor) -> None:
+def _write(vector: torch.Tensor, values: torch.Tensor, on: torch.Tensor | None = None) -> None:
     if not same_buffer(vector, values):
-        vector[: values.shape[0]].copy_(values)
+        _overwrite(vector[: values.shape[0]], values, on)
 
 
-def _write_rows(table: torch.Tensor, values: torch.Tensor) -> None:
-    table[: values.shape[0], : values.shape[1]].copy_(values)
+def _write_rows(table: torch.Tensor, values: torch.Tensor, on: torch.Tensor | None = None) -> None:
+    _overwrite(table[: values.shape[0], : values.shape[1]], values, on)
+
+
+def _overwrite(there: torch.Tensor, values: torch.Tensor, on: torch.Tensor | None) -> None:
+    there.copy_(values if on is None else torch.where(on, values, there))

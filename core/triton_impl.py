@@ -39,12 +39,15 @@ def require(device: torch.device) -> None:
 
 
 def bind_precompute(
-    batch: BatchDescriptor, out: PrecomputedMetadata, copies: Sequence[StepMetadata] = ()
+    batch: BatchDescriptor,
+    out: PrecomputedMetadata,
+    copies: Sequence[StepMetadata] = (),
+    enabled: torch.Tensor | None = None,
 ) -> Callable[[BatchDescriptor], None]:
     """Bind the metadata kernel to the buffers of `out`, and to those of further consumers of step 0.
 
     The returned function takes any batch of the same mode, batch size and kind of slots. `copies` need the same page
-    tables as `out` has, and steps of equal lengths.
+    tables as `out` has, and steps of equal lengths. Nothing is written where `enabled` (int32 [1]) is 0.
     """
     from nsa_plugin.core.kernels import metadata
 
@@ -58,7 +61,8 @@ def bind_precompute(
     grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
-        "TOKENS": any(step.positions is not None for step in destinations), "TILE": tile, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
+        "TOKENS": any(step.positions is not None for step in destinations), "SWITCHED": enabled is not None, "TILE": tile,
+        "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)
@@ -74,7 +78,7 @@ def bind_precompute(
         row_stride, column_stride = table.stride()
         words = row_stride % 4 == 0 and column_stride == 1 and table.data_ptr() % 16 == 0
         metadata.metadata_kernel[grid](
-            seq_lens, extend_lens, pool, table, records,
+            seq_lens, extend_lens, pool, table, records, seq_lens if enabled is None else enabled,
             seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(destinations),
             num_tables, records.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
             rows_per_request, block_size, ALIGNED=aligned and words, **fixed,

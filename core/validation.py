@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
-from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least
+from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least
 from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import (
     TABLES,
@@ -68,6 +68,23 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
             if shared is not table and (shared is None or table is None or not same_buffer(shared, table)):
                 fix = "all steps share their page tables"
                 reject(f"out.steps[{index}].{name}", "the buffer of step 0", "another one", fix=fix)
+
+
+def check_enabled(enabled: torch.Tensor | None, batch: BatchDescriptor, copies: Sequence[StepMetadata]) -> None:
+    """Raise unless `enabled` can switch a precompute of `batch`, whose metadata goes on to `copies`."""
+    if enabled is None:
+        return
+    flag = _checks(batch).tensor("enabled", enabled, 1, INT32)
+    if flag.shape[0] != 1:
+        reject("enabled", "1 entry", flag.shape[0], fix="make it with torch.ones(1, dtype=torch.int32)")
+    if copies:
+        why = "a copy that is switched off would still overwrite its destinations; use 'share'"
+        reject(
+            "enabled",
+            "None where metadata is copied to further consumers",
+            f"a tensor and {len(copies)} copies",
+            fix=why,
+        )
 
 
 def check_shared(consumers: Sequence[StepMetadata]) -> None:

@@ -58,6 +58,7 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         if adapter is None:
             logger.error("nsa-plugin %s: no adapter for %s; it is left as it is", __version__, engine)
             return
+        host.look_at_switch_file()  # before anything could act
         if problems := adapter.install(host):
             logger.warning("nsa-plugin %s: %s is left as it is: %s", __version__, engine, "; ".join(problems))
             return
@@ -65,7 +66,8 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         host.watch_switch_file()
         for variable in settings.beyond(getattr(adapter, "features", frozenset())):
             logger.warning("nsa-plugin: %s can't be had with %s: it is ignored", variable, engine)
-        logger.info("nsa-plugin %s: strategy %s; %s", __version__, settings.strategy, adapter.summary())
+        off = f"; switched off for now: {'; '.join(host.reasons)}" if host.reasons else ""
+        logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, settings.strategy, adapter.summary(), off)
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)
 
@@ -73,8 +75,9 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
 def disable() -> list[str]:
     """Use the engines' own paths from the next replay on, in this process.
 
-    Returns what goes on as before, one line each with the reason: work that is recorded in CUDA graphs. Processes that
-    cannot be called are switched with the file that NSA_PLUGIN_SWITCH_FILE names.
+    Holds until `enable`, whatever the switch file does. Returns what goes on as before, one line each with the reason:
+    work that is recorded in CUDA graphs and can't be switched there. Processes that cannot be called are switched with
+    the file that NSA_PLUGIN_SWITCH_FILE names.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def disable() -> list[str]:
 
 
 def enable() -> list[str]:
-    """Undo `disable`, or what a verification or the switch file switched off. Returns and raises as `disable`."""
+    """Undo `disable`, and what a verification or the switch file switched off. Returns and raises as `disable`."""
     return _switch(True, "nsa_plugin.enable()")
 
 

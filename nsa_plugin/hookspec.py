@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
+import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
@@ -44,12 +45,15 @@ def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchD
 
 @hookspec(firstresult=True)
 def nsa_plugin_bind_precompute(
-    batch: BatchDescriptor, geometry: Geometry, out: PrecomputedMetadata
+    batch: BatchDescriptor, geometry: Geometry, out: PrecomputedMetadata, enabled: torch.Tensor | None
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a precompute implementation bound to the buffers `out`.
 
     Fires when a plan is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
     bound function is called at each replay; it must write every live entry of `out`, allocate nothing and not sync.
+    With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph: it must read the flag on
+    the device at each run, and leave `out` as it is where the flag is 0. An implementation without that parameter is
+    not recorded.
     """
     raise NotImplementedError
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 import pluggy
+import torch
 
 from nsa_plugin import hookspec
 from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
+from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 
 logger = logging.getLogger("nsa_plugin")
@@ -100,21 +102,52 @@ class Manager:
         return default if found is None else found
 
     def bind(
-        self, batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata]
+        self,
+        batch: BatchDescriptor,
+        out: PrecomputedMetadata,
+        destinations: Sequence[StepMetadata],
+        *,
+        enabled: torch.Tensor | None = None,
     ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]:
-        """Implementations bound to buffers: what plugins provide, the built-in ones (fused) for the rest."""
-        hook = self._relay.hook
-        precompute: api.BoundPrecompute | None = hook.nsa_plugin_bind_precompute(
-            batch=batch, geometry=out.geometry, out=out
-        )
+        """Implementations bound to buffers: what plugins provide, the built-in ones (fused) for the rest.
+
+        Raises `UnavailableError` if `enabled` is given and the plugin that answers does not take it.
+        """
+        precompute = self._bind_precompute(batch, out, enabled)
         copy: api.BoundCopy | None = (
-            hook.nsa_plugin_bind_copy(source=out, destinations=destinations) if destinations else None
+            self._relay.hook.nsa_plugin_bind_copy(source=out, destinations=destinations) if destinations else None
         )
         if precompute is None and copy is None:
-            return api.bind(batch, out, destinations)
+            return api.bind(batch, out, destinations, enabled=enabled)
         if copy is None and destinations:
             copy = api.bind_copy(out, destinations)
-        return api.bind_precompute(batch, out) if precompute is None else precompute, copy
+        return api.bind_precompute(batch, out, enabled=enabled) if precompute is None else precompute, copy
+
+    def _bind_precompute(
+        self, batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None
+    ) -> api.BoundPrecompute | None:
+        """What the first plugin that answers provides, asked one by one: pluggy does not say whose answer it passes on."""
+        name = "nsa_plugin_bind_precompute"
+        asked = [
+            implementation
+            for implementation in reversed(getattr(self._relay.hook, name).get_hookimpls())
+            if not (implementation.wrapper or implementation.hookwrapper)
+        ]
+        for implementation in asked:
+            others = [other.plugin for other in asked if other is not implementation]
+            found: api.BoundPrecompute | None = self._relay.subset_hook_caller(name, others)(
+                batch=batch, geometry=out.geometry, out=out, enabled=enabled
+            )
+            if found is None:
+                continue
+            if enabled is not None and "enabled" not in implementation.argnames:
+                raise UnavailableError(
+                    f"plugin {implementation.plugin_name!r}: its {name} does not take 'enabled', so what it provides can't "
+                    "be recorded in a CUDA graph: it could not be switched off there; add the parameter, or set "
+                    "NSA_PLUGIN_STRATEGY=share"
+                )
+            return found
+        return None
 
     def observers(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor

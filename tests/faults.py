@@ -29,12 +29,12 @@ class Faults:
 
     @hookimpl
     def nsa_plugin_bind_precompute(
-        self, batch: Any, geometry: Any, out: Any
+        self, batch: Any, geometry: Any, out: Any, enabled: Any
     ) -> Callable[[BatchDescriptor], None] | None:
         """A precompute that may fail; None, for the built-in one, if nothing is planted."""
         if not self.failing:
             return None
-        compute, failing, error = api.bind_precompute(batch, out), self.failing, self.error
+        compute, failing, error = api.bind_precompute(batch, out, enabled=enabled), self.failing, self.error
         call = -1
 
         def precompute(live: BatchDescriptor) -> None:

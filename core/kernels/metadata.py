@@ -43,21 +43,23 @@ def _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE: tl.con
 
 
 @triton.jit
-def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, BLOCK: tl.constexpr):
+def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, on, BLOCK: tl.constexpr):
     """cache_seqlens and cu_seqlens_k of one destination."""
     cache_seqlens, cache_stride = vector_at(record, CACHE_SEQLENS)
     cu_seqlens, cu_stride = vector_at(record, CU_SEQLENS_K)
     added += tl.load(record + OFFSET).to(tl.int32)
+    end = tl.where(on, batch_size, 0)
     running = tl.full((), 0, tl.int32)
-    tl.store(cu_seqlens, running)
+    tl.store(cu_seqlens, running, mask=on)
     start = 0
     while start < batch_size:
         request = start + tl.arange(0, BLOCK)
         there = request < batch_size
         length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
         length = tl.where(there, tl.minimum(length, limit), 0)
-        tl.store(cache_seqlens + request * cache_stride, length, mask=there)
-        tl.store(cu_seqlens + (request + 1) * cu_stride, running + tl.cumsum(length, 0), mask=there)
+        written = request < end
+        tl.store(cache_seqlens + request * cache_stride, length, mask=written)
+        tl.store(cu_seqlens + (request + 1) * cu_stride, running + tl.cumsum(length, 0), mask=written)
         running += tl.sum(length, 0)
         start += BLOCK
 
@@ -65,7 +67,7 @@ def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limi
 @triton.jit
 def _write_tokens(
     seq_lens, seq_stride, req_pool_indices, pool_stride, table, row_stride, column_stride, record, batch_size, added, limit,
-    block_size, TOKEN_TABLE: tl.constexpr, BLOCK: tl.constexpr,
+    block_size, on, TOKEN_TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """positions and slot_mapping of one destination, if it has them."""
     batch_size = tl.where(tl.load(record + POSITIONS) == 0, 0, batch_size)
@@ -74,6 +76,7 @@ def _write_tokens(
     slot_mapping = tl.load(record + SLOT_MAPPING).to(tl.pointer_type(tl.int64))
     slot_stride = tl.load(record + SLOT_MAPPING + 1)
     added += tl.load(record + OFFSET).to(tl.int32)
+    end = tl.where(on, batch_size, 0)
     start = 0
     while start < batch_size:
         request = start + tl.arange(0, BLOCK)
@@ -85,24 +88,26 @@ def _write_tokens(
         if TOKEN_TABLE:
             row = tl.load(req_pool_indices + request * pool_stride, mask=there, other=0).to(tl.int64)
         slot = _slots(table + row * row_stride, position, there & (length > 0), column_stride, block_size, TOKEN_TABLE)
-        tl.store(positions + request * position_stride, position.to(tl.int64), mask=there)
-        tl.store(slot_mapping + request * slot_stride, tl.where(length > 0, slot, -1).to(tl.int64), mask=there)
+        written = request < end
+        tl.store(positions + request * position_stride, position.to(tl.int64), mask=written)
+        tl.store(slot_mapping + request * slot_stride, tl.where(length > 0, slot, -1).to(tl.int64), mask=written)
         start += BLOCK
 
 
 @triton.jit
 def _write_row_vectors(
     seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk, rows_per_request,
-    RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    on, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """seqlens_expanded, nsa_cache_seqlens and nsa_cu_seqlens_k of one destination."""
     expanded, expanded_stride = vector_at(record, SEQLENS_EXPANDED)
     clipped, clipped_stride = vector_at(record, NSA_CACHE_SEQLENS)
     cu_clipped, cu_stride = vector_at(record, NSA_CU_SEQLENS_K)
     added += tl.load(record + OFFSET).to(tl.int32)
+    end = tl.where(on, batch_size, 0)
     running = tl.full((), 0, tl.int32)
     first_row = tl.full((), 0, tl.int32)
-    tl.store(cu_clipped, running)
+    tl.store(cu_clipped, running, mask=on)
     start = 0
     while start < batch_size * rows_per_request:
         candidate = start + tl.arange(0, BLOCK)
@@ -120,9 +125,10 @@ def _write_row_vectors(
         length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
         visible = tl.maximum(tl.minimum(length, limit) - rows + position + 1, 0)
         kept = tl.where(there, tl.minimum(visible, index_topk), 0)
-        tl.store(expanded + row * expanded_stride, visible, mask=there)
-        tl.store(clipped + row * clipped_stride, kept, mask=there)
-        tl.store(cu_clipped + (row + 1) * cu_stride, running + tl.cumsum(kept, 0), mask=there)
+        written = there & (request < end)
+        tl.store(expanded + row * expanded_stride, visible, mask=written)
+        tl.store(clipped + row * clipped_stride, kept, mask=written)
+        tl.store(cu_clipped + (row + 1) * cu_stride, running + tl.cumsum(kept, 0), mask=written)
         running += tl.sum(kept, 0)
         start += BLOCK
 
@@ -133,34 +139,41 @@ def _write_row_vectors(
         "num_tables", "record_words", "batch_size", "added", "longest_added", "limit", "table_width", "index_topk",
         "rows_per_request", "block_size",
     ],
-    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations"],
+    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled"],
 )
 def metadata_kernel(
-    seq_lens, extend_lens, req_pool_indices, table, destinations,
+    seq_lens, extend_lens, req_pool_indices, table, destinations, enabled,
     seq_stride, extend_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
     record_words, batch_size, added, longest_added, limit, table_width, index_topk, rows_per_request, block_size,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
-    TOKENS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Metadata of one batch.
 
     Programs 0 … 2 * num_destinations - 1 write the vectors of a destination each (requests, then rows); the others
     share the page tables of the first `num_tables` destinations: each tile is read once and written to all of them.
+
+    With SWITCHED nothing is written where the int32 at `enabled` is 0. It is read first and used last, so that the
+    lengths are not waiting for it.
     """
+    flag = tl.full((), 1, tl.int32)
+    if SWITCHED:
+        flag = tl.load(enabled)
+    on = flag != 0
     program = tl.program_id(0)
     if program < 2 * num_destinations:
         record = destinations + (program // 2) * record_words
         if program % 2 == 0:
-            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, BLOCK)
+            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, on, BLOCK)
             if TOKENS:
                 _write_tokens(
                     seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, table_column_stride,
-                    record, batch_size, added, limit, block_size, TOKEN_TABLE, BLOCK,
+                    record, batch_size, added, limit, block_size, on, TOKEN_TABLE, BLOCK,
                 )
         else:
             _write_row_vectors(
                 seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
-                rows_per_request, RAGGED, BLOCK,
+                rows_per_request, on, RAGGED, BLOCK,
             )
         return
     # Without the wide table only the first column of each page is looked at.
@@ -171,6 +184,7 @@ def metadata_kernel(
         worker, num_workers, seq_lens, seq_stride, extend_lens, extend_stride, batch_size, longest_added, table_width, unit,
         rows_per_request, TILE, RAGGED, BLOCK,
     )
+    remaining = tl.where(on, remaining, 0)
     column_stride = table_column_stride.to(tl.int64)
     if ALIGNED:
         column_stride = 1

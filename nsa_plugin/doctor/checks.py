@@ -152,6 +152,8 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
         yield Check("engine", name, "note" if settings.strategy == "off" else "fail", f"{release}: {found}", fix)
     if not problems:
         yield Check("engine", name, "ok", f"{release}: all that is needed is there")
+    for line in () if problems else _untested(adapter):
+        yield Check("engine", f"{name}: untested", "note", line, "let NSA_PLUGIN_VERIFY compare it for a while")
     wanted = settings.strategy
     plans = _paths(host, adapter)
     met = [wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu) for plan in plans]
@@ -173,6 +175,13 @@ def _guarded(adapter: Adapter) -> list[str]:
         return adapter.probe()
     except Exception as error:  # a half-importable engine may raise anything
         return [f"its probe failed ({type(error).__name__}: {error}); reinstall the engine, complete"]
+
+
+def _untested(adapter: Adapter) -> list[str]:
+    try:
+        return adapter.untested()
+    except Exception as error:  # a third party's adapter may lack it, too
+        return [f"its adapter can't say what is untested ({type(error).__name__}: {error})"]
 
 
 def _paths(host: Host, adapter: Adapter) -> list[PathPlan]:

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nsa_plugin.testing.conformance import Conformance
-from nsa_plugin.testing.contract import LINES, Skipped
+from nsa_plugin.testing.contract import LINES
+from nsa_plugin.testing.engine import Skipped
 
 FIXTURES = {"sglang": "nsa_plugin.testing.sglang_engine:SglangEngine", "vllm": "tests.vllm.engine:VllmEngine"}
 

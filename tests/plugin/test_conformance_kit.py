@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nsa_plugin.testing.conformance import Conformance, assert_conforms, conformance_problems
-from nsa_plugin.testing.contract import LINES, Skipped
-from nsa_plugin.testing.engine import Case
+from nsa_plugin.testing.contract import LINES
+from nsa_plugin.testing.engine import Case, Skipped
 from nsa_plugin.testing.pytest_conformance import AdapterConformance
 
 for folder in ("examples/custom_adapter", "tests/plugin"):

@@ -22,11 +22,13 @@ from nsa_plugin import (
     Geometry,
     PrecomputedMetadata,
     TokenTable,
+    UnavailableError,
     hookimpl,
     hookspec,
     manager,
 )
 from nsa_plugin.adapters.base import Fallback, Mismatch
+from nsa_plugin.core import api
 from nsa_plugin.host import Host
 from nsa_plugin.manager import HOOKS, Manager
 from nsa_plugin.settings import Settings
@@ -107,6 +109,64 @@ def test_built_in_implementations_come_last() -> None:
     host.plan(BATCH, GEOMETRY, [consumer], "share", None)(BATCH)
     assert consumer.cache_seqlens.tolist() == [3]
     assert host.describe("toy", object(), lambda native: BATCH)(None) is BATCH
+
+
+ON, OFF = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+
+class Switched:
+    """Provides a precompute that takes the switch, with a default too: pluggy passes only what has none."""
+
+    @hookimpl
+    def nsa_plugin_bind_precompute(self, batch: Any, out: Any, enabled: Any) -> Any:
+        return api.bind_precompute(batch, out, impl="reference", enabled=enabled)
+
+
+class Defaulted:
+    @hookimpl
+    def nsa_plugin_bind_precompute(self, batch: Any, out: Any, enabled: Any = None) -> Any:
+        return api.bind_precompute(batch, out, impl="reference", enabled=enabled)
+
+
+class Wrapping:
+    """Looks at what others provide."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    @hookimpl(wrapper=True)
+    def nsa_plugin_bind_precompute(self) -> Any:
+        self.seen.append((yield))
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize(
+    "plugins", [[], [Switched()], [Silent()], [Loud(), Switched()]], ids=["none", "one", "silent", "first"]
+)
+@pytest.mark.parametrize(("enabled", "length"), [(None, 3), (ON, 3), (OFF, 0)], ids=["without", "on", "off"])
+def test_the_switch_reaches_the_precompute(plugins: list[Any], enabled: torch.Tensor | None, length: int) -> None:
+    host, wrapping = Host(), Wrapping()
+    for plugin in (*plugins, wrapping):
+        host.manager.register(plugin)
+    (consumer,) = buffers(1)
+    host.plan(BATCH, GEOMETRY, [consumer], "share", None, enabled)(BATCH)
+    assert consumer.cache_seqlens.tolist() == [length]
+    assert len([found for found in wrapping.seen if found]) == sum(isinstance(plugin, Switched) for plugin in plugins)
+
+
+@pytest.mark.parametrize("deaf", [Loud(), Defaulted()], ids=["without", "with a default"])
+def test_a_precompute_that_does_not_take_the_switch_cant_be_switched(deaf: Any) -> None:
+    host, (consumer,) = Host(), buffers(1)
+    host.manager.register(Switched(), name="switched")
+    host.manager.register(deaf, name="deaf")  # asked first
+    with pytest.raises(
+        UnavailableError, match=r"plugin 'deaf': its nsa_plugin_bind_precompute does not take 'enabled'.*add"
+    ):
+        host.plan(BATCH, GEOMETRY, [consumer], "share", None, ON)
+    host.plan(BATCH, GEOMETRY, [consumer], "share", None)
+    host.manager.unregister(deaf)
+    host.plan(BATCH, GEOMETRY, [consumer], "share", None, ON)(BATCH)
+    assert consumer.cache_seqlens.tolist() == [3]
 
 
 def test_a_failing_observer_is_dropped_and_does_not_disturb_the_replay(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +291,12 @@ geometry = Geometry(8, 16, 64)
 consumer = PrecomputedMetadata.allocate(batch, geometry).steps[0]
 run = host.plan(batch, geometry, [consumer], "share", None)
 run(batch); run(batch)
-print(json.dumps([loaded, host.manager.providers()["nsa_plugin_bind_precompute"], counting_precompute.calls, consumer.cu_seqlens_k.tolist()]))
+enabled = torch.zeros(1, dtype=torch.int32)
+run = host.plan(batch, geometry, [consumer], "share", None, enabled)
+consumer.cu_seqlens_k.fill_(-7); run(batch)
+left_alone = consumer.cu_seqlens_k.tolist()
+enabled.fill_(1); run(batch)
+print(json.dumps([loaded, host.manager.providers()["nsa_plugin_bind_precompute"], counting_precompute.calls, left_alone, consumer.cu_seqlens_k.tolist()]))
 """
 
 
@@ -243,7 +308,7 @@ def test_the_example_plugin_installed_for_real_replaces_the_precompute(
     subprocess.run(pip, check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(pytestconfig.rootpath)])}
     done = subprocess.run([sys.executable, "-c", USE_IT], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [["counting"], ["counting"], 2, [0, 3, 12]]
+    assert json.loads(done.stdout) == [["counting"], ["counting"], 4, [-7, -7, -7], [0, 3, 12]]
     blocked = subprocess.run(
         [sys.executable, "-m", "nsa_plugin", "plugins"], env={**environment, "NSA_PLUGIN_PLUGINS": "another"},
         capture_output=True, text=True, check=True,

@@ -23,8 +23,8 @@ class TritonPrecompute:
     """Makes the plugin use its kernels on a CPU too, where `auto` means the reference."""
 
     @hookimpl
-    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
-        return api.bind_precompute(batch, out, impl="triton")
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any, enabled: Any) -> Any:
+        return api.bind_precompute(batch, out, impl="triton", enabled=enabled)
 
     @hookimpl
     def nsa_plugin_bind_copy(self, source: Any, destinations: Any) -> Any:

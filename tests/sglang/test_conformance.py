@@ -31,12 +31,12 @@ class WrongInTheLastRow:
     """Correct but for one request's length."""
 
     @hookimpl
-    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
-        right = api.bind_precompute(batch, out)
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any, enabled: Any) -> Any:
+        right = api.bind_precompute(batch, out, enabled=enabled)
 
         def run(live: Any) -> None:
             right(live)
-            out.steps[0].nsa_cache_seqlens[-1] += 1
+            out.steps[0].nsa_cache_seqlens[-1] += 1 if enabled is None else enabled[0]
 
         return run
 

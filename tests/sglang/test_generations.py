@@ -62,14 +62,14 @@ class Broken:
         self.calls = 0
 
     @hookimpl
-    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
-        right = api.bind_precompute(batch, out)
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any, enabled: Any) -> Any:
+        right = api.bind_precompute(batch, out, enabled=enabled)
 
         def run(live: Any) -> None:
             right(live)
             self.calls += 1
             if self.calls > 1:
-                out.steps[0].nsa_cu_seqlens_k[-1] += 1
+                out.steps[0].nsa_cu_seqlens_k[-1] += 1 if enabled is None else enabled[0]
                 if self._fails:
                     raise RuntimeError("planted")
 

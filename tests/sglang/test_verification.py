@@ -29,13 +29,13 @@ class Sometimes:
         self.left, self.field = right, field
 
     @hookimpl
-    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any) -> Any:
+    def nsa_plugin_bind_precompute(self, batch: Any, geometry: Any, out: Any, enabled: Any) -> Any:
         def bound(live: Any) -> None:
-            reference.precompute(live, out)
+            reference.precompute(live, out, enabled)
             self.left -= 1
             if self.left < 0:
                 value = getattr(out.steps[-1], self.field)
-                value[(0,) * value.dim()] += 1
+                value[(0,) * value.dim()] += 1 if enabled is None else enabled[0]
 
         return bound
 
