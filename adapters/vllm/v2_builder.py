@@ -58,11 +58,11 @@ def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Ho
     return MappingProxyType({METHOD: UPDATES[row.changes](host)})
 
 
-def _update_request_map(host: Host) -> Callable[[Any, Any], None]:
+def _update_request_map(host: Host) -> Callable[..., None]:
     on_device = _vllms_request_map() or request_map
     failed = False
 
-    def update_draft_decode_metadata(builder: Any, metadata: Any) -> None:
+    def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
         """Recompute the request map of captured decode metadata in place; capture-safe."""
         nonlocal failed
         tokens = metadata.num_decode_tokens
@@ -91,7 +91,7 @@ def _vllms_request_map() -> RequestMap | None:
     return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
 
 
-def update_indexer(builder: Any, metadata: Any) -> None:
+def update_indexer(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
     """Recompute what follows from the lengths of a draft step in captured indexer metadata; capture-safe.
 
     The rest is the same in all steps of a draft, and vLLM before 0.32 rebuilds the metadata of the first one.
@@ -108,7 +108,7 @@ def update_indexer(builder: Any, metadata: Any) -> None:
         decode.schedule_metadata.copy_(schedule(decode))
 
 
-def update_nothing(builder: Any, metadata: Any) -> None:
+def update_nothing(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
     """All that changes from step to step are values in the runner's own buffers, of which the metadata has views."""
 
 
@@ -122,8 +122,9 @@ def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -
     out[:tokens].copy_(request.clamp_(max=query_start_loc.numel() - 2))
 
 
-UPDATES: dict[Changes, Callable[[Host], Callable[[Any, Any], None]]] = {
+UPDATES: dict[Changes, Callable[[Host], Callable[..., None]]] = {
     "request map": _update_request_map,
     "lengths and schedule": lambda host: update_indexer,
     "nothing": lambda host: update_nothing,
 }
+"""By what changes: makes the update in place. What a later vLLM passes besides the metadata has nobody to go to."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import agreement, capabilities
+from nsa_plugin.adapters.vllm import agreement, capabilities, v2_switch
 from nsa_plugin.adapters.vllm.v2_builder import ENGINE, PATH, Hooks, Served, served
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
@@ -58,11 +58,12 @@ def _choose(host: Host, speculator: Any) -> None:
     if not ours:
         return
     refusals = _refusals(host, ours)
+    lacking = [type(other).__name__ for other in builders if served(other) is None and not getattr(other, SAYS)]
+    own = next(filter(None, refusals), "") or (f"{lacking[0]} has no update in place" if lacking else "")
     problem = _elastic(speculator)
-    if not problem:
-        lacking = [type(other).__name__ for other in builders if served(other) is None and not getattr(other, SAYS)]
-        own = next(filter(None, refusals), "") or (f"{lacking[0]} has no update in place" if lacking else "")
-        problem = agreement.objection(own or _switched_off(host))
+    off = _switched_off(host)
+    problem = problem or agreement.objection(own or off)
+    v2_switch.chosen(host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off)
     for (builder, how), refusal in zip(ours, refusals, strict=True):
         setattr(builder, SAYS, not problem)
         why = refusal or problem
