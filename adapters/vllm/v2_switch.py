@@ -24,6 +24,7 @@ from nsa_plugin.adapters.vllm import agreement
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 BEGIN = "_fused_multi_step_decode"
 UNFUSED = "_multi_step_decode"
+METHOD = "update_draft_decode_metadata"
 PATH = "draft decode (Model Runner V2)"
 
 
@@ -76,7 +77,8 @@ drafts: Attached[FusedDraft] = Attached("fused_draft")
 
 def chosen(host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool) -> None:
     """Remember what a speculator has just chosen."""
-    vars(speculator).pop(BEGIN, None)  # left by an earlier undo
+    for owner, name in ((speculator, BEGIN), *((builder, METHOD) for builder in _builders(speculator))):
+        vars(owner).pop(name, None)  # left by an earlier undo
     drafts.set(speculator, FusedDraft(host, fuses, _alone(speculator), refused_while_off))
 
 
@@ -115,14 +117,16 @@ def unfused(speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *a
 def undo(host: Host) -> list[str]:
     """Have speculators that fuse because of a host draft as vLLM does from now on; returns what goes on, a line each.
 
-    What was chosen and captured outlives the patches: the speculator still asks its builders for an update in place.
+    To be called before the patches go. What was chosen and captured outlives them: at a new capture the speculator still
+    asks its builders for an update in place, and they keep theirs for that.
     """
     found = [(speculator, draft) for speculator, draft in drafts.items() if draft.host is host and not draft.undone]
     for speculator, draft in found:
         draft.undone = True
         if draft.fuses:
-            original = getattr(type(speculator), BEGIN)
-            setattr(speculator, BEGIN, functools.partial(_after_undo, draft, original, speculator))
+            for builder in _builders(speculator):
+                setattr(builder, METHOD, getattr(builder, METHOD))
+            setattr(speculator, BEGIN, functools.partial(_after_undo, draft, speculator))
     return _going_on([draft for _, draft in found])
 
 
@@ -143,12 +147,12 @@ def _going_on(known: list[FusedDraft]) -> list[str]:
 
 
 def _after_undo(
-    draft: FusedDraft, original: Callable[..., Any], speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any,
-    *args: Any, **kwargs: Any,
-) -> Any:  # fmt: skip
-    if _can_leave(draft, batch_desc):
-        return unfused(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
-    return original(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
+    draft: FusedDraft, speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any
+) -> Any:
+    drafted = unfused
+    if not _can_leave(draft, batch_desc):
+        drafted = getattr(type(speculator), BEGIN)
+    return drafted(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
 
 
 def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
@@ -156,6 +160,10 @@ def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
     if batch_desc.cg_mode.name != "FULL":
         return draft.fuses
     return draft.alone and not draft.switchable and (draft.fuses or draft.recorded)
+
+
+def _builders(speculator: Any) -> list[Any]:
+    return [group.get_metadata_builder() for groups in speculator.attn_groups for group in groups]
 
 
 def _alone(speculator: Any) -> bool:
