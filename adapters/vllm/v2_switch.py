@@ -68,8 +68,13 @@ class FusedDraft:
 
     @property
     def goes_on(self) -> bool:
-        """Whether captured drafts go on with this adapter's work while it is off."""
-        return (self.fuses or self.recorded) and not self.alone and not self.switchable
+        """Whether captured drafts go on with this adapter's work, or what it left behind, while it is off."""
+        return (self.fuses or self.recorded) and not self.alone and not self.prepared
+
+    @property
+    def prepared(self) -> bool:
+        """Whether vLLM's own code writes what captured drafts read before each: nobody does once this is undone."""
+        return self.switchable and not self.undone
 
 
 drafts: Attached[FusedDraft] = Attached("fused_draft")
@@ -123,8 +128,8 @@ def undo(host: Host) -> list[str]:
     found = [(speculator, draft) for speculator, draft in drafts.items() if draft.host is host and not draft.undone]
     for speculator, draft in found:
         draft.undone = True
-        if draft.fuses:
-            for builder in _builders(speculator):
+        if draft.fuses or draft.recorded:
+            for builder in _builders(speculator) if draft.fuses else ():
                 setattr(builder, METHOD, getattr(builder, METHOD))
             setattr(speculator, BEGIN, functools.partial(_after_undo, draft, speculator))
     return _going_on([draft for _, draft in found])
@@ -159,7 +164,7 @@ def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
     """Whether a draft may be drafted unfused. Eagerly it may always: it issues the same forwards either way."""
     if batch_desc.cg_mode.name != "FULL":
         return draft.fuses
-    return draft.alone and not draft.switchable and (draft.fuses or draft.recorded)
+    return draft.alone and not draft.prepared and (draft.fuses or draft.recorded)
 
 
 def _builders(speculator: Any) -> list[Any]:
