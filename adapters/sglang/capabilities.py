@@ -17,8 +17,8 @@ from nsa_plugin.adapters.probe import Need, missing
 TESTED = ("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
 """Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
-Part = Literal["all", "graph", "draft extend"]
-"""What something is needed for: everything, the strategy `graph`, or one path."""
+Part = Literal["all", "graph", "draft extend", "exact step lengths", "glue graph"]
+"""What something is needed for: everything, the strategy `graph`, one path, or a setting of ours or of sglang."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Names:
         )
 
 
+GLUE_GRAPH = "sglang.srt.model_executor.runner.metadata_glue_graph.MetadataGlueGraph"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 _MODES = "sglang.srt.model_executor.forward_batch_info.ForwardMode"
 _OUT, _IN = "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"
@@ -107,8 +108,15 @@ PARTS: Mapping[str, tuple[Need, ...]] = {
         Need("{backend}._refresh_paged_mqa_schedule_metadata", ("metadata", "seqlens_32_2d"), "DeepGEMM schedule"),
         Need("{backend}._refresh_topk_v2_plan", ("metadata",), "top-k plan; comes with the static draft-extend width"),
     ),
+    "exact step lengths": (
+        Need("{multi_step}.__init__", ("model_runner",), "know whether draft steps share top-k indices (hooked)"),
+    ),
+    "glue graph": (
+        Need(f"{GLUE_GRAPH}.run", ("attn_backend", "fb_view", "key"), "prepare where sglang would record that (hooked)"),
+    ),
 }  # fmt: skip
-"""`graph`: 0.5.13 and later. Draft extend: 0.5.15 and later; before, its rows were ragged and counted on the host."""
+"""`graph`: 0.5.13 and later. Draft extend: 0.5.15 and later; before, its rows were ragged and counted on the host. The glue
+graph: 0.5.20 and later."""
 
 DSA_MODULE = "sglang.srt.layers.attention.dsa_backend"
 DSA = Names(

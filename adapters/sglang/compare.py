@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from nsa_plugin.adapters.base import differing
 from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.adapters.sglang.hooking import beneath_hooks
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
 from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
 
@@ -35,7 +35,7 @@ def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None
 def unhooked(backend: Any, method: str) -> Callable[..., None]:
     """A method of a backend; without hooks if it is one that we hook, or ours would be asked for the same batch again."""
     if method in names().hooks:
-        return partial(inspect.unwrap(getattr(type(backend), method)), backend)
+        return partial(beneath_hooks(getattr(type(backend), method)), backend)
     bound: Callable[..., None] = getattr(backend, method)
     return bound
 
