@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Fallback, Host, Strategy
+from nsa_plugin.adapters.base import Fallback, Host, Stage, Strategy
 from nsa_plugin.adapters.sglang.attached import Attached
 from nsa_plugin.adapters.sglang.capabilities import lacking, names
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
@@ -204,7 +204,7 @@ class Path:
                     self._host.buffers(ENGINE, path, strategy, preparation.size)
                 return
 
-    def _fell_back(self, native_mode: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fell_back(self, native_mode: Any, stage: Stage, strategy: str, error: Exception) -> None:
         path = PATHS[MODES[native_mode.name]]
         self._host.fell_back(logger, Fallback(ENGINE, path, stage, strategy, error))
 

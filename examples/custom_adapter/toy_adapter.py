@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
-from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Strategy
+from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Stage, Strategy
 from nsa_plugin.adapters.probe import Need, missing, warn_if_untested
 
 ENGINE = "toy"
@@ -161,7 +161,7 @@ class ToyAdapter:
             del self._plans[forward][batch.size]  # from now on the engine does it; graphs still read the same buffers
             self._fall_back(forward, batch, "replay", prepared.strategy, error)
 
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception) -> None:
         self._originals["prepare"](forward, batch)
         self._host.fell_back(logger, Fallback(ENGINE, path(forward), stage, strategy, error))
 
