@@ -18,6 +18,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
+Stage = Literal["capture", "replay"]
+"""When something is handed back to the engine."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,7 @@ class Fallback:
     ----------
     engine, path : str
         Whose, and which of the adapter's paths ("draft decode", "target verify", …).
-    stage : str
-        "capture" or "replay".
+    stage : "capture" or "replay"
     strategy : str
         What failed.
     error : Exception
@@ -37,7 +38,7 @@ class Fallback:
 
     engine: str
     path: str
-    stage: str
+    stage: Stage
     strategy: str
     error: Exception
 
@@ -170,6 +171,9 @@ class Host(Protocol):
 
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
         """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
+
+    def verified(self, engine: str, path: str, strategy: str) -> None:
+        """Count a verification, whatever it finds; to be called before `mismatched`."""
 
     def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
         """Count a mismatch, log it once, write a repro file, switch everything of this process to the engine's path."""

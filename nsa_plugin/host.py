@@ -57,6 +57,8 @@ class Host(Switch):
     manager : Manager
     fallbacks : Counter of (engine, path, stage, strategy, error type)
         Times that something was handed back to the engine's own path.
+    verifications : Counter of (engine, path, strategy)
+        Replays that were compared with the engine's own path.
     mismatches : Counter of (engine, path, strategy, field)
         Times that a verification found another value than the engine's own.
     on, reasons
@@ -69,6 +71,7 @@ class Host(Switch):
         self.manager = Manager(self.settings.plugins) if manager is None else manager
         self.manager.register(BuiltIn(), name="built-in")
         self.fallbacks: Counter[tuple[str, ...]] = Counter()
+        self.verifications: Counter[tuple[str, ...]] = Counter()
         self.mismatches: Counter[tuple[str, ...]] = Counter()
         self._monitor = Monitor(self.settings)
         self._said: set[tuple[str, ...]] = set()
@@ -124,6 +127,12 @@ class Host(Switch):
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
         """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
         self._monitor.buffers(Labels(engine, path, strategy), size)
+
+    def verified(self, engine: str, path: str, strategy: str) -> None:
+        """Count a verification, whatever it found."""
+        which = Labels(engine, path, strategy)
+        self.verifications[which] += 1
+        self._monitor.verified(which)
 
     def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
         """Count a mismatch, log it once with a repro file, switch this process to the engine's path, tell observers."""

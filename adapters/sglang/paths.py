@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Fallback, Host, Strategy
+from nsa_plugin.adapters.base import Fallback, Host, Stage, Strategy
 from nsa_plugin.adapters.sglang.capabilities import lacking, names
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
@@ -226,7 +226,7 @@ class Path:
     def _uncount(self, native_mode: Any, preparation: Preparation) -> None:
         self._host.buffers(ENGINE, PATHS[MODES[native_mode.name]], preparation.bound_as, -preparation.size)
 
-    def _fell_back(self, native_mode: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fell_back(self, native_mode: Any, stage: Stage, strategy: str, error: Exception) -> None:
         path = PATHS[MODES[native_mode.name]]
         self._host.fell_back(logger, Fallback(ENGINE, path, stage, strategy, error))
 

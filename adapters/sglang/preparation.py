@@ -259,6 +259,7 @@ class Preparation:
     def _verify(self, batch: Any) -> None:
         """Compare what is there with sglang's own values; on a difference, put those there and report."""
         live = self._describe(batch)
+        self._host.verified(ENGINE, PATHS[live.mode], self.strategy)
         if values := tuple(self._differences(batch, live)):
             native_replay(self._backends, batch, self._native_mode)
             path = PATHS[live.mode]

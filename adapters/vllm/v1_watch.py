@@ -142,6 +142,7 @@ class Verification:
             kept = self._spares.set(proposer, (served.draft, _spare(proposer, served)))
         self._now = kept[1]
         self._now.batch = self._now.positions = None
+        self._host.verified(*self._labels)
 
     def _same_places(
         self,

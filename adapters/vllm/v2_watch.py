@@ -93,6 +93,7 @@ class Preparation:
 
     def _verify(self, draft: Draft) -> None:
         """Compare what is there with vLLM's own values; on a difference, put those there and report."""
+        self._host.verified(ENGINE, PATH, "copy")
         if values := tuple(found for found in self._staged.differences(draft) if differing(*found[1:])):
             self._staged.prepare_natively(draft)
             self._host.mismatched(logger, self._mismatch(draft, values))

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
-from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Strategy
+from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Stage, Strategy
 from nsa_plugin.adapters.probe import Need, missing, untested, warn_if_untested, warn_of_untested
 
 ENGINE = "toy"
@@ -172,7 +172,7 @@ class ToyAdapter:
         return plans
 
     def _fall_back(
-        self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception, *arguments: Any, **keywords: Any
+        self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *arguments: Any, **keywords: Any
     ) -> None:
         self._originals["prepare"](forward, batch, *arguments, **keywords)
         self._host.fell_back(logger, Fallback(ENGINE, path(forward), stage, strategy, error))

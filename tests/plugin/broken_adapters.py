@@ -12,6 +12,7 @@ import torch
 
 import toy_engine
 from nsa_plugin import ForwardMode
+from nsa_plugin.adapters.base import Stage
 from toy_adapter import Prepared, ToyAdapter, _replace
 
 # probe
@@ -244,30 +245,30 @@ class LetsErrorsThrough(ToyAdapter):
 
 
 class LetsErrorsThroughAtCapture(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception, *more: Any) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         super()._fall_back(forward, batch, stage, strategy, error)
         if stage == "capture":
             raise error
 
 
 class DoesNotRecompute(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception, *more: Any) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         with mock.patch.dict(self._originals, prepare=lambda forward, batch: None):
             super()._fall_back(forward, batch, stage, strategy, error)
 
 
 class FailsSilently(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception, *more: Any) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         self._originals["prepare"](forward, batch)
 
 
 class HidesTheCause(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception, *more: Any) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         super()._fall_back(forward, batch, stage, strategy, RuntimeError("something went wrong"))
 
 
 class TriesAgain(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception, *more: Any) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         prepared = self.prepared(self._host, forward, batch, "copy") if stage == "replay" else None
         super()._fall_back(forward, batch, stage, strategy, error)
         if prepared is not None:

@@ -71,6 +71,7 @@ def test_right_values_pass_and_captured_buffers_are_not_touched(
         assert wrong(mode, kit.make_backend(config, TABLE), live, backends) == []
         assert [addresses(backend) for backend in backends] == buffers
     assert not host.mismatches and not host.fallbacks and host.on
+    assert host.verifications.total() == len(list(replays(mode, CONFIG.width - CONFIG.draft_tokens)))
 
 
 @pytest.mark.parametrize("strategy", ["share", "copy"])
