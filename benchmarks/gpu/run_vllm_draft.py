@@ -10,13 +10,13 @@ step; DeepGEMM's schedule only in full batches, because vLLM's updates in place 
 does not. "one kernel" is also compared with "vllm in place", rows of padding included. `nsa-plugin bench --engine vllm`
 times them.
 
-    python tests/gpu/run_vllm_draft.py --json vllm_draft.json
+    python -m benchmarks.gpu.run_vllm_draft --json vllm_draft.json
 
 With --verify N the plugin verifies every N-th draft of "one kernel" by itself, as NSA_PLUGIN_VERIFY does: its metadata is
 then written before each replay, and the graph has copies of it.
 
-Needs a complete vLLM 0.33.0 and this repository as the working directory, on PYTHONPATH. Without a GPU the graphs are
-emulated, small. Exit status 1 if a value differs.
+Needs a complete vLLM 0.33.0. Run it in the repository's root. Without a GPU the graphs are small, and emulated. The exit
+status is 1 if a value differs.
 """
 
 # ruff: noqa: E402

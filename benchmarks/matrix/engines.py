@@ -11,7 +11,7 @@ from nsa_plugin.adapters.sglang import capabilities as sglang
 from nsa_plugin.adapters.vllm import capabilities as vllm
 from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2] / "tests"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The release matrix: every engine release that matters, probed and put through the conformance kit.
 
-    python -m tests.matrix.run [sglang==0.5.18 | sglang | vllm …]   # all of them by default
-    python -m tests.matrix.run --newest                             # what the index offers newest: differences, exit status
+    python -m benchmarks.matrix.run [sglang==0.5.18 | sglang | vllm …]   # all of them by default
+    python -m benchmarks.matrix.run --newest                             # what the index offers newest: differences, exit status
 
 Each release's wheel is probed statically first. If that is clean, the kit runs over the real engine, in the lightest
 environment in which its modules import on a CPU: one environment at a time, removed after its engine. Results go to
-`examples/results/releases.json`.
+`benchmarks/results/releases.json`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.engines import ENGINES, Engine
-from tests.matrix.static import Wheel
+from benchmarks.matrix.engines import ENGINES, Engine
+from benchmarks.matrix.static import Wheel
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "examples" / "results" / "releases.json"
+RESULTS = ROOT / "benchmarks" / "results" / "releases.json"
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 Row = dict[str, Any]
 
@@ -101,7 +101,7 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
     python = prepare(engine, environment, wheel)
     variables = {**os.environ, **dict(engine.variables), "OMP_NUM_THREADS": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT, *engine.path))
-    command = [str(python), "-m", "tests.matrix.check", name]
+    command = [str(python), "-m", "benchmarks.matrix.check", name]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every GPU test of the core under compute-sanitizer, in several processes at a time; the outcome as JSON.
 
-    python tests/gpu/sanitize.py --json sanitizer.json [--tools memcheck racecheck] [--groups 4]
+    python -m benchmarks.gpu.sanitize --json sanitizer.json [--tools memcheck racecheck] [--groups 4]
 
 Exit status 1 if a tool reports an error, a test fails, or a group does not end in time.
 """

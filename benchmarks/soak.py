@@ -1,6 +1,6 @@
 """Soak: very many replays over a random trace. No difference, no growth of memory, no address that changes.
 
-    python -m tests.soak.soak --engine none|sglang --replays N [--json FILE]
+    python -m benchmarks.soak --engine none|sglang --replays N [--json FILE]
 
 Every replay of the first thousand is verified, and every hundredth after. On a CPU the core is compared with a loop
 over requests, rows and tokens; on a GPU, where the work is recorded in CUDA graphs, with the plain torch reference.
@@ -294,7 +294,7 @@ def main() -> int:
             adapter.undo()
     from nsa_plugin.bench.run import where
 
-    result = {**where(DEVICE), **result, "command": f"tests.soak.soak {' '.join(sys.argv[1:])}"}
+    result = {**where(DEVICE), **result, "command": f"benchmarks.soak {' '.join(sys.argv[1:])}"}
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -5,9 +5,9 @@ Three drafts of the same changing batches: vLLM's rebuild with its caches cleare
 plugin. Every field that attention and indexer metadata hold is compared at every step. Then the draft steps' metadata
 is timed, stock and with the plugin, and the FlashMLA scheduler object that the plugin keeps is compared with fresh ones.
 
-    python tests/gpu/run_vllm_v1_draft.py --json vllm_v1_draft.json
+    python -m benchmarks.gpu.run_vllm_v1_draft --json vllm_v1_draft.json
 
-Needs vLLM 0.33.0 with its kernels; run it in the repository root. Under two minutes. Exit status 1 if anything is not
+Needs vLLM 0.33.0 with its kernels. Run it in the repository's root. It takes under two minutes. Exit status 1 if anything is not
 as it should be. Without a GPU `--batches 2 --rounds 2` tries the script itself.
 """
 
@@ -21,7 +21,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

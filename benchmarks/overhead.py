@@ -1,4 +1,4 @@
-"""What monitoring adds to the host time of a replay: `python -m nsa_plugin.bench.overhead [FILE.json]`.
+"""What monitoring adds to the host time of a replay: `python -m benchmarks.overhead [FILE.json]`.
 
 Needs no GPU and no engine: a replay is a call of an empty function, as `Host.instrument` hands it to an adapter; a draft
 of vLLM's one of empty methods, as the adapter puts them in place of the engine's. With everything off it is the function

@@ -6,7 +6,7 @@ The kit builds two fixtures (real DSA backends and pools, the real multi-step ba
 After every replay each draft backend's metadata is compared with what its own per-backend code computes from the
 runner's static buffers; a field that differs is reported as stale.
 
-    python tests/gpu/run_draft_kit.py --json draft_kit.json
+    python -m benchmarks.gpu.run_draft_kit --json draft_kit.json
 
 With NSA_PLUGIN_VERIFY=1 the plugin compares every replay by itself, too.
 
