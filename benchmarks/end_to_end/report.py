@@ -23,12 +23,12 @@ BASELINE = "no plugin"
 CAPTURE = re.compile(r"CUDA graph end.*elapsed=([\d.]+) s|Graph capturing finished in (\d+) secs")
 GIVEN_BACK = re.compile(r"([\d.]+) MiB given back")
 SKIPPED = 8
-"""Rounds at the start of a request that are not counted: its prompt is being read."""
+"""Rounds at the start of a request that are not counted, because its prompt is being read."""
 Cell = dict[str, Any]
 
 
 def reduce(results: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of a run: per cell and variant, figures and whether the tokens are the same."""
+    """The part of a run that is kept: for each cell and variant figures, and whether the tokens are the same."""
     cells = []
     for cell in sorted(results["cells"], key=lambda cell: (cell["steps"], cell["prompt"], cell["batch"])):
         reference = cell["runs"][0]["tokens"]
@@ -48,7 +48,7 @@ def reduce(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the turns of a variant. Times of the engine's processes, one per rank, in µs."""
+    """Medians over the turns of a variant. `ranks` has the times of each rank's process; figures are in µs."""
     generated = sum(map(len, runs[0]["tokens"]))
     decode = [run["end"] - run["start"] - first_token_s for run in runs]
     windows = [(run["start"], run["end"]) for run in runs]
@@ -76,7 +76,7 @@ def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dic
 
 
 def _spread(calls: list[list[list[list[float]]]]) -> dict[str, float]:
-    """How much longer the slowest rank takes than the fastest, call by call of turns in which all have as many, in µs."""
+    """How much longer, in µs, the slowest rank takes for a call than the fastest. Turns count in which all have as many calls."""
     spreads = [
         1e6 * (max(entry[1] for entry in together) - min(entry[1] for entry in together))
         for window in calls
@@ -101,7 +101,7 @@ def _digest(tokens: Any) -> str:
 
 
 def _first_difference(reference: list[list[int]], runs: list[Cell]) -> list[list[int | None]]:
-    """For each run and request: index of the first token that differs from the first run's, or None."""
+    """For each run and request, the index of the first token that differs from the first run's; None if none does."""
     return [
         [
             next((at for at, (a, b) in enumerate(zip(want, have, strict=False)) if a != b), None)
@@ -112,7 +112,7 @@ def _first_difference(reference: list[list[int]], runs: list[Cell]) -> list[list
 
 
 def machine() -> dict[str, Any]:
-    """GPU, versions and date, as `nsa-plugin bench` names them; the plugin must be importable."""
+    """GPU, versions and date, as `nsa-plugin bench` names them. The plugin must be importable."""
     try:
         import torch
 
@@ -124,7 +124,7 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One row per cell, then one per engine."""
+    """The tables of a run: one row per cell, then one per engine."""
     variants = list(dict.fromkeys(name for cell in results["cells"] for name in cell["variants"]))
     names = ", ".join(variants)
     lines = [
@@ -155,7 +155,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _title(results: dict[str, Any]) -> str:
-    """Engine, GPUs and how they share the work, date."""
+    """Engine, GPUs, how these share the work, and date."""
     gpus = results["machine"]["machine"]
     if results["tp"] > 1:
         gpus = f"{results['tp']} × {gpus}, {'DP attention' if results['dp_attention'] else 'tensor parallel'}"
@@ -163,7 +163,7 @@ def _title(results: dict[str, Any]) -> str:
 
 
 def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
-    """Over all cells: geometric mean, lowest and highest change of tokens/s."""
+    """Geometric mean, lowest and highest change of tokens/s over all cells."""
     lines = []
     for variant in variants:
         ratios = [
@@ -179,7 +179,7 @@ def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
 
 
 def _jitter(results: dict[str, Any], variants: list[str]) -> list[str]:
-    """Over all cells: how much longer the slowest rank takes than the fastest for a preparation, median and p99."""
+    """Median and p99, over all cells, of how much longer the slowest rank takes for a preparation than the fastest."""
     lines = []
     for variant in variants:
         found: dict[str, list[tuple[float, float]]] = {}
@@ -194,7 +194,7 @@ def _jitter(results: dict[str, Any], variants: list[str]) -> list[str]:
 
 
 def _engines(results: dict[str, Any]) -> list[str]:
-    """What the profiler saw per round of one request, and what the log says of the start; nothing without profiles."""
+    """Per engine, what the profiler saw in a round and what the log says of the start. Empty without profiles."""
     if not results.get("profiles"):
         return []
     lines = [
@@ -220,12 +220,12 @@ def _engines(results: dict[str, Any]) -> list[str]:
 
 
 def _preparations(one: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of a variant's figures, those of the calls that prepare metadata."""
+    """A variant's figures of the calls that prepare metadata."""
     return {name.removesuffix(" us"): value for name, value in one.items() if name.endswith("metadata us")}
 
 
 def _metadata(one: dict[str, Any]) -> str:
-    """Host time of everything that prepares metadata, per round."""
+    """Host time per round of all calls that prepare metadata, in µs."""
     parts = [value["median"] * value["per_round"] for value in _preparations(one).values()]
     return f"{sum(parts):,.0f}" if parts else "–"
 
@@ -240,13 +240,13 @@ def _rate(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
 
 
 def _change(ratio: float) -> str:
-    """A ratio as a change in percent; a small one with a decimal."""
+    """A ratio as a change in percent. A change below 2 % has a decimal."""
     change = 100 * (ratio - 1)
     return f"{change:+.{int(abs(change) < 2)}f} %"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Tokens per second and round time, cell by cell; both axes start at zero."""
+    """Draw tokens per second and round time, cell by cell. Both axes start at zero."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ LOOKED_FOR = re.compile(r"unsupported: looked for (?P<path>[\w.]+)(?:\([^)]*\))?
 
 
 def cell(strategies: dict[str, str]) -> str:
-    """What holds for each strategy of a path: strategies of one state together."""
+    """The state of each strategy of a path. Strategies with the same state stand together."""
     states: dict[str, list[str]] = {}
     for strategy, state in strategies.items():
         states.setdefault(_short(state), []).append(strategy)
@@ -25,7 +25,7 @@ def _short(state: str) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each release, newest first within an engine."""
+    """The table: one line for each release, the newest of an engine first."""
     paths = list(dict.fromkeys(path for row in rows for path in row["paths"]))
     lines = ["| release | " + " | ".join(paths) + " | tested with |", "|---|" + "---|" * (len(paths) + 1)]
     engines = list(dict.fromkeys(row["engine"] for row in rows))

@@ -12,9 +12,9 @@ from nsa_plugin.core.errors import UnavailableError
 
 Results = dict[str, Any]
 LAUNCH_US = 4.0
-"""Below this floor the ratio to it says how long a launch takes, not how well bytes are moved."""
+"""No ratio is shown to a floor below this: it would say how long a launch takes, not how well bytes are moved."""
 LABELLED = 48
-"""Bars of a panel that still leave room for their figures."""
+"""Most bars in a panel that has room for their figures."""
 
 
 def title(results: Results) -> str:
@@ -25,12 +25,12 @@ def title(results: Results) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A figure, or a dash."""
+    """A figure as text; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def terminal(results: Results) -> Table:
-    """Everything, for the terminal."""
+    """All results as a table for the terminal."""
     caption = (
         "times in µs; floor: bytes that must move over the measured copy rate; the ratio to it only where it is over "
         f"{LAUNCH_US:.0f} µs, what one launch takes"
@@ -52,9 +52,9 @@ def terminal(results: Results) -> Table:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Time against steps, time against batch and context, and the GPU's: as ratio to the floor where that is meaningful.
+    """Draw time against steps, time against batch and context, and GPU time.
 
-    All axes start at zero.
+    GPU time is shown as the ratio to the floor where that means something. All axes start at zero.
     """
     try:
         import matplotlib
@@ -127,6 +127,6 @@ def _time(cell: Results, name: str) -> float | None:
 
 
 def _ratio(cell: Results, name: str) -> float | None:
-    """GPU time over the floor; None where that says how long a launch takes."""
+    """GPU time over the floor; None if the floor is below `LAUNCH_US`."""
     gpu = _gpu(cell, name)
     return None if gpu is None or cell["floor_us"] < LAUNCH_US else gpu / float(cell["floor_us"])

@@ -63,7 +63,7 @@ def test_it_writes_results_and_a_plot_and_says_that_a_cpu_is_a_cpu(
         assert {"copy", "share"} <= cell["contenders"].keys()
         assert all(row["differs"] == [] for row in cell["contenders"].values())
     out = capsys.readouterr().out
-    assert "without the seed-era loop" in out
+    assert "without the seed loop" in out
     if not torch.cuda.is_available():
         assert "the times say nothing about a GPU" in " ".join(out.split())
 
