@@ -18,7 +18,7 @@ PAGE_SIZE = 64
 MAX_STEPS = 64
 """Columns of the table that every length leaves free for draft tokens, whatever the number of steps."""
 INPUTS = 4
-"""Inputs of a cell. They take turns, so that caches do not hold the next one."""
+"""Number of inputs of a cell. They take turns, so that caches do not hold the next one."""
 
 
 @dataclass(frozen=True)

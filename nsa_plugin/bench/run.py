@@ -73,7 +73,7 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
             if options.modes != ("decode",):
                 reject(
                     "--mode", "decode with --engine vllm", " ".join(options.modes),
-                    fix="leave --mode out: vLLM has no preparation of its own for the other two",
+                    fix="leave --mode out: with vLLM only draft steps are measured",
                 )  # fmt: skip
             require("vllm")
         rate = copy_rate(device)
