@@ -76,11 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw = commands.add_parser("plot", help="draw a result file of bench, which may come from another machine")
     draw.add_argument("results", type=Path, help="what bench wrote with --json")
     draw.add_argument("picture", type=Path, help="the plot (PNG, SVG, PDF)")
-    readme = commands.add_parser("readme-table", help="make the README's table from result files")
-    readme.add_argument("readme", type=Path)
-    readme.add_argument("results", type=Path, nargs="+")
-    readme.add_argument("--bs", type=_positive, nargs="+", help="batch sizes to show (default: all)")
-    readme.add_argument("--ctx", type=_positive, nargs="+", help="context lengths to show (default: all)")
     commands.add_parser("plugins", help="list who provides what")
     doctor = commands.add_parser(
         "doctor", help="say what is installed, what each path would get, and what is in the way"
@@ -105,13 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "plot":
             from nsa_plugin.bench.report import plot
 
-            plot(_load(options.results), options.picture)
-            return 0
-        if options.command == "readme-table":
-            from nsa_plugin.bench.report import update_readme
-
-            results = [_load(path) for path in options.results]
-            options.readme.write_text(update_readme(options.readme, results, options.bs, options.ctx))
+            plot(json.loads(options.results.read_text()), options.picture)
             return 0
         from nsa_plugin.demo.run import demo as run_demo
 
@@ -170,11 +159,6 @@ def _verify(path: Path, console: Console) -> int:
     console.print(table)
     console.print("The difference shows here too." if wrong else "Here every implementation gives the engine's values.")
     return int(wrong)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
 
 
 def _plugins() -> Table:

@@ -1,37 +1,21 @@
-"""Host time, GPU time and launches of a call. On a CPU there is one clock and both are the same."""
+"""Host time, GPU time and launches of a call. Without a GPU only the host is measured."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call, and kernels launched; None where there is nothing to measure.
-
-    Attributes
-    ----------
-    host : time for which the Python thread is busy
-    gpu : sum of the times of its kernels
-    kernels : their number
-    """
-
-    host: float | None
-    gpu: float | None
-    kernels: float | None
-
-
 def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> float:
-    """Median over `repeats` of the mean host time of a call, without a sync in between; `calls` take turns.
+    """Host time of a call in µs: the time for which the Python thread is busy.
 
-    Calls that take over 10 ms are measured once each.
+    Median over `repeats` of the mean over `rounds`, without a sync in between. `calls` take turns. Calls that take over
+    10 ms are measured once each.
     """
     start = time.perf_counter()
     for call in calls:
@@ -51,9 +35,10 @@ def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> floa
 
 
 def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, float | None]:
-    """Sum of kernel times and number of kernels of a call, by torch's profiler; `calls` take turns.
+    """Sum of kernel times in µs, and number of kernels, of a call; (None, None) without a GPU.
 
-    The time is the median over `rounds` of the mean of the calls, unless rounds differ in their kernels: then the mean.
+    torch's profiler measures them. `calls` take turns. The time is the mean over the calls, and of that the median over
+    `rounds`; if rounds differ in their number of kernels, it is the mean over all.
     """
     if not torch.cuda.is_available():
         return None, None

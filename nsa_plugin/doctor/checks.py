@@ -1,4 +1,4 @@
-"""The checks. They import an engine only if it is installed, and hide GPUs from this process first."""
+"""The checks. They hide GPUs from this process first, and import an engine only if it is installed."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class Check:
     Attributes
     ----------
     section : "environment", "setting", "engine", "path" or "plugin"
-    name, detail : what was looked at, what was found
-    status : "ok", "note" (worth knowing), or "fail" (something that was asked for can't be had)
+    name : what was looked at
+    detail : what was found
+    status : "ok"; "note": worth knowing; "fail": something that was asked for can't be had
     fix : what to do about it; empty if nothing is to be done
     """
 
@@ -46,7 +47,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Run all checks. Touches no GPU: its driver is asked through `nvidia-smi` and `/proc`."""
+    """Run all checks. No GPU is touched: `nvidia-smi` and `/proc` tell of GPUs and driver."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gpus = _gpus()
     checks = [*_environment(gpus)]

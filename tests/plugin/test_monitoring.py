@@ -220,7 +220,7 @@ def test_a_difference_keeps_it_off_while_the_switch_file_stays_away(tmp_path: Pa
 
 @WITH
 def test_the_overhead_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_plugin.bench import overhead
+    from benchmarks import overhead
 
     monkeypatch.setattr(overhead, "CALLS", 50)
     drafts = {"vllm_v1_added_ns_per_draft_of_3", "vllm_v1_added_ns_per_draft_of_7", "vllm_v2_added_ns_per_draft"}

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """sglang's own draft CUDA-graph-runner kit on a GPU, without the plugin and with it in each strategy, in one process.
 
-The kit builds two fixtures (real DSA backends and pools, the real multi-step backend, the real draft worker's
-`draft_forward`; in the second the real `EAGLEDraftCudaGraphRunner`, captured and replayed) and compares their outputs.
-After every replay each draft backend's metadata is compared with what its own per-backend code computes from the
-runner's static buffers; a field that differs is reported as stale.
+The kit builds two fixtures and compares their outputs. Both have real DSA backends and pools, the real multi-step backend
+and the real draft worker's `draft_forward`; the second also has the real `EAGLEDraftCudaGraphRunner`, captured and replayed.
+After every replay, each draft backend's metadata is compared with what its own per-backend code computes from the runner's
+static buffers. A field that differs is reported as stale.
 
-    python tests/gpu/run_draft_kit.py --json draft_kit.json
+    python -m benchmarks.gpu.run_draft_kit --json draft_kit.json
 
-With NSA_PLUGIN_VERIFY=1 the plugin compares every replay by itself, too.
+With NSA_PLUGIN_VERIFY=1 the plugin also verifies every replay itself.
 
-Needs a complete sglang 0.5.23 with its kernels, and this plugin installed beside it. Exit status 1 if a case fails, or
-if a value is stale with the plugin on.
+It needs a complete sglang 0.5.23 with its kernels, and this plugin installed beside it. The exit status is 1 if a case fails
+or a value is stale with the plugin on.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ PREFIXES = {
     "wide": (tuple(range(60, 240, 5)), 40, 256),
     "long": ((900, 1500, 300), 4, 2048),
 }
-"""Name to prefix lengths, captured batch size, and context length. Only `long` outgrows one 256-token segment."""
+"""Prefix lengths, captured batch size and context length, by name. Only `long` is longer than a segment of 256 tokens."""
 
 
 class Case(unittest.TestCase):
-    """What the kit asserts with."""
+    """The object whose assertions the kit calls."""
 
     def runTest(self) -> None:
         """Never run by itself."""
 
 
 class Watch:
-    """Compares metadata after every replay of the real runner, and times what is left to the host before it."""
+    """Compares metadata after every replay of the real runner, and times what the host does before it."""
 
     def __init__(self) -> None:
         from sglang.srt.speculative.eagle_draft_cuda_graph_runner import EAGLEDraftCudaGraphRunner as Runner
@@ -95,14 +95,14 @@ class Watch:
 
 
 def cases(steps: list[int]) -> Iterator[tuple[str, int, tuple[int, ...], int, int]]:
-    """Name, steps, prefix lengths, captured size, context."""
+    """Name, steps, prefix lengths, captured size and context of each case."""
     for number in steps:
         for tag, (prefix, captured, context) in PREFIXES.items():
             yield f"steps {number} {tag}", number, prefix, captured, context
 
 
 def run(number: int, prefix: tuple[int, ...], captured: int, context: int, name: str, kv: str, impl: str) -> None:
-    """One case of the kit; raises what it asserts."""
+    """Run one case of the kit; raises AssertionError if the kit finds something wrong."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode as NativeMode
     from sglang.test.kits.attention_unittest.attention_methods import dsa_attention as dsa
     from sglang.test.kits.attention_unittest.runner_modes import speculative_draft_runner as draft

@@ -1,8 +1,8 @@
-"""What monitoring adds to the host time of a replay: `python -m nsa_plugin.bench.overhead [FILE.json]`.
+"""What monitoring adds to the host time of a replay: `python -m benchmarks.overhead [FILE.json]`.
 
-Needs no GPU and no engine: a replay is a call of an empty function, as `Host.instrument` hands it to an adapter; a draft
-of vLLM's one of empty methods, as the adapter puts them in place of the engine's. With everything off it is the function
-itself.
+It needs no GPU and no engine. A replay is a call of an empty function, which `Host.instrument` wraps as it does for an
+adapter. A draft of vLLM is a call of empty methods, which the adapter wraps as it does the engine's. With all metrics off
+nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
 V1_STEPS = (3, 7)
-"""Draft steps after the first: drafts of 4 and 8 tokens."""
+"""Draft steps after the first, in drafts of 4 and of 8 tokens."""
 CALLS = 200_000
 REPEATS = 9
 
@@ -34,7 +34,7 @@ def _nothing(batch: Any) -> None:
 
 
 def measure(metrics: frozenset[str]) -> dict[str, float]:
-    """Nanoseconds per call that `metrics` add, and that a flush takes per replay in its own thread."""
+    """Nanoseconds that `metrics` add to a call, and that the flushing thread spends per replay."""
     host = Host(Settings(metrics=metrics))
     monitored = host.instrument(_nothing, "sglang", "draft decode", "graph", 3)
     assert (monitored is _nothing) == (not metrics)
@@ -58,7 +58,7 @@ def measure(metrics: frozenset[str]) -> dict[str, float]:
 
 
 def _v1_draft(host: Host, steps: int) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
-    """A draft of empty hooks as vLLM's Model Runner V1 calls them, bare and as they are watched."""
+    """A draft of Model Runner V1 whose methods are empty: bare, and watched."""
 
     def update(proposer: Any, positions: Any, batch: Any, batch_size: int, rows: int, block_size: int) -> None:
         pass
@@ -85,7 +85,7 @@ def _v1_draft(host: Host, steps: int) -> tuple[Callable[[Any], None], Callable[[
 
 
 def _v2_draft(host: Host) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
-    """A draft of vLLM's Model Runner V2 that a graph replays: what its one hook adds."""
+    """A draft of Model Runner V2 that a graph replays, whose one method is empty: bare, and watched."""
 
     def decode(*arguments: Any) -> None:
         pass
@@ -114,7 +114,7 @@ def _per_call(call: Callable[[Any], None]) -> float:
 
 
 def main() -> None:
-    """Measure off, Prometheus, and NVTX where there is a GPU."""
+    """Measure without metrics, with Prometheus and, where there is a GPU, with NVTX."""
     results: dict[str, Any] = {**where(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "settings": {}}
     choices = ["off", "prometheus"] + (["nvtx", "prometheus,nvtx"] if torch.cuda.is_available() else [])
     for choice in choices:

@@ -1,4 +1,4 @@
-"""What the workers have in common: an engine served over JSON lines, and the batch sizes that it captures."""
+"""What both workers need: serving an engine over JSON lines, and the batch sizes that it captures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answer = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 def captured_sizes(largest: int) -> list[int]:
-    """Batch sizes that CUDA graphs are captured for: powers of two, and the largest."""
+    """Batch sizes with a CUDA graph: the powers of two, and the largest size."""
     return sorted({*(1 << exponent for exponent in range(largest.bit_length())), largest})
 
 

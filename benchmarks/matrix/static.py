@@ -1,4 +1,4 @@
-"""The probe without importing anything: an adapter's needs, looked up in the source of an engine's wheel."""
+"""A probe that imports nothing: it looks an adapter's needs up in the source of an engine's wheel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Wheel:
         return None
 
     def missing(self, needs: tuple[Need, ...]) -> list[str]:
-        """A line for each need that the source does not meet, as `nsa_plugin.adapters.probe.missing`."""
+        """A line for each need that the source does not meet, as from `nsa_plugin.adapters.probe.missing`."""
         problems = []
         for need in needs:
             found = self._find(need.path)
@@ -64,7 +64,7 @@ class Wheel:
         return module, node
 
     def _member(self, module: str, scope: Scope, name: str) -> tuple[str, ast.AST] | None:
-        """What `name` is in a module or class, bases and imports within the wheel followed; the last definition counts."""
+        """What `name` is in a module or class. Bases and imports within the wheel are followed; the last definition counts."""
         found: tuple[str, ast.AST] | None = None
         for node in _statements(scope):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -114,7 +114,7 @@ class Wheel:
 
 
 def _statements(scope: Scope) -> list[ast.stmt]:
-    """Those of a body, and of the `if` and `try` blocks in it."""
+    """The statements of a body, and of the `if` and `try` blocks in it."""
     statements: list[ast.stmt] = []
     queue = list(scope.body)
     while queue:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""vLLM's real V1 proposer on a GPU: metadata of every draft step against vLLM's own rebuild, and what it costs the host.
+"""vLLM's real V1 proposer on a GPU: the metadata of every draft step is compared with vLLM's own rebuild, and timed.
 
-Three drafts of the same changing batches: vLLM's rebuild with its caches cleared (the reference), stock vLLM, and the
-plugin. Every field that attention and indexer metadata hold is compared at every step. Then the draft steps' metadata
-is timed, stock and with the plugin, and the FlashMLA scheduler object that the plugin keeps is compared with fresh ones.
+Three drafts take the same changing batches: vLLM's rebuild with its caches cleared (the reference), stock vLLM, and the
+plugin. Every field of attention and indexer metadata is compared at every step. Then the metadata of the draft steps is
+timed, stock and with the plugin. At last the FlashMLA scheduler object that the plugin keeps is compared with fresh ones.
 
-    python tests/gpu/run_vllm_v1_draft.py --json vllm_v1_draft.json
+    python -m benchmarks.gpu.run_vllm_v1_draft --json vllm_v1_draft.json
 
-Needs vLLM 0.33.0 with its kernels; run it in the repository root. Under two minutes. Exit status 1 if anything is not
-as it should be. Without a GPU `--batches 2 --rounds 2` tries the script itself.
+It needs vLLM 0.33.0 with its kernels, and takes under two minutes. Run it in the repository's root. The exit status is 1 if
+anything is wrong. Without a GPU, `--batches 2 --rounds 2` tries the program itself.
 """
 
 # ruff: noqa: E402
@@ -21,7 +21,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
@@ -57,7 +55,7 @@ Outcome = dict[str, Any]
 
 
 def batches(tokens: int, number: int, seed: int) -> Iterator[tuple[list[int], list[int], int]]:
-    """Lengths, rejected tokens and first block of changing batches: any size, some at the maximal length."""
+    """Lengths, rejected tokens and first block of changing batches, of any size. Some requests have the maximal length."""
     rng = random.Random(seed)
     for index in range(number):
         size = (1, 3, 4, 32, 64)[index % 5]
@@ -69,7 +67,7 @@ def batches(tokens: int, number: int, seed: int) -> Iterator[tuple[list[int], li
 
 @contextmanager
 def plugin(verify: int = 0) -> Iterator[Host]:
-    """The plugin's patch of the proposer, verifying every so many drafts."""
+    """The plugin's patch of the proposer. It verifies every `verify`-th draft."""
     host, patch = Host(Settings(verify=verify)), V1Patch()
     patch.install(host)
     try:
@@ -79,7 +77,7 @@ def plugin(verify: int = 0) -> Iterator[Host]:
 
 
 def compare(draft: V1Draft, number: int, seed: int) -> Outcome:
-    """Steps compared; fields in which stock and the plugin differ from the reference; fall-backs."""
+    """Number of steps compared, fields in which stock vLLM and the plugin differ from the reference, fall-backs."""
     made = list(batches(draft.tokens, number, seed))
     with caches_cleared():
         want = [step for batch in made for step in draft.propose(*batch)]
@@ -101,7 +99,7 @@ def compare(draft: V1Draft, number: int, seed: int) -> Outcome:
 
 
 def count(differences: Iterator[list[str]]) -> dict[str, int]:
-    """Times that each field was named."""
+    """How often each field was named."""
     counts: dict[str, int] = {}
     for names in differences:
         for name in names:
@@ -160,7 +158,7 @@ def measure(draft: V1Draft, size: int, rounds: int) -> Outcome:
 
 
 def kernel_cases(number: int) -> Outcome:
-    """The launch for all steps against its definition, at sizes that engines run."""
+    """Compare the launch for all steps with its reference, at sizes that engines run."""
     rng, wrong = random.Random(7), 0
     for _ in range(number):
         size, padding, tokens, longest = (
@@ -194,7 +192,7 @@ def kernel_cases(number: int) -> Outcome:
 
 
 def kept_schedule(layout: str, size: int) -> Outcome:
-    """FlashMLA's sparse decode with a scheduler object kept over changing indices, against a fresh one each time."""
+    """Compare FlashMLA's sparse decode with one scheduler object for all indices, and with a fresh one each time."""
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
 
     pages, topk = 256, 2048
@@ -222,7 +220,7 @@ def kept_schedule(layout: str, size: int) -> Outcome:
 
 
 def attempt(label: dict[str, Any], call: Callable[[], Outcome]) -> Outcome:
-    """The outcome of a part, or its error; printed."""
+    """Run a part; prints and returns its outcome, or its error."""
     start = time.perf_counter()
     try:
         outcome = call()

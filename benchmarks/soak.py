@@ -1,10 +1,10 @@
-"""Soak: very many replays over a random trace. No difference, no growth of memory, no address that changes.
+"""Soak: very many replays over a random trace, watched for differences, growth of memory, and addresses that change.
 
-    python -m tests.soak.soak --engine none|sglang --replays N [--json FILE]
+    python -m benchmarks.soak --engine none|sglang --replays N [--json FILE]
 
-Every replay of the first thousand is verified, and every hundredth after. On a CPU the core is compared with a loop
-over requests, rows and tokens; on a GPU, where the work is recorded in CUDA graphs, with the plain torch reference.
-sglang's backends are compared with sglang's own per-backend code.
+The first thousand replays are verified, then every hundredth. On a CPU the core is compared with a loop over requests,
+rows and tokens. On a GPU its work is recorded in CUDA graphs, and compared with the plain torch reference. sglang's backends
+are compared with sglang's own per-backend code.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from nsa_plugin.trace import Round, Sizes, generate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALL_BELOW, EVERY = 1000, 100
-"""Replays that are verified: all of the first so many, then every so many."""
+"""Replays up to `ALL_BELOW` are all verified, then every `EVERY`-th."""
 WARM_UP = 0.2
 """Share of the replays after which memory must not grow any more."""
 SLACK_MIB, SLACK_OBJECTS = 8.0, 2000
-"""Growth that is put down to the allocator and to the interpreter."""
+"""Growth that is taken for the allocator's and the interpreter's own."""
 DRAFT_TOKENS = 4
 
 
 class Subject(Protocol):
-    """Something that prepares replays: one mode, one strategy, all captured sizes."""
+    """Prepares replays of one mode with one strategy, for all captured sizes."""
 
     name: str
 
@@ -49,14 +49,14 @@ class Subject(Protocol):
         """Prepare a round."""
 
     def differences(self, entry: Round) -> list[str]:
-        """What is wrong after `replay` of it."""
+        """Names of what is wrong after `replay(entry)`."""
 
     def addresses(self) -> list[int]:
-        """Of all buffers."""
+        """Addresses of all buffers."""
 
 
 class Core:
-    """The metadata engine by itself; on a GPU its plans are recorded in CUDA graphs."""
+    """The core by itself. On a GPU its plans are recorded in CUDA graphs."""
 
     def __init__(self, mode: ForwardMode, strategy: PlanStrategy, offsets: tuple[int, ...], sizes: Sizes) -> None:
         self.name = f"core {mode.value} {strategy}" + (" exact" if offsets else "")
@@ -88,7 +88,7 @@ class Core:
             graph.replay()
 
     def differences(self, entry: Round) -> list[str]:
-        """Against the naive loop on a CPU, the reference on a GPU."""
+        """Fields that differ from the naive loop (CPU) or from the reference (GPU)."""
         _, static, consumers, _ = self.plans[len(entry.seq_lens)]
         if DEVICE.type == "cuda":
             made = precompute(static, self.geometry, impl="reference")
@@ -110,7 +110,7 @@ class Core:
         return wrong
 
     def addresses(self) -> list[int]:
-        """Of every vector and table of every size."""
+        """Addresses of every vector and table of every size."""
         return [
             getattr(step, name).data_ptr()
             for _, _, consumers, _ in self.plans.values()
@@ -127,7 +127,7 @@ class Core:
 
 
 class Sglang:
-    """sglang's real backends with the adapter installed; on a GPU with what it records in CUDA graphs."""
+    """sglang's real backends with the adapter installed. On a GPU, what it records runs in CUDA graphs."""
 
     def __init__(self, native: str, sizes: Sizes) -> None:
         self.name, self._native = f"sglang {native}", native
@@ -150,7 +150,7 @@ class Sglang:
             self._captured[size] = (static, kit.replay_view(static), graph)
 
     def replay(self, entry: Round) -> None:
-        """As sglang's runners do."""
+        """Prepare a round as sglang's runners do."""
         static, view, graph = self._captured[len(entry.seq_lens)]
         static.seq_lens.copy_(torch.tensor(entry.seq_lens))
         static.req_pool_indices.copy_(torch.tensor(entry.requests))
@@ -159,7 +159,7 @@ class Sglang:
             graph.replay()
 
     def differences(self, entry: Round) -> list[str]:
-        """Against sglang's own per-backend code."""
+        """Values that differ from sglang's own per-backend code."""
         from nsa_plugin.adapters.sglang.preparation import MODES
 
         static, _, _ = self._captured[len(entry.seq_lens)]
@@ -172,7 +172,7 @@ class Sglang:
         ]
 
     def addresses(self) -> list[int]:
-        """Of every tensor in the metadata of every size."""
+        """Addresses of every tensor in the metadata of every size."""
         return [
             value.data_ptr()
             for backend in self._backends
@@ -223,7 +223,7 @@ def rounds_of(sizes: Sizes, seed: int) -> Iterator[Round]:
 
 
 def core_subjects(sizes: Sizes) -> list[Subject]:
-    """Every mode, strategies in turn, and exact step lengths."""
+    """Subjects for every mode, with strategies in turn, and one with exact step lengths."""
     return [
         Core(ForwardMode.DECODE, "share", (), sizes),
         Core(ForwardMode.DECODE, "copy", (), sizes),
@@ -234,12 +234,12 @@ def core_subjects(sizes: Sizes) -> list[Subject]:
 
 
 def sglang_subjects(sizes: Sizes) -> list[Subject]:
-    """The three paths of the adapter, which must have been installed."""
+    """Subjects for the three paths of the adapter, which must be installed."""
     return [Sglang(native, sizes) for native in ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")]
 
 
 def _index_topk(sizes: Sizes) -> int:
-    """DeepSeek V3.2's, or less where sequences would all be shorter."""
+    """Top-k of DeepSeek V3.2, or less where all sequences would be shorter than that."""
     return 2048 if sizes.width > 4096 else 256
 
 
@@ -257,7 +257,7 @@ def _recorded(work: Any) -> Any:
 
 
 def _memory() -> tuple[float, int, int]:
-    """MiB of the process, Python objects, bytes on the GPU."""
+    """MiB of the process, number of Python objects, bytes on the GPU."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     on_gpu = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
@@ -265,7 +265,7 @@ def _memory() -> tuple[float, int, int]:
 
 
 def main() -> int:
-    """Run one; exit status 1 if anything is wrong."""
+    """Run a soak; returns the exit status, 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("none", "sglang"), default="none")
     parser.add_argument("--replays", type=int, default=1_000_000)
@@ -294,7 +294,7 @@ def main() -> int:
             adapter.undo()
     from nsa_plugin.bench.run import where
 
-    result = {**where(DEVICE), **result, "command": f"tests.soak.soak {' '.join(sys.argv[1:])}"}
+    result = {**where(DEVICE), **result, "command": f"benchmarks.soak {' '.join(sys.argv[1:])}"}
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

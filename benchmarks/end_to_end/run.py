@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""The complete engine generates the same prompts without the plugin, with it switched off, and with it, in one run.
+"""Complete engines generate the same prompts: without the plugin, with it switched off, and with it, in one run.
 
-One engine per variant and number of steps is started on the same GPU, all stay up, and requests take turns, so that
-whatever the machine does happens to all; an engine whose turn it is not is stopped (SIGSTOP) and takes nothing from the
-others. What is compared and measured: tokens, rounds (accept lengths), wall time of a request, and from the probe inside
-the engine's process the time from round to round and the host time of each part.
+There is one engine per variant and number of steps, all on the same GPU. All stay up, and requests take turns, so that
+whatever the machine does happens to all. An engine whose turn it is not is stopped (SIGSTOP) and takes nothing from the
+others. Tokens and rounds (accept lengths) are compared. Measured are the wall time of a request and, by the probe inside the
+engine's process, the time from round to round and the host time of each part.
 
     python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
 
-DIR is what `pip install --target DIR` made of the plugin's wheel (with its dependencies) and of `probe/`; both are put
-on PYTHONPATH, which is all that the variants differ in besides NSA_PLUGIN_STRATEGY. A run that is stopped (SIGTERM) writes
-what it has measured.
+The first DIR has what `pip install --target DIR` made of the plugin's wheel, with its dependencies; the second has the same
+of `probe/`. Both go on PYTHONPATH. The variants differ in that and in NSA_PLUGIN_STRATEGY, in nothing else. A run that is
+stopped (SIGTERM) writes what it has measured.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ VARIANTS: dict[str, dict[str, str]] = {
     "auto": {"NSA_PLUGIN_STRATEGY": "auto"},
 }
 RECORDING = "recording"
-"""An engine of its own, with the plugin and the recorder, that takes no part in what is measured."""
+"""Variant of a further engine, with the plugin and the recorder, that is not measured."""
 TRACED = ((1, 300, 40), (3, 1500, 60), (6, 700, 60), (11, 2500, 40))
-"""Requests, tokens of the longest prompt, and new tokens of each batch that is recorded."""
+"""Number of requests, tokens of the longest prompt, and new tokens, of each batch that is recorded."""
 WARM_UP_TOKENS = 24
 LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|Graph capturing finished|mem usage|Traceback|Error")
 
 
 class Engine:
-    """A worker process with an engine in it, in a process group of its own; stopped unless it has something to do."""
+    """A worker process with an engine in it, in a process group of its own. It is stopped while it has nothing to do."""
 
     def __init__(self, name: str, worker: Path, config: dict[str, Any], environment: dict[str, str], out: Path) -> None:
         self.name = name
@@ -85,7 +85,7 @@ class Engine:
         return self._process.poll() is None
 
     def quit(self) -> None:
-        """Let it end; kill what is left of it."""
+        """Ask it to end; kill what is left of it."""
         self._signal(signal.SIGCONT)
         with contextlib.suppress(Exception):
             assert self._process.stdin is not None
@@ -95,7 +95,7 @@ class Engine:
         self._signal(signal.SIGKILL)
 
     def times(self) -> list[dict[str, list[list[float]]]]:
-        """What the probe wrote, process by process: one for each rank."""
+        """What the probe wrote, one entry per rank."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("times_*.json"))]
 
     def log_lines(self) -> list[str]:
@@ -105,7 +105,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _limit(self, seconds: float) -> Iterator[None]:
-        """Kill it if what is within takes longer."""
+        """Kill it if the block takes longer than `seconds`."""
         timer = threading.Timer(seconds, self._signal, [signal.SIGKILL])
         timer.start()
         try:
@@ -131,7 +131,7 @@ class Engine:
 def start(
     options: argparse.Namespace, steps: int, variant: str, number: int, settings: dict[str, str] | None = None
 ) -> Engine:
-    """Start the engine of that number, with the plugin's settings of its variant or others; it is not up yet."""
+    """Start an engine, with the plugin settings of its variant or with others; returns before it is up."""
     path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
     environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
     if variant == RECORDING:
@@ -147,7 +147,7 @@ def start(
 
 
 def start_all(options: argparse.Namespace) -> dict[str, Engine]:
-    """Start every engine: the first alone, because it compiles what the others then find in caches."""
+    """Start every engine. The first starts alone: it compiles what the others then find in caches."""
     wanted = [(steps, variant) for steps in options.steps for variant in reversed(VARIANTS)]
     wanted += [(options.steps[0], RECORDING)] if options.recorder else []
     engines: dict[str, Engine] = {}
@@ -169,13 +169,13 @@ def start_all(options: argparse.Namespace) -> dict[str, Engine]:
 
 
 def random_prompts(model: Path, rng: random.Random, lengths: Sequence[int]) -> list[list[int]]:
-    """Prompts of so many tokens of the model's vocabulary, its first and last ten left out."""
+    """Random prompts of the given lengths. The first and last ten tokens of the vocabulary are left out."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     return [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for length in lengths]
 
 
 def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
-    """Cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
+    """Measure cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
     rng = random.Random(options.seed)
     begun = time.perf_counter()
     for batch, length, steps in itertools.product(options.batch, options.prompt, options.steps):
@@ -209,7 +209,7 @@ def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator
 
 
 def record(options: argparse.Namespace, engine: Engine) -> None:
-    """Have batches of unequal requests generated for the trace."""
+    """Have the recording engine generate batches of unequal requests."""
     rng = random.Random(options.seed)
     for requests, longest, new_tokens in TRACED:
         lengths = [longest] + [rng.randrange(1, longest) for _ in range(requests - 1)]
@@ -218,7 +218,7 @@ def record(options: argparse.Namespace, engine: Engine) -> None:
 
 
 def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What torch's profiler sees of some rounds of one request, engine by engine; of several ranks it would see one."""
+    """What torch's profiler sees in some rounds of one request, engine by engine. Of several ranks it sees one."""
     if options.tp > 1:
         return
     prompts = random_prompts(options.model, random.Random(options.seed), options.prompt[:1])
@@ -238,7 +238,7 @@ def say(text: str) -> None:
 
 
 def command() -> str:
-    """The command line, of paths their last part."""
+    """The command line, with the last part of each path."""
     return " ".join(Path(word).name if "/" in word else word for word in sys.argv)
 
 
@@ -260,7 +260,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, checked; from then on the plugin can be imported here too, which `report` asks for versions."""
+    """Parse and check the options. Afterwards the plugin can be imported here too: `report` asks it for versions."""
     options = parser.parse_args()
     if options.dp_attention and options.engine != "sglang":
         parser.error(f"--dp-attention: for sglang only, not {options.engine}; leave it out")

@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
 """vLLM's real V2 speculator on a GPU: every value that its draft steps see, with this plugin and as shipped.
 
-Real `MTPSpeculator`, `BlockTables`, FlashMLA-sparse and indexer builders, DeepGEMM schedule and Triton kernels, with a
-stand-in for the draft model and the draft's CUDA graphs really captured. Drafts that fuse, "vllm in place" (FlashMLA-sparse
-has its hook, each group updates its metadata itself) and "one kernel" (the plugin as it is installed), and one that does
-not, "metadata kept", are replayed over changing batches (sizes, lengths up to the model's, requests, block tables;
-buffers poisoned in between), and what every step's model saw is compared with "vllm stock", which rebuilds it for every
-step; DeepGEMM's schedule only in full batches, because vLLM's updates in place let rows of padding grow and its rebuild
-does not. "one kernel" is also compared with "vllm in place", rows of padding included. `nsa-plugin bench --engine vllm`
-times them.
+Real are `MTPSpeculator`, `BlockTables`, FlashMLA-sparse and indexer builders, DeepGEMM's schedule, the Triton kernels and the
+captured CUDA graphs; the draft model is a stand-in. These drafts are replayed over changing batches (sizes, lengths up to the
+model's, requests, block tables), with buffers poisoned in between:
 
-    python tests/gpu/run_vllm_draft.py --json vllm_draft.json
+- "vllm stock" rebuilds the metadata for every step. What the model of every other draft sees is compared with this one.
+- "vllm in place" is fused: FlashMLA-sparse has its hook, and each group updates its own metadata.
+- "one kernel" is fused: the plugin as it is installed. It is also compared with "vllm in place", rows of padding included.
+- "metadata kept" is not fused.
 
-With --verify N the plugin verifies every N-th draft of "one kernel" by itself, as NSA_PLUGIN_VERIFY does: its metadata is
-then written before each replay, and the graph has copies of it.
+DeepGEMM's schedule is compared in full batches only: vLLM's updates in place let rows of padding grow, its rebuild does not.
+`nsa-plugin bench --engine vllm` times the same drafts.
 
-Needs a complete vLLM 0.33.0 and this repository as the working directory, on PYTHONPATH. Without a GPU the graphs are
-emulated, small. Exit status 1 if a value differs.
+    python -m benchmarks.gpu.run_vllm_draft --json vllm_draft.json
+
+With --verify N the plugin itself verifies every N-th draft of "one kernel", as with NSA_PLUGIN_VERIFY: the metadata is then
+written before each replay, and the graph has copies of it.
+
+It needs a complete vLLM 0.33.0. Run it in the repository's root. Without a GPU the graphs are small, and emulated. The exit
+status is 1 if a value differs.
 """
 
 # ruff: noqa: E402
@@ -51,7 +54,7 @@ class Batches:
         self._random = torch.Generator().manual_seed(seed)
 
     def new(self, size: int | None = None) -> Batch:
-        """A batch of so many requests, or of any number; half of the lengths are short, at the end, or whole blocks."""
+        """A batch of `size` requests, or of any number. Half of the lengths are short, at the end, or whole blocks."""
         sizes, random = self._sizes, self._random
         most, blocks = sizes.model_len, sizes.model_len // 64
         size = int(torch.randint(1, sizes.captured + 1, (), generator=random)) if size is None else size
@@ -66,7 +69,7 @@ class Batches:
 
 
 def compare(reference: ReplayedDraft, draft: ReplayedDraft, batches: int, seed: int) -> dict[str, Any]:
-    """Entries of each field that differ from the reference over so many batches; every other batch is a full one."""
+    """Entries of each field that differ from the reference, over a number of batches. Every other batch is a full one."""
     source, comparison = Batches(draft.sizes, seed), Comparison()
     for number in range(batches):
         batch = source.new(size=draft.sizes.captured if number % 2 else None)
@@ -76,7 +79,7 @@ def compare(reference: ReplayedDraft, draft: ReplayedDraft, batches: int, seed: 
 
 
 def check(layout: str, tokens: int, sizes: Sizes, replays: int, seed: int, verify: int) -> dict[str, Any]:
-    """The comparisons of one layout and number of tokens, by name."""
+    """Comparisons for one cache layout and number of tokens, by the name of the draft."""
     with ways(layout, tokens, sizes, verify) as drafts:
         for draft in drafts.values():
             draft.capture(record=True)

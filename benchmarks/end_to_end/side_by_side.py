@@ -6,7 +6,7 @@ at the same time, one in reverse order. Their tokens must be the same, and no lo
 
     python side_by_side.py --plugin DIR --probe DIR --json results.json [--engine vllm] [--steps 4] [--verify 10]
 
-The folders are those of `run.py`. Exit status 1 if anything is not as it should be.
+The folders are those of `run.py`. The exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from report import machine
 from run import Engine, command, parse, parser_of, random_prompts, say, start
 
 REQUESTS = ((1, 900), (3, 2500), (8, 700), (16, 400), (1, 6000), (5, 300))
-"""Requests and longest prompt of each batch, in tokens."""
+"""Number of requests, and tokens of the longest prompt, of each batch."""
 TROUBLE = re.compile(r"nsa-plugin.*(own values are used|left as it is)")
 
 
 def generate(engine: Engine, batches: Sequence[Any], order: Sequence[int], tokens: int, out: dict[int, Any]) -> None:
-    """Have an engine generate batches in some order, until all are done or it ends."""
+    """Have an engine generate the batches in an order, until all are done or the engine ends."""
     for index in order:
         out[index] = engine.ask({"op": "generate", "prompts": batches[index], "max_new_tokens": tokens})["tokens"]
 

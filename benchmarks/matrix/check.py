@@ -1,4 +1,4 @@
-"""Run in an engine's environment: the conformance kit, and what it found, as JSON on the last line of the output."""
+"""Runs the conformance kit in an engine's environment. The last line of the output is what it found, as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIXTURES = {"sglang": "nsa_plugin.testing.sglang_engine:SglangEngine", "vllm": "
 
 
 def main(name: str) -> dict[str, Any]:
-    """Problems by line of the contract; by path and strategy what is wrong with its values; versions."""
+    """Problems by line of the contract, wrong values by path and strategy, and versions."""
     module, _, kind = FIXTURES[name].partition(":")
     engine = getattr(import_module(module), kind)()
     logging.getLogger(engine.logger).propagate = False

@@ -21,7 +21,7 @@ from serving import captured_sizes, serve
 from trace_summary import summarise
 
 BLOCK = 64
-"""Tokens per block of the KV cache, which FLASHMLA_SPARSE asks for."""
+"""Tokens per block of the KV cache, as FLASHMLA_SPARSE asks for."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 
 def capture_sizes(steps: int, max_batch_size: int) -> list[int]:
-    """Tokens of the captured graphs: of a draft step (one per request) and of a verify round (steps + 1)."""
+    """Numbers of tokens with a captured graph: one per request for a draft step, steps + 1 for a verify round."""
     batches = captured_sizes(max_batch_size)
     return sorted({*batches, *(batch * (steps + 1) for batch in batches)})
 

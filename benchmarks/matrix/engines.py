@@ -1,4 +1,4 @@
-"""Which releases of which engine matter, what the adapter needs of them, and how the lightest environment for one is made."""
+"""Which releases of each engine matter, what its adapter needs of them, and how to make the lightest environment for one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from nsa_plugin.adapters.sglang import capabilities as sglang
 from nsa_plugin.adapters.vllm import capabilities as vllm
 from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2] / "tests"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the adapter needs of the releases that have a module.
+    """What the adapter needs of one generation of releases.
 
     Attributes
     ----------
-    module : by which a release is known to go by these names
-    paths : path to the needs that serve it
-    strategies : strategy to what it needs besides, on any path
+    module : a release that has this module is of the generation
+    paths : the needs of each path
+    strategies : what a strategy needs beyond that, on any path
     """
 
     module: str
@@ -37,14 +37,13 @@ class Engine:
     Attributes
     ----------
     releases : oldest first
-    needs : of each of its generations, newest first
-    strategies : that its adapter offers
-    requirements : file
-        Of the newest release's environment.
-    pinned : distributions whose version the release's own metadata says
-    bare : distributions that are installed without their dependencies, with the engine itself
+    needs : one entry per generation, newest first
+    strategies : what its adapter offers
+    requirements : file with the environment of the newest release
+    pinned : distributions whose version comes from the release's own metadata
+    bare : distributions that are installed, as the engine itself, without their dependencies
     path : folders for PYTHONPATH
-    variables : of the environment
+    variables : environment variables
     """
 
     releases: tuple[str, ...]

@@ -1,11 +1,11 @@
 """The release matrix: every engine release that matters, probed and put through the conformance kit.
 
-    python -m tests.matrix.run [sglang==0.5.18 | sglang | vllm …]   # all of them by default
-    python -m tests.matrix.run --newest                             # what the index offers newest: differences, exit status
+    python -m benchmarks.matrix.run [sglang==0.5.18 | sglang | vllm …]   # all of them by default
+    python -m benchmarks.matrix.run --newest                             # what the index offers newest: differences, exit status
 
-Each release's wheel is probed statically first. If that is clean, the kit runs over the real engine, in the lightest
-environment in which its modules import on a CPU: one environment at a time, removed after its engine. Results go to
-`examples/results/releases.json`.
+Each release's wheel is probed statically first. If nothing is missing, the kit runs over the real engine, in the lightest
+environment in which its modules import on a CPU. There is one environment at a time; it is removed after its engine. Results
+go to `benchmarks/results/releases.json`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.engines import ENGINES, Engine
-from tests.matrix.static import Wheel
+from benchmarks.matrix.engines import ENGINES, Engine
+from benchmarks.matrix.static import Wheel
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "examples" / "results" / "releases.json"
+RESULTS = ROOT / "benchmarks" / "results" / "releases.json"
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 Row = dict[str, Any]
 
@@ -48,7 +48,7 @@ def release_of(wheel: Path) -> str:
 
 
 def pins(wheel: Path, names: Sequence[str]) -> list[str]:
-    """The exact requirements on some distributions in a wheel's own metadata."""
+    """The exact requirements (`name==version`) that a wheel's metadata has on some distributions."""
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(member))
@@ -57,7 +57,7 @@ def pins(wheel: Path, names: Sequence[str]) -> list[str]:
 
 
 def prepare(engine: Engine, environment: Path, wheel: Path) -> Path:
-    """Make the environment, or change the one that is there, for the release in `wheel`; returns its Python."""
+    """Make an environment for the release in `wheel`, or change the one that is there; returns its Python."""
     python = environment / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
@@ -77,7 +77,7 @@ def _pip(python: Path, *arguments: str) -> None:
 
 
 def check(name: str, wheel: Path, environment: Path) -> Row:
-    """A row of the table: what is faithful, what was only probed, what is left alone and why."""
+    """Make a release's row: what is faithful, what was only probed, what is left alone, and why."""
     engine, source = ENGINES[name], Wheel(wheel)
     needs = next((needs for needs in engine.needs if source.module(needs.module) is not None), engine.needs[0])
     lacks = {strategy: source.missing(needs.strategies.get(strategy, ())) for strategy in engine.strategies}
@@ -101,7 +101,7 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
     python = prepare(engine, environment, wheel)
     variables = {**os.environ, **dict(engine.variables), "OMP_NUM_THREADS": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT, *engine.path))
-    command = [str(python), "-m", "tests.matrix.check", name]
+    command = [str(python), "-m", "benchmarks.matrix.check", name]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -117,7 +117,7 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
-    """A line for everything that is not as it should be: what the kit found, and paths that are not faithful."""
+    """A line for each problem: what the kit found, and paths that are not faithful."""
     lines = []
     for row in rows:
         head = f"{row['engine']} {row['release']}"
@@ -131,7 +131,7 @@ def differences(rows: Sequence[Row]) -> list[str]:
 
 
 def save(rows: Sequence[Row]) -> None:
-    """Put rows into the committed results, in place of older ones of the same release."""
+    """Write rows to the committed results. They replace older ones of the same release."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     by_release = {(row["engine"], row["release"]): row for row in (*known, *rows)}
     order = [(name, release) for name, engine in ENGINES.items() for release in engine.releases]
@@ -140,7 +140,7 @@ def save(rows: Sequence[Row]) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Run the matrix; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("releases", nargs="*", help="sglang==0.5.18, or an engine's name for all of its releases")
     parser.add_argument(

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Every GPU test of the core under compute-sanitizer, in several processes at a time; the outcome as JSON.
+"""Runs every GPU test of the core under compute-sanitizer, in several processes at a time. The outcome is JSON.
 
-    python tests/gpu/sanitize.py --json sanitizer.json [--tools memcheck racecheck] [--groups 4]
+    python -m benchmarks.gpu.sanitize --json sanitizer.json [--tools memcheck racecheck] [--groups 4]
 
-Exit status 1 if a tool reports an error, a test fails, or a group does not end in time.
+The exit status is 1 if a tool reports an error, a test fails, or a group does not end in time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def collect() -> list[str]:
 
 
 def run(tool: str, tests: list[str], seconds: float) -> dict[str, Any]:
-    """Some tests in one process under one tool."""
+    """Run some tests in one process under one tool."""
     command = [
         "compute-sanitizer",
         "--tool",
