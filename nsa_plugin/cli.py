@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nsa_plugin.build import build
+from nsa_plugin.adapters.build import build
 from nsa_plugin.core.errors import NsaPluginError, UnavailableError
 
 

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.settings import Settings
+from nsa_plugin.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
     from nsa_plugin.host import Host
@@ -24,9 +24,9 @@ def register_vllm() -> None:
     """Install the vLLM adapter (entry-point group `vllm.general_plugins`); the settings reach vLLM's other processes too."""
     logger = logging.getLogger("vllm.plugins.nsa_plugin")
     try:
-        from nsa_plugin.adapters.vllm.ray import carry_settings
+        from nsa_plugin.adapters.vllm.ray_settings import carry_settings
 
-        if problem := carry_settings():  # before anything else: "off" must get there, and wrong ones must, too
+        if problem := carry_settings(PREFIX):  # before anything else: "off" must get there, and wrong ones must, too
             logger.warning("nsa-plugin: %s", problem)
     except Exception as error:
         logger.exception("nsa-plugin: settings may not reach Ray's workers: %s", error)

@@ -28,6 +28,7 @@ import torch
 
 from nsa_plugin import background
 from nsa_plugin.adapters.base import Stage
+from nsa_plugin.adapters.build import source
 from nsa_plugin.settings import STRATEGIES, Settings
 
 logger = logging.getLogger("nsa_plugin")
@@ -83,7 +84,7 @@ def prometheus() -> Metrics:
         client.Gauge(
             "nsa_plugin_info",
             "1; what runs here: this package, the engine, and the strategy that the settings ask for",
-            ("framework", "version", "commit", "engine_version", "strategy"),
+            ("framework", "version", "build", "engine_version", "strategy"),
             multiprocess_mode="max",
         ),
         client.Histogram(
@@ -117,11 +118,6 @@ def prometheus() -> Metrics:
             multiprocess_mode="max",
         ),
     )
-
-
-def commit() -> str:
-    """The commit that this package was built from; "unknown" if the build did not note it."""
-    return "unknown"
 
 
 def _engine_version(framework: str) -> str:
@@ -209,7 +205,7 @@ class Monitor:
         if (framework, path) not in self._known:
             from nsa_plugin import __version__
 
-            metrics.info.labels(framework, __version__, commit(), _engine_version(framework), self._strategy).set(1)
+            metrics.info.labels(framework, __version__, source(), _engine_version(framework), self._strategy).set(1)
             for which in (Labels(framework, path, strategy) for strategy in USED):
                 metrics.verifications.labels(*which)
                 metrics.mismatches.labels(*which)

@@ -20,7 +20,7 @@ from collections import Counter
 
 import torch.distributed as dist
 
-from nsa_plugin.build import build
+from nsa_plugin.adapters.build import build
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 SECONDS = 60.0

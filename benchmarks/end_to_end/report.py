@@ -173,8 +173,8 @@ def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
         ]
         if ratios:
             mean = math.exp(statistics.fmean(map(math.log, ratios)))
-            mean, low, high = (_change(ratio) for ratio in (mean, min(ratios), max(ratios)))
-            lines.append(f"`{variant}` against {BASELINE}, over {len(ratios)} cells: {mean} ({low} to {high}).  ")
+            said, low, high = (_change(ratio) for ratio in (mean, min(ratios), max(ratios)))
+            lines.append(f"`{variant}` against {BASELINE}, over {len(ratios)} cells: {said} ({low} to {high}).  ")
     return lines
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsa_plugin import __version__
-from nsa_plugin.build import DIGITS, build, source_hash
+from nsa_plugin.adapters.build import DIGITS, build, source_hash
 
 ROOT = Path(__file__).parents[2]
 

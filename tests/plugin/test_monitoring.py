@@ -17,6 +17,7 @@ import torch
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, TokenTable, __version__, background, monitoring
 from nsa_plugin.adapters.base import Fallback, Mismatch
+from nsa_plugin.adapters.build import source
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
@@ -122,7 +123,7 @@ def test_a_scrape_sums_what_every_process_wrote(tmp_path: Path, pytestconfig: py
     assert 'le="1e-06"' in done
     (info,) = re.findall(r"^nsa_plugin_info\{(.*)\} 1\.0$", done, re.MULTILINE)
     assert f'version="{__version__}"' in info and 'framework="toy"' in info and 'strategy="auto"' in info
-    assert 'commit="' in info and 'engine_version="unknown"' in info
+    assert f'build="{source()}"' in info and 'engine_version="unknown"' in info
 
 
 @WITH

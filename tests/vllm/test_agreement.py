@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nsa_plugin.adapters.build import build
 from nsa_plugin.adapters.vllm import agreement
-from nsa_plugin.build import build
 
 
 @given(st.tuples(*[st.integers(1, 3)] * 5), st.data())

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsa_plugin import entry
-from nsa_plugin.adapters.vllm import ray
+from nsa_plugin.adapters.vllm import ray_settings as ray
 from nsa_plugin.settings import NAMES, PREFIX
 
 SETTINGS = [PREFIX + name for name in NAMES.values()]
@@ -51,7 +51,7 @@ def test_every_setting_is_copied_and_what_the_user_has_copied_stays(
     with mock.patch.dict(os.environ, theirs | settings | given):
         before = copied()
         for _ in range(2):
-            assert ray.carry_settings() == ""
+            assert ray.carry_settings(PREFIX) == ""
         assert copied() == before | set(settings) | {ray.CARRIED}
         assert "VLLM_PLUGINS" in before and "OTHER" not in copied()
         assert os.environ[ray.CARRIED].count(PREFIX) <= max(1, prefixes.count(PREFIX))
@@ -59,7 +59,7 @@ def test_every_setting_is_copied_and_what_the_user_has_copied_stays(
 
 def test_without_a_setting_nothing_changes() -> None:
     before = dict(os.environ)
-    assert ray.carry_settings() == ""
+    assert ray.carry_settings(PREFIX) == ""
     assert dict(os.environ) == before
 
 
@@ -78,7 +78,7 @@ def test_a_vllm_without_means_is_told_where_ray_could_be_used(has_ray: bool, cap
         mock.patch.dict(os.environ, NSA_PLUGIN_STRATEGY="off", NSA_PLUGIN_VERIFY="10"),
         caplog.at_level(logging.WARNING, "vllm.plugins.nsa_plugin"),
     ):
-        problem = ray.carry_settings()
+        problem = ray.carry_settings(PREFIX)
     assert bool(problem) == has_ray
     assert not has_ray or problem.endswith("NSA_PLUGIN_STRATEGY='off' NSA_PLUGIN_VERIFY='10' ray start …")
 

@@ -13,16 +13,21 @@ from nsa_plugin import __version__
 DIGITS = 12
 
 
-@functools.cache
 def build() -> str:
-    """Version and a hash of the installed source files: equal for equal files, wherever and however they are installed.
+    """Version and `source`. Raises OSError if the files can't be read."""
+    return f"{__version__}+{source()}"
+
+
+@functools.cache
+def source() -> str:
+    """Hash of the installed source files: equal for equal files, wherever and however they are installed.
 
     Raises
     ------
     OSError
         The files can't be read.
     """
-    return f"{__version__}+{source_hash(files('nsa_plugin'))}"
+    return source_hash(files("nsa_plugin"))
 
 
 def source_hash(package: Traversable) -> str:
