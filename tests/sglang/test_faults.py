@@ -83,7 +83,7 @@ class NotCallable:
     """Provides a precompute that is none."""
 
     @hookimpl
-    def nsa_plugin_bind_precompute(self) -> Any:
+    def nsa_plugin_bind_precompute(self, enabled: Any) -> Any:
         return torch.zeros(3)
 
 
