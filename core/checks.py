@@ -113,7 +113,7 @@ def overlaps_itself(table: torch.Tensor, rows: int, columns: int) -> bool:
     if not dimensions:
         return False
     (stride, size), inner = dimensions[0], dimensions[1:]
-    if stride == 0:
+    if dimensions[-1][0] == 0:
         return True
     return any(_meet(step * stride, inner, inner) for step in range(1, min(size - 1, _extent(inner) // stride) + 1))
 
