@@ -9,7 +9,7 @@ import torch
 
 from nsa_plugin.core import reference, triton_impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
-from nsa_plugin.core.checks import boolean, instance
+from nsa_plugin.core.checks import boolean, instance, instances
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
@@ -135,7 +135,8 @@ def bind(
     """
     check_batch(batch, instance("out", out, PrecomputedMetadata).geometry)
     check_buffers(out, batch, out.geometry)
-    check_destinations(out, destinations)
+    if instances("destinations", destinations, StepMetadata):
+        check_destinations(out, destinations)
     check_enabled(enabled, batch, destinations)
     tables = out.steps[0].page_table_1 is None
     fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)

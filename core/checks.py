@@ -109,12 +109,12 @@ Dimensions = Sequence[tuple[int, int]]
 
 def overlaps_itself(table: torch.Tensor, rows: int, columns: int) -> bool:
     """Whether two entries of the first rows and columns of a table are the same one."""
+    if (rows > 1 and table.stride(0) == 0) or (columns > 1 and table.stride(1) == 0):
+        return rows * columns > 1
     dimensions = _dimensions(table, (rows, columns))
     if not dimensions:
         return False
     (stride, size), inner = dimensions[0], dimensions[1:]
-    if stride == 0:
-        return True
     return any(_meet(step * stride, inner, inner) for step in range(1, min(size - 1, _extent(inner) // stride) + 1))
 
 
@@ -128,7 +128,7 @@ def overlap(a: torch.Tensor, a_shape: Sequence[int], b: torch.Tensor, b_shape: S
 def _dimensions(tensor: torch.Tensor, shape: Sequence[int]) -> Dimensions:
     size = tensor.element_size()
     pairs = zip(tensor.stride(), shape, strict=True)
-    return sorted(((stride * size, count) for stride, count in pairs if count > 1), reverse=True)
+    return sorted(((stride * size, count) for stride, count in pairs if count > 1 and stride), reverse=True)
 
 
 def _extent(dimensions: Dimensions) -> int:

@@ -115,17 +115,22 @@ class ReplayPlan:
         Raises
         ------
         InvalidTypeError, InvalidValueError
-            The batch is of another mode, size or layout (`SHAPE`) than the plan's. Nothing was written. Its tensors are
+            The batch is of another mode, size or layout (`LAYOUT`) than the plan's. Nothing was written. Its tensors are
             not looked at.
         """
+        size, mode, draft_tokens, step_offsets, static, slots = self._bound
         try:
-            bound = (
-                batch.batch_size, batch.mode, batch.draft_tokens, batch.step_offsets, batch.extend_lens is None,
-                type(batch.slots),
-            ) == self._bound  # fmt: skip
+            other = (
+                batch.batch_size != size
+                or batch.mode is not mode
+                or batch.draft_tokens != draft_tokens
+                or batch.step_offsets != step_offsets
+                or (batch.extend_lens is None) is not static
+                or batch.slots.__class__ is not slots
+            )
         except AttributeError:
-            bound = False
-        if not bound:
+            other = True
+        if other:
             self._refuse(batch)
         self._precompute(batch)
         if self._derive is not None:
