@@ -21,7 +21,6 @@ import json
 import random
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,6 @@ def storm(file: Path) -> Iterator[None]:
         over.set()
         thread.join()
         file.unlink(missing_ok=True)
-        time.sleep(SWITCH_SECONDS)
 
 
 def recaptured(engine: Engine, batches: list[Any], tokens: int) -> tuple[list[int], list[Any]]:
@@ -90,37 +88,37 @@ def recaptured(engine: Engine, batches: list[Any], tokens: int) -> tuple[list[in
     return json.loads((engine.folder / "recaptured.json").read_text()), found
 
 
-def switched(options: argparse.Namespace, batches: list[Any], environment: dict[str, str]) -> dict[str, Any]:
-    """All phases of one engine with the plugin."""
-    folder = (options.out / "switched metrics").resolve()
+def metrics(options: argparse.Namespace, name: str) -> tuple[Path, dict[str, str]]:
+    """An empty folder for an engine's metrics, and the settings for them."""
+    folder: Path = (options.out / f"{name} metrics").resolve()
     folder.mkdir(parents=True)
-    file = folder.parent / "switch-off"
-    settings = {
-        "NSA_PLUGIN_SWITCH_FILE": str(file), "NSA_PLUGIN_METRICS": "prometheus", "PROMETHEUS_MULTIPROC_DIR": str(folder),
-    }  # fmt: skip
-    engine = start(options, options.steps, "switched", 1, environment | settings)
-    engine.wait(options.start_seconds)
+    return folder, {"NSA_PLUGIN_METRICS": "prometheus", "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+
+
+def switched(
+    options: argparse.Namespace, batches: list[Any], engine: Engine, folder: Path, file: Path
+) -> dict[str, Any]:
+    """All phases of an engine with the plugin, which looks at a switch file and writes its metrics to a folder."""
     result: dict[str, Any] = {"tokens": {}, "metrics": {}}
 
     def phase(name: str) -> None:
         result["tokens"][name] = generate(engine, batches, options.new_tokens)
-        time.sleep(SWITCH_SECONDS)
+        engine.idle(SWITCH_SECONDS)
         result["metrics"][name] = replays(folder)
         say(f"switched: {name}")
 
     phase("on")
     file.touch()
-    time.sleep(SWITCH_SECONDS)
+    engine.idle(SWITCH_SECONDS)
     phase("off")
     file.unlink()
-    time.sleep(SWITCH_SECONDS)
+    engine.idle(SWITCH_SECONDS)
     phase("on again")
     with storm(file):
         phase("storm")
     if options.engine == "sglang":
         result["bytes"], result["tokens"]["re-captured"] = recaptured(engine, batches, options.new_tokens)
         phase("after re-captures")
-    engine.quit()
     result["log"] = [line for line in engine.log_lines() if "nsa-plugin" in line]
     return result
 
@@ -147,30 +145,34 @@ def main() -> int:
         "engine": options.engine, **machine(), "date": datetime.date.today().isoformat(), "command": command(),
         "environment": environment, "batches": list(REQUESTS), "new_tokens": options.new_tokens,
     }  # fmt: skip
+    file = (options.out / "switch-off").resolve()
+    switched_metrics, switching = metrics(options, "switched")
+    verified_metrics, verifying = metrics(options, "verified")
+    switching["NSA_PLUGIN_SWITCH_FILE"] = str(file)
+    verifying |= {"NSA_PLUGIN_VERIFY": str(options.verify), "NSA_PLUGIN_REPRO_DIR": str(options.out.resolve())}
+    alone, ours, verified = (
+        start(options, options.steps, name, number, environment | settings)
+        for number, (name, settings) in enumerate([("no plugin", {}), ("switched", switching), ("verified", verifying)])
+    )
     try:
-        alone = start(options, options.steps, "no plugin", 0, environment)
-        alone.wait(options.start_seconds)
+        for engine in (alone, ours, verified):
+            engine.wait(options.start_seconds)
+        say("three engines are up")
         expected = generate(alone, batches, options.new_tokens)
         if options.engine == "sglang":
             results["bytes without the plugin"], again = recaptured(alone, batches, options.new_tokens)
             results["same tokens without the plugin"] = again == expected
-        alone.quit()
         say("without the plugin: done")
-        found = switched(options, batches, environment)
-        settings = {"NSA_PLUGIN_VERIFY": str(options.verify), "NSA_PLUGIN_REPRO_DIR": str(options.out.resolve())}
-        folder = (options.out / "verified metrics").resolve()
-        folder.mkdir(parents=True)
-        metrics = {"NSA_PLUGIN_METRICS": "prometheus", "PROMETHEUS_MULTIPROC_DIR": str(folder)}
-        verified = start(options, options.steps, "verified", 2, environment | settings | metrics)
-        verified.wait(options.start_seconds)
+        found = switched(options, batches, ours, switched_metrics, file)
         found["tokens"]["verified"] = generate(verified, batches, options.new_tokens)
-        time.sleep(SWITCH_SECONDS)
-        found["metrics"]["verified"] = replays(folder)
-        verified.quit()
+        verified.idle(SWITCH_SECONDS)
+        found["metrics"]["verified"] = replays(verified_metrics)
         results["verified log"] = [line for line in verified.log_lines() if "nsa-plugin" in line]
         results["same tokens"] = {phase: tokens == expected for phase, tokens in found.pop("tokens").items()}
         results |= found
     finally:
+        for engine in (alone, ours, verified):
+            engine.quit()
         results["ok"] = all(results.get("same tokens", {"none": False}).values())
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     say(f"same tokens in every phase: {results['ok']}")

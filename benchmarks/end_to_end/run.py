@@ -80,6 +80,12 @@ class Engine:
         self._signal(signal.SIGSTOP)
         return answer
 
+    def idle(self, seconds: float) -> None:
+        """Let it run without a request: its background threads look at files and write metrics."""
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None

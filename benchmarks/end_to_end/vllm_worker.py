@@ -49,7 +49,7 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
 
     The cache has a fixed number of blocks and nothing is profiled, so that engines can start side by side.
     """
-    steps, blocks = config["steps"], -(-config["max_tokens"] // BLOCK)
+    steps, blocks = config["steps"], -(-config["max_tokens"] // BLOCK) + 1  # vLLM keeps one
     return {
         "model": config["model"], "load_format": "dummy", "skip_tokenizer_init": True, "seed": 1, "dtype": "bfloat16",
         "tensor_parallel_size": config["tp"], "disable_custom_all_reduce": True,

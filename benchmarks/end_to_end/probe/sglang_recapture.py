@@ -15,10 +15,11 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", run_batch, HookType.AROUND)
+    target = "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run"
+    HookRegistry.register(target, next_batch, HookType.AROUND)
 
 
-def run_batch(original: Any, scheduler: Any, *arguments: Any, **named: Any) -> Any:
+def next_batch(original: Any, scheduler: Any, *arguments: Any, **named: Any) -> Any:
     """Before a batch: if the file "recapture" is there, capture so many times; write what torch holds after each."""
     asked = Path(os.environ["E2E_TIMES"]) / "recapture"
     if asked.exists():
