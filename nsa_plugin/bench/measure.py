@@ -13,23 +13,26 @@ Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Microseconds per call, and kernels launched; None where there is nothing to measure.
+class Spread:
+    """A median, and the least and the largest of what it is the median of, in microseconds."""
 
-    Attributes
-    ----------
-    host : time for which the Python thread is busy
-    gpu : sum of the times of its kernels
-    kernels : their number
-    """
+    median: float
+    least: float
+    largest: float
 
-    host: float | None
-    gpu: float | None
-    kernels: float | None
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one value or more."""
+        return cls(statistics.median(values), min(values), max(values))
 
 
 def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> float:
-    """Median over `repeats` of the mean host time of a call, without a sync in between; `calls` take turns.
+    """The median of `host_spread`."""
+    return host_spread(calls, repeats, rounds).median
+
+
+def host_spread(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> Spread:
+    """Spread over `repeats` of the mean host time of a call, without a sync in between; `calls` take turns.
 
     Calls that take over 10 ms are measured once each.
     """
@@ -47,13 +50,19 @@ def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> floa
                 call()
         means.append((time.perf_counter() - start) / (rounds * len(calls)) * 1e6)
     synchronize()
-    return statistics.median(means)
+    return Spread.of(means)
 
 
 def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, float | None]:
+    """The median of `gpu_spread`, and the kernels."""
+    spread, kernels = gpu_spread(calls, rounds)
+    return None if spread is None else spread.median, kernels
+
+
+def gpu_spread(calls: Sequence[Call], rounds: int = 15) -> tuple[Spread | None, float | None]:
     """Sum of kernel times and number of kernels of a call, by torch's profiler; `calls` take turns.
 
-    The time is the median over `rounds` of the mean of the calls, unless rounds differ in their kernels: then the mean.
+    The spread is over `rounds`, each the mean of the calls, unless rounds differ in their kernels: then it is the mean.
     """
     if not torch.cuda.is_available():
         return None, None
@@ -72,8 +81,8 @@ def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, flo
     in_order = sorted(events, key=lambda event: event.time_range.start)
     size, rest = divmod(len(events), rounds)
     parts = [in_order] if rest or not size else [in_order[at : at + size] for at in range(0, len(events), size)]
-    times = [sum(event.device_time for event in part) for part in parts]
-    return statistics.median(times) * len(parts) / number, len(events) / number
+    times = [sum(event.device_time for event in part) * len(parts) / number for part in parts]
+    return Spread.of(times), len(events) / number
 
 
 def copy_rate(device: torch.device) -> float:

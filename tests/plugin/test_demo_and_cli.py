@@ -118,7 +118,7 @@ def test_a_bad_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "trace.jsonl"
     path.write_text(line)
     assert main(["demo", "--trace", str(path), "--steps", "4"]) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in capsys.readouterr().err
     assert main(["demo", "--trace", str(tmp_path / "absent")]) == 2
 
 
