@@ -23,10 +23,10 @@ def test_the_tools_of_the_package_index_find_nothing(tmp_path: Path, pytestconfi
     made = sorted(map(str, out.iterdir()))
     wheels = [name for name in made if name.endswith(".whl")]
     assert len(made) == 2 and len(wheels) == 1
-    for tool in (
+    for command in (
         ["twine", "check", "--strict", *made],
         ["check_wheel_contents", *wheels],
         ["validate_pyproject", str(source / "pyproject.toml")],
     ):
-        done = subprocess.run([sys.executable, "-m", *tool], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
