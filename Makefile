@@ -13,9 +13,7 @@ VLLM = .venv-vllm-$(VLLM_RELEASE)
 # What `make matrix` runs: an engine, or one release of it (sglang==0.5.18); all of them by default.
 ENGINE ?= sglang vllm
 
-README_RESULTS = examples/results/bench_sglang_decode_h100.json examples/results/bench_sglang_verify_extend_h100.json examples/results/bench_vllm_decode_h100.json
-
-.PHONY: demo test lint readme conformance-sglang conformance-vllm matrix canary soak clean
+.PHONY: demo test lint tables conformance-sglang conformance-vllm matrix canary soak clean
 
 demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
@@ -29,12 +27,11 @@ lint: $(CORE)/ready
 	$(CORE)/bin/ruff format --check .
 	$(CORE)/bin/mypy
 
-readme: $(CORE)/ready
-	$(CORE)/bin/nsa-plugin readme-table README.md $(README_RESULTS) --bs 1 8 32 128 --ctx 16384 65536 131072
-	$(CORE)/bin/python -m tests.matrix.render README.md examples/results/releases.json
+tables: $(CORE)/ready
+	$(CORE)/bin/python -m benchmarks.tables
 
 soak: $(CORE)/ready
-	$(CORE)/bin/python -m tests.soak.soak
+	$(CORE)/bin/python -m benchmarks.soak
 
 conformance-sglang: $(SGLANG)/ready
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest $(SIDE_BY_SIDE) tests/sglang tests/plugin/test_examples.py
@@ -44,10 +41,10 @@ conformance-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest $(SIDE_BY_SIDE) tests/vllm tests/plugin/test_examples.py
 
 matrix: $(CORE)/ready
-	$(CORE)/bin/python -m tests.matrix.run $(ENGINE)
+	$(CORE)/bin/python -m benchmarks.matrix.run $(ENGINE)
 
 canary: $(CORE)/ready
-	$(CORE)/bin/python -m tests.matrix.run --newest $(ENGINE)
+	$(CORE)/bin/python -m benchmarks.matrix.run --newest $(ENGINE)
 
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CORE)

@@ -11,13 +11,15 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits
-from nsa_plugin.core.metadata import StepMetadata
+from nsa_plugin.core.metadata import StepMetadata, equal_in_pieces
 from nsa_plugin.core.plan import PlanStrategy
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
+Stage = Literal["capture", "replay"]
+"""When something is handed back to the engine."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,7 @@ class Fallback:
     ----------
     engine, path : str
         Whose, and which of the adapter's paths ("draft decode", "target verify", …).
-    stage : str
-        "capture" or "replay".
+    stage : "capture" or "replay"
     strategy : str
         What failed.
     error : Exception
@@ -37,7 +38,7 @@ class Fallback:
 
     engine: str
     path: str
-    stage: str
+    stage: Stage
     strategy: str
     error: Exception
 
@@ -78,7 +79,7 @@ def differing(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tens
     return sorted(
         name
         for name in expected.keys() | got.keys()
-        if name not in expected or name not in got or not torch.equal(expected[name], got[name])
+        if name not in expected or name not in got or not equal_in_pieces(expected[name], got[name])
     )
 
 
@@ -104,8 +105,23 @@ class Host(Protocol):
     """The side of the package that an adapter talks to."""
 
     @property
+    def on(self) -> bool:
+        """Whether to do anything but the engine's own path: one attribute read.
+
+        Any thread may change it at any time. Read it once when a capture, a replay or a draft is prepared, and decide
+        everything by that.
+        """
+
+    @property
     def strategies(self) -> tuple[Strategy, ...]:
-        """Strategies to try, best first; empty when switched off."""
+        """Strategies to try, best first; empty while switched off. Read it once per decision: see `on`."""
+
+    @property
+    def configured(self) -> tuple[Strategy, ...]:
+        """Strategies that the settings name, best first, switched off or not.
+
+        What `install` goes by: switched off at the start, an engine may be switched on later.
+        """
 
     @property
     def verify(self) -> int:
@@ -156,6 +172,9 @@ class Host(Protocol):
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
         """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
 
+    def verified(self, engine: str, path: str, strategy: str) -> None:
+        """Count a verification, whatever it finds; to be called before `mismatched`."""
+
     def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
         """Count a mismatch, log it once, write a repro file, switch everything of this process to the engine's path."""
 
@@ -187,6 +206,9 @@ class Adapter(Protocol):
         what to do. Imports the engine, changes nothing.
         """
 
+    def untested(self) -> list[str]:
+        """Hooked functions with parameters that no tested release has, a line each; empty once installed."""
+
     def install(self, host: Host) -> list[str]:
         """Patch the engine, completely or not at all; returns the problems that kept it from doing so.
 
@@ -200,9 +222,10 @@ class Adapter(Protocol):
         """What is accelerated and what is left alone, for one log line."""
 
     def switch(self, on: bool) -> list[str]:
-        """Use the engine's own path from the next replay on, or ours again, without a capture.
+        """Say what goes on as before although the host was switched, one line each with the reason.
 
-        Returns what goes on as before, one line each with the reason: work that is recorded in CUDA graphs.
+        That is work recorded in CUDA graphs which can't be switched there, or what was captured while switched off. Called
+        from any thread, after the change, one call at a time; what acts on the change is `Host.on`.
         """
 
     def paths(self, host: Host) -> list[PathPlan]:

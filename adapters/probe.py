@@ -22,11 +22,17 @@ class Need:
         Parameters that the callable must accept, or fields that the dataclass must have.
     why : str
         What it is used for.
+    hooked : bool
+        Whether the plugin stands in for this function, and so passes on what it does not know.
+    known : tuple of str
+        Of a hooked function: what else tested releases pass, besides `parameters`; see `untested`.
     """
 
     path: str
     parameters: tuple[str, ...]
     why: str
+    hooked: bool = False
+    known: tuple[str, ...] = ()
 
 
 def missing(needs: tuple[Need, ...]) -> list[str]:
@@ -50,6 +56,36 @@ def missing(needs: tuple[Need, ...]) -> list[str]:
         if absent := [name for name in need.parameters if name not in names]:
             problems.append(problem_line(need, f"it without {', '.join(absent)}"))
     return problems
+
+
+def untested(needs: tuple[Need, ...]) -> list[str]:
+    """A line for each hooked function with parameters that no tested release has; to be asked before it is hooked.
+
+    They are passed on. What they mean for the values that this plugin computes is not known. A function that is not
+    there is for `missing` to name.
+    """
+    lines = []
+    for need in needs:
+        if not need.hooked:
+            continue
+        try:
+            found = inspect.signature(pkgutil.resolve_name(need.path)).parameters
+        except Exception:
+            continue
+        known = {"self", *need.parameters, *need.known}
+        if new := [name for name, parameter in found.items() if name not in known and parameter.kind not in _VARIADIC]:
+            lines.append(f"{need.path} has parameters that no tested release has: {', '.join(new)}; they are passed on")
+    return lines
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+"""What wrappers of others have."""
+
+
+def warn_of_untested(logger: logging.Logger, needs: tuple[Need, ...]) -> None:
+    """Say what is `untested`, a line each, when hooks are about to be installed."""
+    for line in untested(needs):
+        logger.warning("nsa-plugin: untested: %s", line)
 
 
 def installed_version(distribution: str) -> str:

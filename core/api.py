@@ -9,6 +9,7 @@ import torch
 
 from nsa_plugin.core import reference, triton_impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.checks import boolean, instance
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
@@ -39,7 +40,9 @@ def precompute(
     out : PrecomputedMetadata, optional
         Buffers to write into; fresh ones are made without it. What entries that are not live hold afterwards means nothing.
     checked : bool
-        Also check every length and request index, which reads them on the host (a sync on a GPU).
+        Also check values, which reads them on the host (a sync on a GPU): lengths fit the table, `extend_lens` are at
+        most `draft_tokens` and the length, request indices are rows of the table, live slots or blocks are not negative.
+        Without `extend_lens` a request may be shorter than its rows (padding): the rows before its start see nothing.
 
     Returns
     -------
@@ -54,14 +57,15 @@ def precompute(
         `impl` can't run here.
     """
     check_batch(batch, geometry)
+    boolean("checked", checked)
     if out is None:
         out = PrecomputedMetadata.allocate(batch, geometry)
     else:
-        out = PrecomputedMetadata(out.steps, batch, geometry)
+        out = PrecomputedMetadata(instance("out", out, PrecomputedMetadata).steps, batch, geometry)
         check_buffers(out, batch, geometry)
     if checked:
         check_values(batch, geometry)
-    bind_precompute(batch, out, impl=impl)(batch)
+    _bind_precompute(batch, out, impl, None)(batch)
     return out
 
 
@@ -84,25 +88,33 @@ def fast_copy(precomputed: PrecomputedMetadata, destinations: Sequence[StepMetad
     UnavailableError
         `impl` can't run here.
     """
-    check_destinations(precomputed, destinations)
     bind_copy(precomputed, destinations, impl=impl)()
 
 
 def bind_precompute(
     batch: BatchDescriptor, out: PrecomputedMetadata, *, impl: Impl = "auto", enabled: torch.Tensor | None = None
 ) -> BoundPrecompute:
-    """Bind `impl` to the (checked) buffers `out`, for batches of the mode and size of `batch`.
+    """Bind `impl` to the buffers `out`, for batches of the mode and size of `batch`; raises as `precompute`.
 
     `enabled` as in `ReplayPlan`.
     """
+    check_batch(batch, instance("out", out, PrecomputedMetadata).geometry)
+    check_buffers(out, batch, out.geometry)
     check_enabled(enabled, batch, ())
+    return _bind_precompute(batch, out, impl, enabled)
+
+
+def _bind_precompute(
+    batch: BatchDescriptor, out: PrecomputedMetadata, impl: Impl, enabled: torch.Tensor | None
+) -> BoundPrecompute:
     if resolve_impl(impl, batch.seq_lens.device) == "triton":
         return triton_impl.bind_precompute(batch, out, enabled=enabled)
     return lambda live: reference.precompute(live, out, enabled)
 
 
 def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto") -> BoundCopy:
-    """Bind `impl` to the (checked) buffers of `source` and `destinations`."""
+    """Bind `impl` to the buffers of `source` and `destinations`; raises as `fast_copy`."""
+    check_destinations(source, destinations)
     if resolve_impl(impl, source.batch.seq_lens.device) == "triton":
         return triton_impl.bind_copy(source, destinations)
     return lambda: reference.fast_copy(source, destinations)
@@ -119,15 +131,18 @@ def bind(
     """Bind a precompute into `out` and what must be called after it to fill `destinations` too.
 
     With Triton one launch computes and writes all of them, and only derived planes are left to copy. `enabled` as in
-    `ReplayPlan`: not with `destinations`.
+    `ReplayPlan`: not with `destinations`. Raises as `precompute` and `fast_copy`.
     """
+    check_batch(batch, instance("out", out, PrecomputedMetadata).geometry)
+    check_buffers(out, batch, out.geometry)
+    check_destinations(out, destinations)
     check_enabled(enabled, batch, destinations)
     tables = out.steps[0].page_table_1 is None
     fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)
     if fusible and resolve_impl(impl, batch.seq_lens.device) == "triton":
         return triton_impl.bind_precompute(batch, out, destinations, enabled), _bind_derived_copy(out, destinations)
     copy = bind_copy(out, destinations, impl=impl) if destinations else None
-    return bind_precompute(batch, out, impl=impl, enabled=enabled), copy
+    return _bind_precompute(batch, out, impl, enabled), copy
 
 
 def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> BoundCopy | None:
@@ -140,6 +155,7 @@ def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepM
 
 def resolve_impl(impl: Impl, device: torch.device) -> Literal["reference", "triton"]:
     """What `impl` means on `device`; raises `UnavailableError` if it can't be had."""
+    instance("device", device, torch.device)
     if impl not in get_args(Impl):
         reject("impl", " or ".join(map(repr, get_args(Impl))), repr(impl))
     if impl == "auto":

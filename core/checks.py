@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -10,6 +12,31 @@ from nsa_plugin.core.errors import InvalidTypeError, reject
 
 INTEGERS = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
+
+
+T = TypeVar("T")
+
+
+def instance(name: str, value: object, kind: type[T]) -> T:
+    """Raise unless `value` is a `kind`; return it."""
+    if not isinstance(value, kind):
+        reject(name, f"a {kind.__name__}", type(value).__name__, error=InvalidTypeError)
+    return value
+
+
+def instances(name: str, values: object, kind: type[T]) -> Sequence[T]:
+    """Raise unless `values` is a sequence of `kind`; return it."""
+    if not isinstance(values, Sequence):
+        reject(name, f"a sequence of {kind.__name__}", type(values).__name__, error=InvalidTypeError)
+    for index, value in enumerate(values):
+        instance(f"{name}[{index}]", value, kind)
+    return values
+
+
+def boolean(name: str, value: object) -> None:
+    """Raise unless `value` is a bool."""
+    if value is not True and value is not False:
+        reject(name, "True or False", repr(value), error=InvalidTypeError)
 
 
 def at_least(name: str, value: object, least: int) -> None:
@@ -70,10 +97,62 @@ class TensorChecks:
             reject(name, f"at least {rows} rows", tensor.shape[0], fix="make the buffers for the largest batch")
         if tensor.shape[1] < columns:
             reject(name, f"at least {columns} columns", tensor.shape[1])
-        if (rows > 1 and tensor.stride(0) == 0) or (columns > 1 and tensor.stride(1) == 0):
+        if overlaps_itself(tensor, rows, columns):
             reject(name, "strides without overlap", tensor.stride(), fix="do not pass an expanded tensor")
         if contiguous_rows and tensor.stride(1) != 1:
             reject(name, "rows of stride 1", f"strides {tensor.stride()}", fix="allocate it without gaps in a row")
+
+
+Dimensions = Sequence[tuple[int, int]]
+"""(stride, size) of each dimension in bytes and entries, from the widest stride to the narrowest."""
+
+
+def overlaps_itself(table: torch.Tensor, rows: int, columns: int) -> bool:
+    """Whether two entries of the first rows and columns of a table are the same one."""
+    dimensions = _dimensions(table, (rows, columns))
+    if not dimensions:
+        return False
+    (stride, size), inner = dimensions[0], dimensions[1:]
+    if stride == 0:
+        return True
+    return any(_meet(step * stride, inner, inner) for step in range(1, min(size - 1, _extent(inner) // stride) + 1))
+
+
+def overlap(a: torch.Tensor, a_shape: Sequence[int], b: torch.Tensor, b_shape: Sequence[int]) -> bool:
+    """Whether the leading parts of two tensors, of these shapes, have an entry in common."""
+    if a.device != b.device or 0 in a_shape or 0 in b_shape:
+        return False
+    return _meet(b.data_ptr() - a.data_ptr(), _dimensions(a, a_shape), _dimensions(b, b_shape))
+
+
+def _dimensions(tensor: torch.Tensor, shape: Sequence[int]) -> Dimensions:
+    size = tensor.element_size()
+    pairs = zip(tensor.stride(), shape, strict=True)
+    return sorted(((stride * size, count) for stride, count in pairs if count > 1), reverse=True)
+
+
+def _extent(dimensions: Dimensions) -> int:
+    """How far the last entry is from the first."""
+    return sum(stride * (size - 1) for stride, size in dimensions)
+
+
+def _meet(distance: int, left: Dimensions, right: Dimensions) -> bool:
+    """Whether an entry of `left` is one of `right`, which starts `distance` bytes later."""
+    if distance > _extent(left) or -distance > _extent(right):
+        return False
+    if not left and not right:
+        return True
+    if not left or (right and right[0][0] > left[0][0]):
+        return _meet(-distance, right, left)
+    (stride, size), inner = left[0], left[1:]
+    if right and right[0][0] == stride:  # what counts is how many steps the two are apart
+        last, other = right[0][1] - 1, right[1:]
+        first_step = max(-(size - 1), -((distance + _extent(other)) // stride))
+        last_step = min(last, (_extent(inner) - distance) // stride)
+        return any(_meet(distance + step * stride, inner, other) for step in range(first_step, last_step + 1))
+    first = max(-((_extent(inner) - distance) // stride), 0)
+    final = min((distance + _extent(right)) // stride, size - 1)
+    return any(_meet(distance - step * stride, inner, right) for step in range(first, final + 1))
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from nsa_plugin.core.api import Impl, resolve_impl
 from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least
+from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least, instance, instances
 from nsa_plugin.core.errors import reject
 
 BLOCK = 128
@@ -137,7 +137,9 @@ def fill_reference(
 
 def check_source(positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int) -> None:
     """Raise unless `fill` can read a batch of `batch_size` requests from these tensors (shapes and dtypes, no values)."""
-    checks = TensorChecks(positions.device, "positions")
+    checks = TensorChecks(instance("positions", positions, torch.Tensor).device, "positions")
+    at_least("batch_size", batch_size, 0)
+    instance("table", table, BlockTable)
     checks.vector("positions", positions, batch_size, INTEGERS)
     checks.vector("seq_lens", seq_lens, batch_size, INTEGERS)
     checks.table("block_table", table.block_table, batch_size, 1, INTEGERS)
@@ -145,10 +147,12 @@ def check_source(positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTa
 
 
 def _check(steps: Sequence[DraftStep], limits: DraftLimits) -> None:
-    if not steps:
+    if not instances("steps", steps, DraftStep):
         reject("steps", "at least one draft step", "none")
-    at_least("limits.max_model_len", limits.max_model_len, 1)
-    checks = TensorChecks(steps[0].positions.device, "steps[0].positions")
+    at_least("limits.max_model_len", instance("limits", limits, DraftLimits).max_model_len, 1)
+    instance("limits.past_end", limits.past_end, PastEnd)
+    instance("limits.padding_slot", limits.padding_slot, int)
+    checks = TensorChecks(instance("steps[0].positions", steps[0].positions, torch.Tensor).device, "steps[0].positions")
     for index, step in enumerate(steps):
         for name, dtype in (("positions", torch.int64), ("slots", torch.int64), ("seq_lens", torch.int32)):
             checks.vector(f"steps[{index}].{name}", getattr(step, name), 0, (dtype,), contiguous=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.checks import boolean
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,14 @@ class PrecomputedMetadata:
 
     @classmethod
     def allocate(cls, batch: BatchDescriptor, geometry: Geometry, *, tokens: bool = False) -> PrecomputedMetadata:
-        """Make fresh buffers, zeroed, on the batch's device; with `tokens` also those of positions and slots."""
+        """Make fresh buffers, zeroed, on the batch's device; with `tokens` also those of positions and slots.
+
+        Raises `InvalidTypeError` or `InvalidValueError` if `batch` and `geometry` are not well formed.
+        """
+        from nsa_plugin.core.validation import check_batch  # which checks these buffers, too
+
+        check_batch(batch, geometry)
+        boolean("tokens", tokens)
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=batch.seq_lens.device)
@@ -147,42 +155,94 @@ def live_rows(batch: BatchDescriptor) -> tuple[torch.Tensor, torch.Tensor, torch
     return request, row - (ends[request] - count), count, row < counts.sum()
 
 
-def live_entries(precomputed: PrecomputedMetadata, step: StepMetadata, index: int = 0) -> dict[str, torch.Tensor]:
-    """The defined entries of `step`, laid out as `precomputed` is, with everything undefined set to -1.
+def live_entries(
+    precomputed: PrecomputedMetadata,
+    step: StepMetadata,
+    index: int = 0,
+    fields: Collection[str] = (*VECTORS, *TOKENS, *TABLES),
+) -> dict[str, torch.Tensor]:
+    """The defined entries of `fields` of `step`, laid out as `precomputed` is, with everything undefined set to -1.
 
     Two sets of metadata are equal where these tensors are. The lengths that say what is live are those of
-    `precomputed.step(index)`.
+    `precomputed.step(index)`. The tensors are copies: `differing_fields` compares without any.
     """
-    batch, geometry = precomputed.batch, precomputed.geometry
-    bs, rows = batch.batch_size, batch.num_rows
+    batch = precomputed.batch
     request, _, _, exists = live_rows(batch)
     live: dict[str, torch.Tensor] = {}
-    for name, size in vector_sizes(batch).items():
-        values = getattr(step, name)[:size].clone()
+    for name, size in {**vector_sizes(batch), **dict.fromkeys(TOKENS, batch.batch_size)}.items():
+        vector = getattr(step, name)
+        if vector is None or name not in fields:
+            continue
+        values = live[name] = vector[:size].clone()
         if name in ("seqlens_expanded", "nsa_cache_seqlens"):
             values[~exists] = -1
         elif name == "nsa_cu_seqlens_k":
             values[1:][~exists] = -1
-        live[name] = values
-    for name in TOKENS:
-        tokens = getattr(step, name)
-        if tokens is not None:
-            live[name] = tokens[:bs].clone()
-    lengths = precomputed.step(index).cache_seqlens[:bs].long()[request]
-    for name, width, unit in (
-        ("page_table_1", geometry.table_width, 1),
-        ("real_page_table", geometry.real_width, geometry.page_size),
-    ):
+    ends = _live_ends(precomputed, index, request, exists)
+    for name, (width, unit) in _table_sizes(precomputed.geometry).items():
         table = getattr(step, name)
-        if table is None:
-            continue
-        columns = torch.arange(width, device=table.device) * unit
-        dead = (columns[None, :] >= lengths[:, None]) | ~exists[:, None]
-        live[name] = table[:rows, :width].masked_fill(dead, -1)
+        if table is not None and name in fields:
+            columns = torch.arange(width, device=table.device) * unit
+            live[name] = table[: batch.num_rows, :width].masked_fill(columns >= ends[:, None], -1)
     return live
 
 
 def differing_fields(expected: PrecomputedMetadata, step: StepMetadata, index: int = 0) -> list[str]:
-    """Fields of `step` that differ from step `index` of `expected` in a live entry; a table that it lacks can't."""
-    want, have = live_entries(expected, expected.step(index), index), live_entries(expected, step, index)
-    return [name for name, values in have.items() if not torch.equal(values, want[name])]
+    """Fields of `step` that differ from step `index` of `expected` in a live entry; a table that it lacks can't.
+
+    Page tables are compared in pieces: this takes at most `COMPARISON_BYTES` more memory, and 100 bytes a row.
+    """
+    other = expected.step(index)
+    want, have = (live_entries(expected, side, index, (*VECTORS, *TOKENS)) for side in (other, step))
+    wrong = [name for name, values in have.items() if name not in want or not torch.equal(values, want[name])]
+    request, _, _, exists = live_rows(expected.batch)
+    ends = _live_ends(expected, index, request, exists)
+    for name, (width, unit) in _table_sizes(expected.geometry).items():
+        table, right = getattr(step, name), getattr(other, name)
+        if table is None or table is right:
+            continue
+        if right is None or not _tables_are_equal(table, right, ends, width, unit):
+            wrong.append(name)
+    return wrong
+
+
+COMPARISON_BYTES = 64 << 20
+"""Memory that a comparison takes at most, however large the tensors, beyond what a row or request takes."""
+_PIECE = COMPARISON_BYTES // 16
+"""Entries that are compared at a time: masks, a copy of either side and column numbers take at most 16 bytes an entry."""
+
+
+def equal_in_pieces(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """`torch.equal`, with at most `COMPARISON_BYTES` more memory for rows shorter than a piece."""
+    if left.shape != right.shape or left.dtype != right.dtype or left.dim() == 0:
+        return torch.equal(left, right)
+    rows = max(_PIECE // max(left[:1].numel(), 1), 1)
+    starts = range(0, left.shape[0], rows)
+    return all(torch.equal(left[row : row + rows], right[row : row + rows]) for row in starts)
+
+
+def _tables_are_equal(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor, width: int, unit: int) -> bool:
+    """Whether two page tables are equal in the first columns of each row, whose first tokens are below its end."""
+    differs = torch.zeros((), dtype=torch.bool, device=left.device)
+    columns = min(width, _PIECE)
+    rows = _PIECE // columns
+    for row in range(0, ends.shape[0], rows):
+        end = ends[row : row + rows, None]
+        for column in range(0, width, columns):
+            piece = (slice(row, row + end.shape[0]), slice(column, min(column + columns, width)))
+            first = torch.arange(piece[1].start, piece[1].stop, dtype=torch.int32, device=left.device) * unit
+            differs |= ((left[piece] != right[piece]) & (first < end)).any()
+    return not differs
+
+
+def _table_sizes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """Columns of each page table, and the tokens that a column stands for."""
+    return dict(zip(TABLES, ((geometry.table_width, 1), (geometry.real_width, geometry.page_size)), strict=True))
+
+
+def _live_ends(
+    precomputed: PrecomputedMetadata, index: int, request: torch.Tensor, exists: torch.Tensor
+) -> torch.Tensor:
+    """Tokens whose slots or pages each row of the page tables holds."""
+    lengths = precomputed.step(index).cache_seqlens[: precomputed.batch.batch_size]
+    return lengths[request] * exists

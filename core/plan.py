@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
-from nsa_plugin.core.errors import reject
+from nsa_plugin.core.checks import instance, instances
+from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_shared
 
@@ -79,9 +80,14 @@ class ReplayPlan:
         if strategy not in ("copy", "share"):
             reject("strategy", "'copy' or 'share'", repr(strategy))
         check_batch(batch, geometry)
+        instances("consumers", consumers, StepMetadata)
+        for name, value in (("derive", derive), ("bind", bind)):
+            if not callable(value) and (value is not None or name == "bind"):
+                reject(name, "a callable", type(value).__name__, error=InvalidTypeError)
         self.strategy = strategy
         self.mode = batch.mode
         self.batch_size = batch.batch_size
+        self._bound = _shape(batch)
         self._derive = derive
         planes = len(batch.offsets)
         if len(consumers) not in {1, batch.num_steps} or len(consumers) < planes:
@@ -108,15 +114,43 @@ class ReplayPlan:
 
         Raises
         ------
-        InvalidValueError
-            The batch is not of the plan's mode and size.
+        InvalidTypeError, InvalidValueError
+            The batch is of another mode, size or layout (`SHAPE`) than the plan's. Nothing was written. Its tensors are
+            not looked at.
         """
-        if batch.batch_size != self.batch_size or batch.mode is not self.mode:
-            reject(
-                "batch", f"{self.mode.name} of {self.batch_size} requests", f"{batch.mode.name} of {batch.batch_size}"
-            )
+        try:
+            bound = (
+                batch.batch_size, batch.mode, batch.draft_tokens, batch.step_offsets, batch.extend_lens is None,
+                type(batch.slots),
+            ) == self._bound  # fmt: skip
+        except AttributeError:
+            bound = False
+        if not bound:
+            self._refuse(batch)
         self._precompute(batch)
         if self._derive is not None:
             self._derive()
         if self._copy is not None:
             self._copy()
+
+    def _refuse(self, batch: BatchDescriptor) -> NoReturn:
+        instance("batch", batch, BatchDescriptor)
+        size, mode, *bound = self._bound
+        if batch.batch_size != size or batch.mode is not mode:
+            came = getattr(batch.mode, "name", repr(batch.mode))
+            reject("batch", f"{mode.name} of {size} requests", f"{came} of {batch.batch_size}")
+        for name, wanted, came in zip(LAYOUT, bound, _shape(batch)[2:], strict=True):
+            if wanted != came:
+                reject(f"batch.{name}", f"{wanted}, as the plan was made for", came, fix="make another plan")
+        raise AssertionError("the batch is what the plan was made for")
+
+
+LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "slots")
+"""What else of a batch must be as it was bound, besides its mode and size: of `slots` the kind, of `extend_lens` whether there are any."""
+
+
+def _shape(batch: BatchDescriptor) -> tuple[Any, ...]:
+    return (
+        batch.batch_size, batch.mode, batch.draft_tokens, batch.step_offsets, batch.extend_lens is None,
+        type(batch.slots),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from nsa_plugin.core.api import Impl, resolve_impl
-from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least
+from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, instance, instances
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import same_buffer
 
@@ -143,6 +143,7 @@ class StepUpdate:
 
     def run(self, *, first: bool) -> None:
         """Write what the step that begins now needs; `first` also what stays the same in all steps of a draft."""
+        boolean("first", first)
         for launch in self._launches:
             launch(first)
 
@@ -226,9 +227,13 @@ def _reference(
 def _check(
     rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
 ) -> None:
-    n, groups = rows.num_rows, len(slots.tables)
+    instance("rows", rows, DraftRows)
+    instance("slots", slots, SlotGroups)
+    n, groups = rows.num_rows, len(instances("slots.tables", slots.tables, torch.Tensor))
     at_least("num_rows", n, 1)
-    checks = TensorChecks(rows.seq_lens.device, "seq_lens")
+    checks = TensorChecks(instance("seq_lens", rows.seq_lens, torch.Tensor).device, "seq_lens")
+    instances("request_maps", request_maps, torch.Tensor)
+    instances("indexers", indexers, IndexerRows)
     vector, table = partial(checks.vector, contiguous=True), partial(checks.table, contiguous_rows=True)
     vector("positions", rows.positions, n, INTEGERS)
     vector("seq_lens", rows.seq_lens, n)
@@ -246,13 +251,12 @@ def _check(
         vector(f"request_maps[{index}]", request_map, n)
     for index, indexer in enumerate(indexers):
         name = f"indexers[{index}]"
-        if not 1 <= len(indexer.ones) <= 2:
+        if not 1 <= len(instances(f"{name}.ones", indexer.ones, torch.Tensor)) <= 2:
             reject(f"{name}.ones", "one or two tensors", len(indexer.ones))
         vectors = [("lengths", indexer.lengths), *((f"ones[{i}]", ones) for i, ones in enumerate(indexer.ones))]
-        for field, value in (*vectors, ("indices", indexer.indices)):
-            if value is not None:
-                vector(f"{name}.{field}", value, n)
-        width = indexer.table.shape[-1]
+        for field, value in vectors if indexer.indices is None else (*vectors, ("indices", indexer.indices)):
+            vector(f"{name}.{field}", value, n)
+        width = checks.tensor(f"{name}.table", indexer.table, 2, INT32).shape[1]
         table(f"{name}.table", indexer.table, n, width)
         table(f"{name}.source", indexer.source, n, 0)
         if indexer.source.shape[1] != width:

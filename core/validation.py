@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
-from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least
+from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, instance, instances, overlap
 from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import (
     TABLES,
@@ -22,6 +23,8 @@ from nsa_plugin.core.metadata import (
 
 def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless `batch` and `geometry` are well formed and fit each other (shapes, dtypes, devices; no values)."""
+    instance("batch", batch, BatchDescriptor)
+    instance("geometry", geometry, Geometry)
     if not isinstance(batch.mode, ForwardMode):
         reject("mode", "a ForwardMode", repr(batch.mode), error=InvalidTypeError)
     at_least("batch_size", batch.batch_size, 0)
@@ -31,6 +34,8 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
         at_least(f"geometry.{name}", getattr(geometry, name), 1)
     if geometry.page_size & (geometry.page_size - 1):
         reject("geometry.page_size", "a power of two", geometry.page_size)
+    boolean("geometry.wide_page_table", geometry.wide_page_table)
+    instance("seq_lens", batch.seq_lens, torch.Tensor)
     checks = _checks(batch)
     checks.vector("seq_lens", batch.seq_lens, batch.batch_size, INTEGERS)
     _check_steps(batch)
@@ -52,17 +57,34 @@ def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
     )
     if batch.extend_lens is not None:
         _check_range("extend_lens", batch.extend_lens[:bs], 0, batch.draft_tokens, "draft_tokens")
+        rows = batch.extend_lens[:bs]
+        if (wrong := (rows > batch.seq_lens[:bs]).nonzero()).numel():
+            index = int(wrong[0])
+            reject(f"extend_lens[{index}]", f"at most {int(batch.seq_lens[index])} (its seq_lens)", int(rows[index]))
+    unit, name = 1, "block_table"
     if isinstance(batch.slots, TokenTable):
-        rows = batch.slots.req_to_token.shape[0] - 1
-        _check_range("req_pool_indices", batch.slots.req_pool_indices[:bs], 0, rows, "rows of req_to_token")
+        last, name = batch.slots.req_to_token.shape[0] - 1, "req_to_token"
+        _check_range("req_pool_indices", batch.slots.req_pool_indices[:bs], 0, last, "rows of req_to_token")
+    else:
+        unit = batch.slots.block_size
+    live = batch.seq_lens[:bs] + batch.added_tokens + max(batch.offsets)
+    slots = batch.slots.lookup(bs, geometry.table_width, unit)
+    columns = torch.arange(slots.shape[1], device=slots.device) * unit
+    if (wrong := ((slots < 0) & (columns < live[:, None])).nonzero()).numel():
+        request, column = wrong[0].tolist()
+        reject(f"{name}, request {request}, column {column}", "0 or more", int(slots[request, column]) // unit)
 
 
 def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless `out` can hold the metadata of `batch`."""
+    instance("out", out, PrecomputedMetadata)
+    instances("out.steps", out.steps, StepMetadata)
     if len(out.steps) != len(batch.offsets):
         reject("out.steps", f"{len(batch.offsets)} (one per distinct step offset)", len(out.steps))
     for index, step in enumerate(out.steps):
         check_step(f"out.steps[{index}]", step, batch, geometry)
+        for other in range(index):
+            _check_apart(f"out.steps[{index}]", step, f"out.steps[{other}]", out.steps[other], batch)
         for name in TABLES if batch.num_rows else ():
             shared, table = getattr(out.steps[0], name), getattr(step, name)
             if shared is not table and (shared is None or table is None or not same_buffer(shared, table)):
@@ -89,6 +111,7 @@ def check_enabled(enabled: torch.Tensor | None, batch: BatchDescriptor, copies: 
 
 def check_shared(consumers: Sequence[StepMetadata]) -> None:
     """Raise unless all consumers are the same buffers."""
+    instances("consumers", consumers, StepMetadata)
     for index, step in enumerate(consumers):
         for name in (*VECTORS, *TOKENS):
             ours, theirs = getattr(step, name), getattr(consumers[0], name)
@@ -98,6 +121,9 @@ def check_shared(consumers: Sequence[StepMetadata]) -> None:
 
 def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise unless the buffers of `step` can hold the metadata of one step of `batch`."""
+    instance(name, step, StepMetadata)
+    if not isinstance(step.derived, Mapping):
+        reject(f"{name}.derived", "a mapping of tensors by name", type(step.derived).__name__, error=InvalidTypeError)
     checks = _checks(batch)
     for vector, size in vector_sizes(batch).items():
         checks.vector(f"{name}.{vector}", getattr(step, vector), size)
@@ -111,7 +137,11 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
         if value is None and table == "page_table_1" and geometry.page_size > 1:
             continue
         checks.table(f"{name}.{table}", value, batch.num_rows, width)
+    if geometry.page_size == 1 and batch.num_rows and not same_buffer(step.real_page_table, _wide(step)):
+        reject(f"{name}.real_page_table", "page_table_1 itself with page size 1", "another buffer")
+    _check_planes(name, step, batch, geometry)
     for plane, value in step.derived.items():
+        instance(f"{name}.derived[{plane!r}]", value, torch.Tensor)
         if value.element_size() % 4 or not value.is_contiguous():
             reject(
                 f"{name}.derived[{plane!r}]",
@@ -122,16 +152,19 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
 
 def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> None:
     """Raise unless every destination can take a copy of its step of `source`."""
+    instance("precomputed", source, PrecomputedMetadata)
+    check_batch(source.batch, source.geometry)
+    check_buffers(source, source.batch, source.geometry)
+    instances("destinations", destinations, StepMetadata)
     if len(source.steps) > 1 and len(destinations) != len(source.steps):
         reject("destinations", f"{len(source.steps)} (one per step of the source)", len(destinations))
+    for index, destination in enumerate(destinations):
+        check_step(f"destinations[{index}]", destination, source.batch, source.geometry)
     planes = sorted(destinations[0].derived) if destinations else []
     for index, destination in enumerate(destinations):
         name, step = f"destinations[{index}]", source.step(index)
-        check_step(name, destination, source.batch, source.geometry)
         if sorted(destination.derived) != planes:
             reject(f"{name}.derived", f"the planes of destinations[0], {planes}", sorted(destination.derived))
-        if source.geometry.page_size == 1 and not same_buffer(destination.real_page_table, _wide(destination)):
-            reject(f"{name}.real_page_table", "page_table_1 itself with page size 1", "another buffer")
         if destination.page_table_1 is not None and step.page_table_1 is None:
             reject(
                 f"{name}.page_table_1", "None, as in the source", "a buffer", fix="precompute with a wide page table"
@@ -147,11 +180,48 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
                 reject(f"{name}.derived[{plane!r}]", f"{tuple(value.shape)} {value.dtype}", got)
 
 
+Planes = dict[str, tuple[torch.Tensor, tuple[int, ...]]]
+
+
+def _planes(step: StepMetadata, batch: BatchDescriptor, geometry: Geometry | None = None) -> Planes:
+    """The planes of a step, each with the shape that is written of it; page tables only with `geometry`."""
+    shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vector_sizes(batch).items()}
+    shapes |= dict.fromkeys(TOKENS, (batch.batch_size,))
+    if geometry is not None:
+        widths = (geometry.table_width, geometry.real_width)
+        shapes |= {name: (batch.num_rows, width) for name, width in zip(TABLES, widths, strict=True)}
+    return {name: (getattr(step, name), shape) for name, shape in shapes.items() if getattr(step, name) is not None}
+
+
+def _check_planes(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
+    """Raise if two planes of a step overlap that need not have the same values."""
+    planes = _planes(step, batch, geometry)
+    same = (
+        {("cache_seqlens", "seqlens_expanded")} if batch.rows_per_request == 1 and batch.extend_lens is None else set()
+    )
+    if geometry.page_size == 1:
+        same.add(TABLES)
+    for pair in itertools.combinations(planes, 2):
+        (first, shape), (second, other) = (planes[plane] for plane in pair)
+        if overlap(first, shape, second, other) and not (pair in same and same_buffer(first, second)):
+            reject(f"{name}.{pair[1]}", f"a buffer apart from {pair[0]}", "one that overlaps it")
+
+
+def _check_apart(name: str, step: StepMetadata, other_name: str, other: StepMetadata, batch: BatchDescriptor) -> None:
+    """Raise if vectors of two steps overlap."""
+    mine, theirs = _planes(step, batch), _planes(other, batch)
+    for plane, (vector, shape) in mine.items():
+        for against, (another, extent) in theirs.items():
+            if overlap(vector, shape, another, extent):
+                reject(f"{name}.{plane}", f"a buffer apart from {other_name}.{against}", "one that overlaps it")
+
+
 def _wide(step: StepMetadata) -> torch.Tensor:
     return step.real_page_table if step.page_table_1 is None else step.page_table_1
 
 
 def _check_steps(batch: BatchDescriptor) -> None:
+    instance("step_offsets", batch.step_offsets, tuple)
     if batch.step_offsets and len(batch.step_offsets) != batch.num_steps:
         reject("step_offsets", f"{batch.num_steps} offsets (num_steps), or none", f"{len(batch.step_offsets)}")
     for offset in batch.step_offsets:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nsa_plugin import __doc__ as about
-from nsa_plugin import __version__, launch_lines
+from nsa_plugin import launch_lines
+from nsa_plugin.adapters.build import build
 from nsa_plugin.core.errors import NsaPluginError
 
 INTERRUPTED = 130
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="nsa-plugin", description=about)
-    top.add_argument("--version", action="version", version=f"nsa-plugin {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and the hash of the sources")
     top.add_argument(
         "--print-completion", action=_PrintCompletion, choices=SHELLS, help="print a completion script for this shell"
     )
@@ -55,11 +56,6 @@ def parser() -> argparse.ArgumentParser:
     draw = commands.add_parser("plot", help="draw a result file of bench, which may come from another machine")
     draw.add_argument("results", type=_path, help="what bench wrote with --json")
     draw.add_argument("picture", type=_path, help="the plot (PNG, SVG, PDF)")
-    readme = commands.add_parser("readme-table", help="make the README's table from result files")
-    readme.add_argument("readme", type=_path)
-    readme.add_argument("results", type=_path, nargs="+")
-    readme.add_argument("--bs", type=_positive, nargs="+", help="batch sizes to show (default: all)")
-    readme.add_argument("--ctx", type=_positive, nargs="+", help="context lengths to show (default: all)")
     commands.add_parser("plugins", help="list who provides what")
     commands.add_parser("settings", help="list the settings, their values here, and where each came from")
     launch = commands.add_parser("launch", help="print the line that starts an engine with a draft")
@@ -123,6 +119,14 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument("--json", type=_path, help="write the results here")
     bench.add_argument("--plot", type=_path, help="draw the results here (PNG, SVG, PDF)")
+
+
+class _Version(argparse.Action):
+    """Prints the build, whose sources are hashed only then, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        print(f"nsa-plugin {build()}")
+        parser.exit()
 
 
 class _PrintCompletion(argparse.Action):

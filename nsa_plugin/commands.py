@@ -73,16 +73,6 @@ def plot(options: argparse.Namespace) -> int:
     return 0
 
 
-def readme_table(options: argparse.Namespace) -> int:
-    """Make the README's table anew."""
-    from nsa_plugin.bench.report import update_readme
-    from nsa_plugin.bench.results import load
-
-    results = [load(path) for path in options.results]
-    options.readme.write_text(update_readme(options.readme, results, options.bs, options.ctx))
-    return 0
-
-
 def plugins(options: argparse.Namespace) -> int:
     """List the hooks and who implements them."""
     from nsa_plugin.host import Host

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.settings import Settings
+from nsa_plugin.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
     from nsa_plugin.host import Host
@@ -21,8 +21,16 @@ def register_sglang() -> None:
 
 
 def register_vllm() -> None:
-    """Install the vLLM adapter (entry-point group `vllm.general_plugins`)."""
-    register("vllm", logging.getLogger("vllm.plugins.nsa_plugin"))
+    """Install the vLLM adapter (entry-point group `vllm.general_plugins`); the settings reach vLLM's other processes too."""
+    logger = logging.getLogger("vllm.plugins.nsa_plugin")
+    try:
+        from nsa_plugin.adapters.vllm.ray_settings import carry_settings
+
+        if problem := carry_settings(PREFIX):  # before anything else: "off" must get there, and wrong ones must, too
+            logger.warning("nsa-plugin: %s", problem)
+    except Exception as error:
+        logger.exception("nsa-plugin: settings may not reach Ray's workers: %s", error)
+    register("vllm", logger)
 
 
 def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
@@ -61,6 +69,7 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         if adapter is None:
             logger.error("nsa-plugin %s: no adapter for %s; it is left as it is", __version__, engine)
             return
+        host.look_at_switch_file()  # before anything could act
         if problems := adapter.install(host):
             logger.warning("nsa-plugin %s: %s is left as it is: %s", __version__, engine, "; ".join(problems))
             return
@@ -68,7 +77,8 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         host.watch_switch_file()
         for variable in settings.beyond(getattr(adapter, "features", frozenset())):
             logger.warning("nsa-plugin: %s can't be had with %s: it is ignored", variable, engine)
-        logger.info("nsa-plugin %s: strategy %s; %s", __version__, settings.strategy, adapter.summary())
+        off = f"; switched off for now: {'; '.join(host.reasons)}" if host.reasons else ""
+        logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, settings.strategy, adapter.summary(), off)
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)
 
@@ -76,8 +86,9 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
 def disable() -> list[str]:
     """Use the engines' own paths from the next replay on, in this process.
 
-    Returns what goes on as before, one line each with the reason: work that is recorded in CUDA graphs. Processes that
-    cannot be called are switched with the file that NSA_PLUGIN_SWITCH_FILE names.
+    Holds until `enable`, whatever the switch file does. Returns what goes on as before, one line each with the reason:
+    work that is recorded in CUDA graphs and can't be switched there. Processes that cannot be called are switched with
+    the file that NSA_PLUGIN_SWITCH_FILE names.
 
     Raises
     ------
@@ -88,7 +99,7 @@ def disable() -> list[str]:
 
 
 def enable() -> list[str]:
-    """Undo `disable`, or what a verification or the switch file switched off. Returns and raises as `disable`."""
+    """Undo `disable`, and what a verification or the switch file switched off. Returns and raises as `disable`."""
     return _switch(True, "nsa_plugin.enable()")
 
 

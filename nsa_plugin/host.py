@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from nsa_plugin import background, repro
+from nsa_plugin import repro
 from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
@@ -20,6 +20,7 @@ from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
 from nsa_plugin.settings import Settings
+from nsa_plugin.switch import Switch
 
 logger = logging.getLogger("nsa_plugin")
 P = ParamSpec("P")
@@ -47,7 +48,7 @@ class BuiltIn:
         return self._adapters
 
 
-class Host:
+class Host(Switch):
     """Implements `nsa_plugin.adapters.base.Host`.
 
     Attributes
@@ -56,27 +57,34 @@ class Host:
     manager : Manager
     fallbacks : Counter of (engine, path, stage, strategy, error type)
         Times that something was handed back to the engine's own path.
+    verifications : Counter of (engine, path, strategy)
+        Replays that were compared with the engine's own path.
     mismatches : Counter of (engine, path, strategy, field)
         Times that a verification found another value than the engine's own.
-    on : bool
-        Whether anything but the engine's own path is used; see `switch`.
+    on, reasons
+        As in `Switch`: whether anything but the engine's own path is used, and why not.
     """
 
     def __init__(self, settings: Settings | None = None, manager: Manager | None = None) -> None:
         self.settings = Settings() if settings is None else settings
+        super().__init__(self.settings.switch_file)
         self.manager = Manager(self.settings.plugins) if manager is None else manager
         self.manager.register(BuiltIn(), name="built-in")
         self.fallbacks: Counter[tuple[str, ...]] = Counter()
+        self.verifications: Counter[tuple[str, ...]] = Counter()
         self.mismatches: Counter[tuple[str, ...]] = Counter()
-        self.on = True
         self._monitor = Monitor(self.settings)
-        self._file_is_there = False
         self._said: set[tuple[str, ...]] = set()
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
-        """Strategies to try, best first; empty when switched off."""
+        """Strategies to try, best first; empty while switched off."""
         return STRATEGIES[self.settings.strategy] if self.on else ()
+
+    @property
+    def configured(self) -> tuple[Strategy, ...]:
+        """Strategies that the settings name, best first, switched off or not: what to install for."""
+        return STRATEGIES[self.settings.strategy]
 
     @property
     def verify(self) -> int:
@@ -88,36 +96,15 @@ class Host:
         """Whether draft steps shall see the draft tokens before them."""
         return self.settings.step_lengths == "exact"
 
-    def switch(self, on: bool, why: str) -> list[str]:
-        """Use the engines' own paths from the next replay on, or ours again.
-
-        Returns what goes on as before, one line each: it takes a restart, or a new capture.
-        """
-        self.on = on
-        logger.warning("nsa-plugin: switched %s (%s)", "on" if on else "off: the engine's own path is used", why)
+    def left_as_is(self, on: bool) -> list[str]:
+        """What adapters say that goes on as before."""
         left: list[str] = []
         for adapter in self.manager.adapters().values():
             try:
                 left += adapter.switch(on)
             except Exception as error:  # a third party's adapter may lack it, too
                 left.append(f"{adapter.name}: its adapter can't be switched ({type(error).__name__}: {error})")
-        for line in left:
-            logger.warning("nsa-plugin: %s", line)
         return left
-
-    def watch_switch_file(self) -> None:
-        """Look at the switch file now and once a second from now on, if the settings name one."""
-        if self.settings.switch_file is not None:
-            self.look_at_switch_file()
-            background.every_second(self.look_at_switch_file)
-
-    def look_at_switch_file(self) -> None:
-        """Switch off when the switch file appears, on when it goes away; does nothing while it stays as it is."""
-        file = self.settings.switch_file
-        there = file is not None and file.exists()
-        if there != self._file_is_there:
-            self._file_is_there = there
-            self.switch(not there, f"{file} {'is there' if there else 'is gone'}")
 
     def instrument(
         self, call: Callable[[Any], None], engine: str, path: str, strategy: str, steps: int
@@ -140,6 +127,12 @@ class Host:
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
         """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
         self._monitor.buffers(Labels(engine, path, strategy), size)
+
+    def verified(self, engine: str, path: str, strategy: str) -> None:
+        """Count a verification, whatever it found."""
+        which = Labels(engine, path, strategy)
+        self.verifications[which] += 1
+        self._monitor.verified(which)
 
     def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
         """Count a mismatch, log it once with a repro file, switch this process to the engine's path, tell observers."""

@@ -5,24 +5,31 @@ that costs more than a replay. `prometheus_client` decides when it is imported w
 (`PROMETHEUS_MULTIPROC_DIR`), so it is imported when the first plan is made: sglang (`--enable-metrics`) has set the
 variable by then, and its `/metrics` serves what every process wrote there. vLLM sets it for several API servers only;
 an operator sets it before the start otherwise.
+
+`increase()` sees an event only if the series was there before it. So a counter of events has labels from fixed sets, and
+all of its series start at 0 as soon as a path is known. What has no fixed set (the type of an error, the name of a field)
+is the label of a gauge instead, which holds the time of the last such event.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 
 from nsa_plugin import background
-from nsa_plugin.settings import Settings
+from nsa_plugin.adapters.base import Stage
+from nsa_plugin.adapters.build import source
+from nsa_plugin.settings import STRATEGIES, Settings
 
 logger = logging.getLogger("nsa_plugin")
 BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
@@ -33,24 +40,33 @@ Call = Callable[[Any], None]
 """Prepares the metadata of one replay of a batch."""
 CHUNK = 16
 """Durations that are handed over before other threads get a turn."""
+USED = tuple(strategy for strategy in STRATEGIES if strategy != "auto")
+"""Strategies that a path can be served with."""
 
 
 class Labels(NamedTuple):
-    """Which replays: of which engine, of which of its paths, prepared how ("off": by the engine itself)."""
+    """Which replays: of which engine, of which of its paths, prepared how ("off": by the engine itself).
 
-    engine: str
-    mode: str
+    The engine's label is `framework`, because vLLM's own metrics number their engines with `engine`.
+    """
+
+    framework: str
+    path: str
     strategy: str
 
 
 class Metrics(NamedTuple):
     """The metrics of this process, as `prometheus_client` objects."""
 
+    info: Any
     seconds: Any
     steps: Any
     buffer_bytes: Any
     fallbacks: Any
+    last_fallback: Any
+    verifications: Any
     mismatches: Any
+    last_mismatch: Any
 
 
 @functools.cache
@@ -65,6 +81,12 @@ def prometheus() -> Metrics:
         )
     which = Labels._fields
     return Metrics(
+        client.Gauge(
+            "nsa_plugin_info",
+            "1; what runs here: this package, the engine, and the strategy that the settings ask for",
+            ("framework", "version", "build", "engine_version", "strategy"),
+            multiprocess_mode="max",
+        ),
         client.Histogram(
             "nsa_plugin_preparation_seconds",
             "Host time to prepare the attention metadata of one replay; its count is the number of replays",
@@ -79,16 +101,30 @@ def prometheus() -> Metrics:
             multiprocess_mode="livesum",
         ),
         client.Counter(
-            "nsa_plugin_fallbacks",
-            "Times that something was handed back to the engine's own path",
-            (*which, "stage", "cause"),
+            "nsa_plugin_fallbacks", "Times that something was handed back to the engine's own path", (*which, "stage")
         ),
-        client.Counter(
-            "nsa_plugin_mismatches",
-            "Verifications that found values other than the engine's own, by field",
+        client.Gauge(
+            "nsa_plugin_last_fallback_timestamp_seconds",
+            "When something was last handed back to the engine's own path, by the type of the error",
+            (*which, "stage", "cause"),
+            multiprocess_mode="max",
+        ),
+        client.Counter("nsa_plugin_verifications", "Replays compared with the engine's own path", which),
+        client.Counter("nsa_plugin_mismatches", "Verifications that found values other than the engine's own", which),
+        client.Gauge(
+            "nsa_plugin_last_mismatch_timestamp_seconds",
+            "When a verification last found values other than the engine's own, by field",
             (*which, "field"),
+            multiprocess_mode="max",
         ),
     )
+
+
+def _engine_version(framework: str) -> str:
+    try:
+        return importlib.metadata.version(framework)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def missing(settings: Settings) -> dict[str, str]:
@@ -109,6 +145,8 @@ class Monitor:
         self._on = set(settings.metrics) - problems.keys()
         for name, problem in problems.items():
             logger.error("nsa-plugin: NSA_PLUGIN_METRICS=%s: %s", name, problem)
+        self._strategy = settings.strategy
+        self._known: set[tuple[str, str]] = set()
         self._pending: dict[tuple[Labels, int], list[float]] = {}
         self._flushing = threading.Lock()
 
@@ -122,32 +160,59 @@ class Monitor:
         """Where the seconds of a replay go whose work is spread over several calls; None if nobody wants them."""
         with self._reporting("prometheus") as on:
             if on:
-                prometheus()
+                self._metrics(labels)
                 background.every_second(self.flush)
                 return self._pending.setdefault((labels, steps), []).append
         return None
 
     def ranged(self, call: Callable[P, T], labels: Labels) -> Callable[P, T]:
         """`call` in an NVTX range of its own; `call` itself if nobody wants one."""
-        return _ranged(call, f"nsa-plugin {labels.mode} {labels.strategy}") if "nvtx" in self._on else call
+        return _ranged(call, f"nsa-plugin {labels.path} {labels.strategy}") if "nvtx" in self._on else call
 
     def buffers(self, labels: Labels, size: int) -> None:
         """Buffers of `size` bytes are in use (negative: no longer)."""
         with self._reporting("prometheus") as on:
             if on:
-                prometheus().buffer_bytes.labels(*labels).inc(size)
+                self._metrics(labels).buffer_bytes.labels(*labels).inc(size)
 
     def fell_back(self, labels: Labels, stage: str, cause: str) -> None:
         """Something was handed back to the engine."""
         with self._reporting("prometheus") as on:
             if on:
-                prometheus().fallbacks.labels(*labels, stage, cause).inc()
+                metrics = self._metrics(labels)
+                metrics.fallbacks.labels(*labels, stage).inc()
+                metrics.last_fallback.labels(*labels, stage, cause).set_to_current_time()
+
+    def verified(self, labels: Labels) -> None:
+        """A replay was compared with the engine's own path."""
+        with self._reporting("prometheus") as on:
+            if on:
+                self._metrics(labels).verifications.labels(*labels).inc()
 
     def mismatched(self, labels: Labels, fields: list[str]) -> None:
-        """A verification found a difference."""
+        """A verification found a difference, in these fields."""
         with self._reporting("prometheus") as on:
-            for field in fields if on else ():
-                prometheus().mismatches.labels(*labels, field).inc()
+            if on:
+                metrics = self._metrics(labels)
+                metrics.mismatches.labels(*labels).inc()
+                for field in fields:
+                    metrics.last_mismatch.labels(*labels, field).set_to_current_time()
+
+    def _metrics(self, labels: Labels) -> Metrics:
+        """The metrics, with every counter of events at 0 for the path of `labels`, whatever strategy comes."""
+        metrics = prometheus()
+        framework, path, _ = labels
+        if (framework, path) not in self._known:
+            from nsa_plugin import __version__
+
+            metrics.info.labels(framework, __version__, source(), _engine_version(framework), self._strategy).set(1)
+            for which in (Labels(framework, path, strategy) for strategy in USED):
+                metrics.verifications.labels(*which)
+                metrics.mismatches.labels(*which)
+                for stage in get_args(Stage):
+                    metrics.fallbacks.labels(*which, stage)
+            self._known.add((framework, path))
+        return metrics
 
     @contextlib.contextmanager
     def _reporting(self, name: str) -> Iterator[bool]:

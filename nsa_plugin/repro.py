@@ -22,7 +22,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.core.errors import InvalidValueError, NsaPluginError, UnavailableError, reject
-from nsa_plugin.core.metadata import TABLES, VECTORS, live_entries
+from nsa_plugin.core.metadata import TABLES, VECTORS, equal_in_pieces, live_entries
 from nsa_plugin.settings import Settings
 
 LIMIT_FILES = 10
@@ -171,7 +171,7 @@ def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
     for who, recorded in (("engine", repro.expected), ("plugin", repro.got)):
         for (step, name), value in sorted(recorded.items()):
             ours = computed(step, name, value)
-            if ours is not None and not torch.equal(ours.cpu(), value):
+            if ours is not None and not equal_in_pieces(ours.cpu(), value):
                 differences[who].append(f"step {step}: {name}")
     return differences
 
@@ -187,7 +187,7 @@ def _planes(repro: Repro, impl: api.Impl) -> Computed:
     def computed(step: int, name: str, recorded: torch.Tensor) -> torch.Tensor | None:
         if name not in VECTORS + TABLES:
             return None
-        return live_entries(result, result.step(step), step).get(name, torch.empty(0))
+        return live_entries(result, result.step(step), step, (name,)).get(name, torch.empty(0))
 
     return computed
 

@@ -1,6 +1,6 @@
 """Traces of speculative rounds: generated, with the KV slots that a paged allocator would hand out, or recorded.
 
-`examples/end_to_end/recorder` records them from a running engine.
+`benchmarks/end_to_end/recorder` records them from a running engine.
 """
 
 from __future__ import annotations

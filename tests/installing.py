@@ -13,11 +13,13 @@ Kind = TypeVar("Kind", bound=Adapter)
 
 
 def installer(kind: type[Kind]) -> Iterator[Callable[..., tuple[Host, Kind]]]:
-    """The body of a fixture: yields `install(strategy="auto", *plugins, **settings)`, undoes its adapters afterwards."""
+    """The body of a fixture: yields `install(strategy="auto", *plugins, on=True, **settings)`, undoes its adapters afterwards."""
     adapters: list[Kind] = []
 
-    def install(strategy: str = "auto", *plugins: object, **settings: Any) -> tuple[Host, Kind]:
+    def install(strategy: str = "auto", *plugins: object, on: bool = True, **settings: Any) -> tuple[Host, Kind]:
         host = Host(Settings(strategy=strategy, **settings))
+        if not on:
+            host.switch(False, "test")
         for plugin in plugins:
             host.manager.register(plugin)
         adapter = host.manager.adapter(kind.name)

@@ -10,21 +10,26 @@ Patches, each to go when sglang itself computes the metadata of a draft once, fr
   backends, before the draft's graph or recorded in it. The shipped code also leaves the DeepGEMM schedule and the top-k
   plan of the first three backends stale when there are more than two.
 - `DeepseekSparseAttnMultiStepBackend.init_cuda_graph_state`: one page table for all draft backends instead of one each.
+- `DeepseekSparseAttnMultiStepBackend.__init__`: to know what the draft model's configuration says of shared top-k
+  indices. It goes when a batch says it for every worker.
 - `DeepseekSparseAttnBackend.init_forward_metadata_out_graph` and `…_in_graph`: target verify and draft extend with the
   same engine.
+- `MetadataGlueGraph.run` and `is_captured`: sglang's experimental recording of what the methods above launch; see
+  `nsa_plugin.adapters.sglang.glue`. They go with it, or when it asks before it records.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
-from nsa_plugin.adapters.probe import installed_version, warn_if_untested
-from nsa_plugin.adapters.sglang import capabilities
-from nsa_plugin.adapters.sglang.paths import MultiStepDraft, Path, SingleBackend, not_graph, usable
+from nsa_plugin.adapters.probe import installed_version, untested, warn_if_untested, warn_of_untested
+from nsa_plugin.adapters.sglang import capabilities, hooking
+from nsa_plugin.adapters.sglang.glue import GlueGraphs
+from nsa_plugin.adapters.sglang.owners import MultiStepDraft, SingleBackend
+from nsa_plugin.adapters.sglang.paths import Path, not_graph, usable
 from nsa_plugin.adapters.sglang.preparation import ENGINE
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
@@ -38,12 +43,17 @@ class SglangAdapter:
 
     def __init__(self) -> None:
         self._paths: list[Path] = []
-        self._hooks: dict[str, Any] = {}
+        self._glue = GlueGraphs()
+        self._hooks: dict[str, Callable[..., Any]] = {}
         self._left_alone = ""
 
     def probe(self) -> list[str]:
         """What the installed sglang lacks; empty if it fits."""
         return capabilities.probe()
+
+    def untested(self) -> list[str]:
+        """Hooked functions of the installed sglang with parameters that no tested release has."""
+        return untested(capabilities.names().needs())
 
     def install(self, host: Host) -> list[str]:
         """Hook sglang, completely or not at all; returns the problems that kept it from doing so."""
@@ -51,22 +61,28 @@ class SglangAdapter:
             return []
         if problems := self.probe():
             return problems
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType, _current_plugin_source
-
         self._left_alone = capabilities.lacking("draft extend")
         warn_if_untested(logger, "sglang", capabilities.TESTED)
-        names = capabilities.names()
-        paths: dict[str, Path] = {names.multi_step: MultiStepDraft(host), names.backend: SingleBackend(host)}
-        self._paths = list(paths.values())
+        warn_of_untested(logger, capabilities.names().needs())
+        names, glue = capabilities.names(), GlueGraphs()
+        paths: dict[str, Path] = {
+            names.multi_step: MultiStepDraft(host, glue),
+            names.backend: SingleBackend(host, glue),
+        }
+        hooks = {
+            f"{owner}.{method}": replacement
+            for owner, path in paths.items()
+            for method, replacement in path.hooks().items()
+        } | glue.hooks()
+        if covered := hooking.covered(hooks):
+            return [
+                f"looked for sglang's own hooks on {target}, found another patch over them; install this plugin before what "
+                "patches it"
+                for target in covered
+            ]
+        self._paths, self._glue, self._hooks = list(paths.values()), glue, hooks
         try:
-            for owner, path in paths.items():
-                for method, replacement in path.hooks().items():
-                    target = f"{owner}.{method}"
-                    _take_hooks_off(target)
-                    self._hooks[target] = replacement
-                    HookRegistry.register(target, replacement, HookType.AROUND)
-            if _current_plugin_source.get() is None:  # else load_plugins() applies the hooks of all plugins together
-                HookRegistry.apply_hooks()
+            hooking.put_on(hooks)
         except Exception:
             self.undo()
             raise
@@ -75,20 +91,21 @@ class SglangAdapter:
     def undo(self) -> None:
         """Put back every attribute that was replaced, by identity. Other plugins' hooks on the same methods stay.
 
-        Page tables that were given back stay shared: all draft backends hold equal values in sglang's own code too.
+        CUDA graphs go on reading the buffers that they were captured with: draft backends that shared buffers go on doing
+        so, which sglang's own code fills with equal values.
         """
         if not self._hooks:
             return
-        from sglang.srt.plugins.hook_registry import HookRegistry
-
-        for path in self._paths:
-            path.undo()
-        for target, replacement in self._hooks.items():
-            _take_hooks_off(target)
-            others = [entry for entry in HookRegistry._hooks.pop(target, []) if entry[1] is not replacement]
-            if others:
-                HookRegistry._hooks[target] = others
-        HookRegistry.apply_hooks()
+        recorded = sorted({path for hooked in self._paths for path in hooked.undo()})
+        self._glue.undo()
+        if recorded:
+            logger.warning(
+                "nsa-plugin: %s: CUDA graphs go on with the work that they recorded; a new capture, or a restart, frees them "
+                "of it",
+                ", ".join(recorded),
+            )
+        for target in hooking.take_off(self._hooks):
+            logger.warning("nsa-plugin: another patch covers the hook of %s: it stays there, and does nothing", target)
         self._paths, self._hooks = [], {}
 
     def summary(self) -> str:
@@ -98,8 +115,8 @@ class SglangAdapter:
         return text + (f"; draft extend is left alone: {self._left_alone}" if self._left_alone else "")
 
     def switch(self, on: bool) -> list[str]:
-        """Use sglang's own path from the next replay on, or ours again; returns what goes on as before."""
-        return [f"{ENGINE}: {line}" for path in self._paths for line in path.switch(on)]
+        """What takes more than the next replay. Replays, what graphs recorded included, look at the host's switch."""
+        return [f"{ENGINE}: {line}" for path in self._paths for line in path.captured_off()] if on else []
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done for each path with the host's settings; asks the installed sglang, captures nothing."""
@@ -114,29 +131,14 @@ def _plan(host: Host, problem: str) -> tuple[str, str]:
     """The strategy that would be tried first, and why not a better one."""
     if problem:
         return "off", problem
-    if not host.strategies:
+    asked = host.strategies
+    if not asked:
         return "off", "switched off"
-    strategies = usable(host)
+    strategies = usable(asked, host.verify)
     if strategies[0] == "graph":
         return "graph", ""
-    if host.strategies[0] == "graph" and (why := not_graph()):
+    if asked[0] == "graph" and (why := not_graph()):
         return strategies[0], why
-    if host.verify and host.strategies[0] == "graph":
+    if host.verify and asked[0] == "graph":
         return strategies[0], "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
     return strategies[0], "NSA_PLUGIN_STRATEGY asks for it"
-
-
-def _take_hooks_off(target: str) -> None:
-    """Restore sglang's own method, if hooks have been applied to it, so that they can be applied anew."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    if target not in HookRegistry._patched:
-        return
-    owner, _, name = target.rpartition(".")
-    cls = pkgutil.resolve_name(owner)
-    original = inspect.unwrap(cls.__dict__[name])
-    if any(base.__dict__.get(name) is original for base in cls.__mro__[1:]):
-        delattr(cls, name)  # it was inherited
-    else:
-        setattr(cls, name, original)
-    HookRegistry._patched.discard(target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -17,8 +17,8 @@ from nsa_plugin.adapters.probe import Need, missing
 TESTED = ("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
 """Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
-Part = Literal["all", "graph", "draft extend"]
-"""What something is needed for: everything, the strategy `graph`, or one path."""
+Part = Literal["all", "graph", "draft extend", "exact step lengths", "glue graph"]
+"""What something is needed for: everything, the strategy `graph`, one path, or a setting of ours or of sglang."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ class Names:
         words = {name: getattr(self, name) for name in ("backend", "multi_step", "metadata", "prefix")}
         templates = (*REGISTRY, *self.own_needs, *SHARED) if part == "all" else PARTS[part]
         return tuple(
-            Need(need.path.format(**words), tuple(name.format(**words) for name in need.parameters), need.why)
+            replace(need, path=need.path.format(**words), parameters=tuple(n.format(**words) for n in need.parameters))
             for need in templates
         )
 
 
+GLUE_GRAPH = "sglang.srt.model_executor.runner.metadata_glue_graph.MetadataGlueGraph"
 _HOOKS = "sglang.srt.plugins.hook_registry"
 _MODES = "sglang.srt.model_executor.forward_batch_info.ForwardMode"
 _OUT, _IN = "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"
@@ -84,7 +85,7 @@ REGISTRY: tuple[Need, ...] = (
 """sglang's way to hook its functions: 0.5.11 and later."""
 
 SHARED: tuple[Need, ...] = (
-    Need("{multi_step}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables (hooked)"),
+    Need("{multi_step}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables", hooked=True),
     Need("{backend}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables"),
     Need("{backend}._compute_flashmla_metadata", ("cache_seqlens", "seq_len_q"), "FlashMLA metadata"),
     Need("{backend}.set_{prefix}_prefill_impl", ("forward_batch",), "per-forward dispatch state"),
@@ -100,15 +101,22 @@ SHARED: tuple[Need, ...] = (
 
 PARTS: Mapping[str, tuple[Need, ...]] = {
     "graph": (
-        Need(f"{{multi_step}}.{_IN}", ("forward_batch",), "record the work in the draft's CUDA graph (hooked)"),
-        Need(f"{{backend}}.{_IN}", ("forward_batch",), "record the work in the backend's CUDA graph (hooked)"),
+        Need(f"{{multi_step}}.{_IN}", ("forward_batch",), "record the work in the draft's CUDA graph", hooked=True),
+        Need(f"{{backend}}.{_IN}", ("forward_batch",), "record the work in the backend's CUDA graph", hooked=True),
     ),
     "draft extend": (
         Need("{backend}._refresh_paged_mqa_schedule_metadata", ("metadata", "seqlens_32_2d"), "DeepGEMM schedule"),
         Need("{backend}._refresh_topk_v2_plan", ("metadata",), "top-k plan; comes with the static draft-extend width"),
     ),
+    "exact step lengths": (
+        Need("{multi_step}.__init__", ("model_runner",), "know whether draft steps share top-k indices (hooked)"),
+    ),
+    "glue graph": (
+        Need(f"{GLUE_GRAPH}.run", ("attn_backend", "fb_view", "key"), "prepare where sglang would record that (hooked)"),
+    ),
 }  # fmt: skip
-"""`graph`: 0.5.13 and later. Draft extend: 0.5.15 and later; before, its rows were ragged and counted on the host."""
+"""`graph`: 0.5.13 and later. Draft extend: 0.5.15 and later; before, its rows were ragged and counted on the host. The glue
+graph: 0.5.20 and later."""
 
 DSA_MODULE = "sglang.srt.layers.attention.dsa_backend"
 DSA = Names(
@@ -121,8 +129,8 @@ DSA = Names(
     arguments=(),
     hooks={_OUT: "out_graph", _IN: "in_graph"},
     own_needs=(
-        Need(f"{{multi_step}}.{_OUT}", ("forward_batch", "in_capture"), "prepare a draft (hooked)"),
-        Need(f"{{backend}}.{_OUT}", ("forward_batch", "in_capture"), "prepare verify and extend (hooked)"),
+        Need(f"{{multi_step}}.{_OUT}", ("forward_batch", "in_capture"), "prepare a draft", hooked=True),
+        Need(f"{{backend}}.{_OUT}", ("forward_batch", "in_capture"), "prepare verify and extend", hooked=True),
         *PARTS["graph"],
         Need("{backend}._apply_cuda_graph_metadata", (*_BATCH, "seq_lens_cpu"), "sglang's own values, to fall back on"),
         Need("{backend}._build_paged_mqa_schedule_2d_ctx_lens",
@@ -143,11 +151,13 @@ NSA = Names(
     arguments=("seq_lens_sum", "encoder_lens"),
     hooks={_CAPTURE: "capture", _REPLAY: "replay"},
     own_needs=(
-        Need(f"{{multi_step}}.{_CAPTURE}", ("forward_batch",), "prepare a draft's capture (hooked)"),
-        Need(f"{{multi_step}}.{_REPLAY}", ("forward_batch", "bs"), "prepare a draft (hooked)"),
-        Need(f"{{backend}}.{_CAPTURE}", (*_BATCH, "num_tokens", "encoder_lens"), "prepare verify's capture (hooked)"),
+        Need(f"{{multi_step}}.{_CAPTURE}", ("forward_batch",), "prepare a draft's capture", hooked=True),
+        Need(f"{{multi_step}}.{_REPLAY}", ("forward_batch", "bs"), "prepare a draft", hooked=True),
+        Need(f"{{backend}}.{_CAPTURE}", (*_BATCH, "num_tokens", "encoder_lens"), "prepare verify's capture",
+             hooked=True),
         Need(f"{{backend}}.{_REPLAY}", (*_BATCH, "seq_lens_cpu", "seq_lens_sum", "encoder_lens"),
-             "prepare verify (hooked); sglang's own values, to fall back on"),
+             "prepare verify; sglang's own values, to fall back on", hooked=True,
+             known=("out_cache_loc", "actual_forward_mode")),
     ),
 )  # fmt: skip
 """0.5.11 and 0.5.12: one method before captures, another before replays, none within captured graphs."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from nsa_plugin.adapters.base import differing
 from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.adapters.sglang.hooking import beneath_hooks
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
-from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
+from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
 
 
 def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None:
@@ -35,7 +35,7 @@ def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None
 def unhooked(backend: Any, method: str) -> Callable[..., None]:
     """A method of a backend; without hooks if it is one that we hook, or ours would be asked for the same batch again."""
     if method in names().hooks:
-        return partial(inspect.unwrap(getattr(type(backend), method)), backend)
+        return partial(beneath_hooks(getattr(type(backend), method)), backend)
     bound: Callable[..., None] = getattr(backend, method)
     return bound
 
@@ -47,14 +47,23 @@ def shadow(backend: Any, metadata: Any, batch_size: int) -> Any:
     return copy
 
 
-def defined_values(metadata: Any, expected: Any, batch: BatchDescriptor, sizes: Geometry) -> dict[str, torch.Tensor]:
-    """The defined entries of a `DSAMetadata`, undefined ones set to -1 or left out. Reads lengths on the host.
+def defined_values(
+    metadata: Any, expected: Any, batch: BatchDescriptor, sizes: Geometry, tables: Collection[str] = TABLES
+) -> dict[str, torch.Tensor]:
+    """Copies of the defined entries of a `DSAMetadata`, undefined ones set to -1 or left out. Reads lengths on the host.
 
     Undefined are tails of page tables, the top-k plan of small batches, its rows past its count (the others come in any
     order), and FlashMLA's scheduler tensor, which has an unused end. `expected` is the engine's `DSAMetadata` of the same
-    batch: its lengths say what is live.
+    batch: its lengths say what is live. `tables` are the page tables that are wanted.
     """
-    values = live_entries(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(metadata))
+    fields = (*VECTORS, *tables)
+    values = live_entries(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(metadata), 0, fields)
+    return values | {name: value.clone() for name, value in _others(metadata, expected).items()}
+
+
+def _others(metadata: Any, expected: Any) -> dict[str, torch.Tensor]:
+    """The defined values of a `DSAMetadata` that its engine's own functions compute from the others."""
+    values = {}
     for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
         if getattr(metadata, name, None) is not None:
             values[name] = getattr(metadata, name)
@@ -67,19 +76,33 @@ def defined_values(metadata: Any, expected: Any, batch: BatchDescriptor, sizes: 
     return values
 
 
-def compare(
+def compare(expected: Any, got: Any, batch: BatchDescriptor, sizes: Geometry) -> list[str]:
+    """Names of the defined values in which two `DSAMetadata` of the same batch differ; a wide page table may be missing.
+
+    Takes no memory in proportion to the page tables, see `differing_fields`.
+    """
+    tables = differing_fields(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(got))
+    return sorted(tables + differing(_others(expected, expected), _others(got, expected)))
+
+
+def differing_values(
     expected: Any, got: Any, batch: BatchDescriptor, sizes: Geometry
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The defined values of two `DSAMetadata` of the same batch. A wide page table that `got` lacks is left out of both."""
-    want, have = (defined_values(metadata, expected, batch, sizes) for metadata in (expected, got))
-    if got.page_table_1 is None:
-        want.pop("page_table_1", None)
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
+    """The defined values of two `DSAMetadata` of the same batch if they differ, without page tables that are equal.
+
+    The values are copies. Of a page table that differs they are as large as what of it is used.
+    """
+    wrong = compare(expected, got, batch, sizes)
+    if not wrong:
+        return None
+    tables = [name for name in TABLES if name in wrong]
+    want, have = (defined_values(metadata, expected, batch, sizes, tables) for metadata in (expected, got))
     return want, have
 
 
 def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: ForwardMode) -> list[str]:
     """Names of the defined values in which two `DSAMetadata` of the same batch differ."""
-    return differing(*compare(expected, got, describe(batch, backend=backend, mode=mode), geometry(backend, expected)))
+    return compare(expected, got, describe(batch, backend=backend, mode=mode), geometry(backend, expected))
 
 
 class SpareBuffers:

@@ -23,7 +23,7 @@ FIELDS = {
 
 def batch_to_capture(
     bs: int, num_tokens: int, req_pool_indices: Any, seq_lens: Any, encoder_lens: Any, forward_mode: Any,
-    spec_info: Any, **others: Any,
+    spec_info: Any, *others: Any, **more: Any,
 ) -> SimpleNamespace:  # fmt: skip
     """A batch for the arguments of a backend's `init_forward_metadata_capture_cuda_graph` (0.5.11, 0.5.12)."""
     return SimpleNamespace(
@@ -34,7 +34,7 @@ def batch_to_capture(
 
 def batch_to_replay(
     bs: int, req_pool_indices: Any, seq_lens: Any, seq_lens_sum: int, encoder_lens: Any, forward_mode: Any,
-    spec_info: Any, seq_lens_cpu: Any, **others: Any,
+    spec_info: Any, seq_lens_cpu: Any, *others: Any, **more: Any,
 ) -> SimpleNamespace:  # fmt: skip
     """A batch for the arguments of a backend's `init_forward_metadata_replay_cuda_graph` (0.5.11, 0.5.12)."""
     return SimpleNamespace(

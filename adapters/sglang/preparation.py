@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Host, Mismatch, Strategy, differing
+from nsa_plugin.adapters.base import Host, Mismatch, Strategy
 from nsa_plugin.adapters.sglang import derived
 from nsa_plugin.adapters.sglang.capabilities import names
-from nsa_plugin.adapters.sglang.compare import SpareBuffers, compare, native_replay, shadow
+from nsa_plugin.adapters.sglang.compare import SpareBuffers, differing_values, native_replay, shadow
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
 from nsa_plugin.core.metadata import StepMetadata
@@ -26,6 +26,8 @@ MODES = {
     "DRAFT_EXTEND_V2": ForwardMode.DRAFT_EXTEND,
 }
 """Ours for the name of sglang's forward mode."""
+GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
+"""What a module of torch for one kind of device (`torch.cuda`, `torch.xpu`, …) calls its graphs."""
 PATHS = {
     ForwardMode.DECODE: "draft decode",
     ForwardMode.TARGET_VERIFY: "target verify",
@@ -60,10 +62,10 @@ class Preparation:
     strategy : str
     recorded : bool
         Whether a captured graph does the work.
-    native : bool
-        Whether sglang's own code does it, because ours failed or is switched off.
     replay : callable(batch)
         Prepares the metadata of a live batch. Made of what is needed, so that what is off costs a replay nothing.
+    replay_natively : callable(batch)
+        Lets sglang's own per-backend code do it, into the buffers that captured graphs read.
     note : str
         What else there is to say about the strategy.
     size : int
@@ -75,13 +77,18 @@ class Preparation:
         drop_wide_table: bool, exact: bool, spares: SpareBuffers | None,
     ) -> None:  # fmt: skip
         first, mode = backends[0], MODES[native_mode.name]
-        self.strategy = strategy
-        self.recorded = self.native = self._failed = False
+        self.strategy = self.bound_as = strategy
+        self.recorded = self._failed = False
         self._dispatch = f"set_{names().prefix}_prefill_impl"
         self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
         self._batch_size = batch.batch_size
-        self._own = tuple(backend.decode_cuda_graph_metadata[self._batch_size] for backend in backends)
+        self._stores = tuple(backend.decode_cuda_graph_metadata for backend in backends)
+        self._own = tuple(store[self._batch_size] for store in self._stores)
         self._used = self._buffers(drop_wide_table, exact)
+        kept, *others = self._buffers(drop_wide_table=False, exact=exact)
+        self._given_back = (kept, *(metadata if strategy == "copy" else replace(metadata) for metadata in others))
+        flag = torch.ones(1, dtype=torch.int32, device=first.req_to_token.device)
+        self._enabled, self._is_enabled = flag if strategy == "graph" else None, True
         self.note = ", with exact step lengths" if exact else ""
         if self._used[0].page_table_1 is None:
             self.note += ", without the wide page table, which nothing reads"
@@ -100,7 +107,12 @@ class Preparation:
         self._geometry = geometry(first, self._used[0])
         consumers = [consumer(metadata) for metadata in self._used]
         self._run = host.plan(
-            self._static, self._geometry, consumers, "copy" if strategy == "copy" else "share", self._refresher(exact)
+            self._static,
+            self._geometry,
+            consumers,
+            "copy" if strategy == "copy" else "share",
+            self._refresher(exact),
+            self._enabled,
         )
         self._observe = host.observer(ENGINE, PATHS[mode], strategy, self._static)
         self._spare = None if spares is None else spares.like(self._used[0])
@@ -112,9 +124,29 @@ class Preparation:
         self._hand_out(self._used)
 
     def undo(self) -> None:
-        """Point the backends at their own buffers again."""
+        """Leave the backends to sglang, with metadata in those buffers that captured graphs read.
+
+        With `share` these are the first backend's: in their own the others would write what no graph reads.
+        """
+        if self.is_current():
+            self._hand_out(self._given_back)
+
+    def retire(self) -> None:
+        """The same, and what graphs have recorded does nothing from now on."""
+        self._obey(False)
+        self.undo()
+
+    def discard(self) -> None:
+        """Take back what a capture that failed began: every backend has the metadata that sglang made for it."""
         if self.is_current():
             self._hand_out(self._own)
+
+    def is_outdated(self) -> bool:
+        """Whether sglang has made new CUDA-graph buffers since: what graphs over these computed nobody reads any more."""
+        return any(
+            backend.decode_cuda_graph_metadata is not store
+            for backend, store in zip(self._backends, self._stores, strict=True)
+        )
 
     def is_current(self) -> bool:
         """Whether the backends still hold the metadata that this was made for."""
@@ -124,8 +156,14 @@ class Preparation:
         )
 
     def capture(self, batch: Any) -> None:
-        """Take the static buffers of a runner that is about to capture, and prepare its batch."""
+        """Take the static buffers of a runner that is about to capture, and prepare its batch.
+
+        Whatever was recorded for an earlier capture, this one has to record again.
+        """
+        self.recorded = False
+        self._choose()
         self._static = self._describe(batch)
+        self._obey(True)
         self._run(self._static)
         self._point()
 
@@ -145,40 +183,48 @@ class Preparation:
 
     def fail(self) -> None:
         """Let sglang's own code do it from now on."""
-        self._failed = self.native = True
-        self._choose()
+        self._failed = True
 
-    def switch(self, on: bool) -> bool:
-        """Let ours do it, or sglang's own code; returns whether that takes effect: recorded work goes on."""
-        if self.recorded:
-            return False
-        self.native = self._failed or not on
-        self._choose()
-        return True
+    @property
+    def native(self) -> bool:
+        """Whether sglang's own code does it, because ours failed or is switched off."""
+        return self._failed or not self._host.on
+
+    def look_at_switch(self) -> bool:
+        """Whether ours prepares the next replay. What a graph has recorded obeys from here on, in stream order."""
+        on = not self.native
+        self._obey(on)
+        return on
 
     def rehearse(self) -> None:
         """Record the work in a graph of no further use: raises what a capture would raise, before one is at stake."""
-        if not torch.cuda.is_available():
+        device: Any = torch.get_device_module()
+        graph_type = next((getattr(device, name) for name in GRAPHS if hasattr(device, name)), None)
+        if graph_type is None or not device.is_available():
             return
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+        graph, stream = graph_type(), device.Stream()
+        stream.wait_stream(device.current_stream())
+        with device.stream(stream):
+            graph.capture_begin(**({"capture_error_mode": "thread_local"} if device is torch.cuda else {}))
             try:
                 self._run(self._static)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        device.current_stream().wait_stream(stream)
+
+    def _obey(self, on: bool) -> None:
+        """Write the flag that recorded work reads, if it is not what it should be."""
+        if self._enabled is not None and self._is_enabled is not on:
+            self._enabled.fill_(int(on))
+            self._is_enabled = on
 
     def _choose(self) -> None:
-        """Compose `replay`."""
-        call: Callable[[Any], None] = self._replay_recorded if self.recorded else self._replay_before
-        if self.native:
-            call = self._replay_natively
-        path = PATHS[MODES[self._native_mode.name]]
-        strategy = "off" if self.native else self.strategy
-        call = self._host.instrument(call, ENGINE, path, strategy, len(self._backends))
-        self.replay = call if self._spare is None or self.native else self._verified(call)
+        """Compose `replay` and `replay_natively`."""
+        path, steps = PATHS[MODES[self._native_mode.name]], len(self._backends)
+        ours = self._replay_recorded if self.recorded else self._replay_before
+        call = self._host.instrument(ours, ENGINE, path, self.strategy, steps)
+        self.replay = call if self._spare is None else self._verified(call)
+        self.replay_natively = self._host.instrument(self._natively, ENGINE, path, "off", steps)
 
     def _replay_recorded(self, batch: Any) -> None:
         if self._backends[0].forward_metadata is not self._used[0]:
@@ -194,7 +240,7 @@ class Preparation:
         if self._observe is not None:
             self._observe(live)
 
-    def _replay_natively(self, batch: Any) -> None:
+    def _natively(self, batch: Any) -> None:
         native_replay(self._backends, batch, self._native_mode)
 
     def _verified(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -213,6 +259,7 @@ class Preparation:
     def _verify(self, batch: Any) -> None:
         """Compare what is there with sglang's own values; on a difference, put those there and report."""
         live = self._describe(batch)
+        self._host.verified(ENGINE, PATHS[live.mode], self.strategy)
         if values := tuple(self._differences(batch, live)):
             native_replay(self._backends, batch, self._native_mode)
             path = PATHS[live.mode]
@@ -233,9 +280,8 @@ class Preparation:
                     seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
                 native_replay([shadow(self._backends[0], self._spare, self._batch_size)], seen, self._native_mode)
                 computed = offset
-            expected, got = compare(self._spare, metadata, live, self._geometry)
-            if differing(expected, got):
-                yield index, {n: v.clone() for n, v in expected.items()}, {n: v.clone() for n, v in got.items()}
+            if values := differing_values(self._spare, metadata, live, self._geometry):
+                yield index, *values
 
     def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
         """The `DSAMetadata` that each backend gets."""

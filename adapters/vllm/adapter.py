@@ -9,10 +9,12 @@ Patches of Model Runner V2, each to go when vLLM has it itself:
   (Upstream report 54369 and pull request 54790, both open.)
 - `DeepseekV32IndexerMetadataBuilder` of vLLM 0.28 to 0.31 lacks it too: lengths and DeepGEMM's schedule are recomputed.
   (vLLM 0.32 has it.)
+- `TargetDependentARSpeculator._configure_decode_metadata_update` (`_configure_fused_multi_step_decode` until 0.31), which
+  chooses the fused draft: all ranks choose alike (see `v2_choice`).
 - `TargetDependentARSpeculator._generate_fused_drafts` and `_update_draft_decode_metadata`: one kernel per step of that graph
   in place of one launch for the slots and one to six for each attention group (see `v2_step`; not proposed upstream).
-- `TargetDependentARSpeculator._fused_multi_step_decode`, only if drafts are verified or measured: to see each begin (see
-  `v2_watch`).
+- `TargetDependentARSpeculator._fused_multi_step_decode`: to see each draft begin, which is drafted unfused while the
+  plugin is off (see `v2_switch`), and verified or measured if the settings say so (see `v2_watch`).
 - `_multi_step_decode` of the same class, where vLLM does not fuse: see `v2_copy` (not proposed upstream).
 
 Model Runner V1's draft is patched by `v1_proposer`.
@@ -28,8 +30,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
-from nsa_plugin.adapters.probe import Need, installed_version, missing, warn_if_untested
-from nsa_plugin.adapters.vllm import backends, capabilities, in_place, v1_proposer, v2_builder, v2_copy, v2_watch
+from nsa_plugin.adapters.probe import Need, installed_version, missing, untested, warn_if_untested, warn_of_untested
+from nsa_plugin.adapters.vllm import (
+    backends,
+    capabilities,
+    in_place,
+    v1_proposer,
+    v2_builder,
+    v2_choice,
+    v2_copy,
+    v2_switch,
+    v2_watch,
+)
 from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.patches import Patches
@@ -54,7 +66,9 @@ def v2_parts() -> tuple[Part, ...]:
     speculator = capabilities.speculator()
     builders = (_part(row, capabilities.NEEDS) for row in in_place.ESSENTIAL)
     module = speculator.rpartition(".")[0]
-    return (*builders, Part(module, speculator, capabilities.step_needs(speculator), v2_watch.hooks))
+    choice = Part(module, speculator, v2_choice.needs(speculator), v2_choice.hooks)
+    needs = (*capabilities.step_needs(speculator), *v2_switch.needs(speculator))
+    return (*builders, choice, Part(module, speculator, needs, v2_watch.hooks))
 
 
 def _part(row: InPlace, needs: tuple[Need, ...] = ()) -> Part:
@@ -73,11 +87,16 @@ class VllmAdapter:
         self._v1 = V1Draft()
         self._served: list[str] = []
         self._host: Host | None = None
-        self._fuses = False
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
         return missing(tuple(need for part in v2_parts() for need in part.needs))
+
+    def untested(self) -> list[str]:
+        """Hooked functions of the installed vLLM with parameters that no tested release has."""
+        hooked = (need for part in v2_parts() for need in part.needs)
+        unfused = v2_copy.needs(capabilities.speculator())
+        return untested((*hooked, *unfused, *capabilities.WATCH_NEEDS, *capabilities.V1_NEEDS))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
@@ -88,11 +107,11 @@ class VllmAdapter:
             return []
         if installed_version("vllm") == "unknown":
             return ["looked for vLLM, found no such distribution; install vllm 0.28 or later"]
-        if "copy" not in host.strategies:
+        if "copy" not in host.configured:
             return ["looked for a strategy to try, found none; NSA_PLUGIN_STRATEGY is auto, graph, share or copy"]
         self._host = host
         problems: list[str] = []
-        if "graph" in host.strategies:
+        if "graph" in host.configured:
             warned: list[bool] = []
             for part in v2_parts():
                 self._watches.append(
@@ -105,7 +124,6 @@ class VllmAdapter:
                 path = f"draft decode with {row.backend}"
                 patch = functools.partial(self._patch_more, host, path, _part(row))
                 self._watches.append(WhenImported(row.module, patch))
-            self._fuses = True
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
@@ -119,7 +137,9 @@ class VllmAdapter:
         return []
 
     def undo(self) -> None:
-        """Put back every attribute, by identity."""
+        """Put back every attribute, by identity. What goes on in captured drafts is logged."""
+        for line in () if self._host is None else v2_switch.undo(self._host):
+            logger.warning("nsa-plugin: undone: %s", line)
         self._v1.undo()
         self._leave_v2_alone()
         self._served = []
@@ -129,11 +149,8 @@ class VllmAdapter:
         return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
 
     def switch(self, on: bool) -> list[str]:
-        """Switch from the next draft on, but for those of Model Runner V2 whose metadata CUDA graphs compute."""
-        self._v1.switch(on)
-        if on or not self._fuses or (self._host is not None and v2_watch.switchable(self._host)):
-            return []
-        return [f"{ENGINE}: {v2_builder.PATH} (Model Runner V2) keeps what its CUDA graphs recorded; restart"]
+        """What goes on as before: drafts of Model Runner V2 that other ranks share, whose metadata CUDA graphs compute."""
+        return [] if self._host is None else [f"{ENGINE}: {line}" for line in v2_switch.lines(self._host, on)]
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
@@ -164,12 +181,12 @@ class VllmAdapter:
             logger.info("nsa-plugin: %s: left as it is: %s", path, "; ".join(problems))
 
     def _set(self, host: Host, part: Part) -> None:
+        warn_of_untested(logger, part.needs)
         owner, patches = pkgutil.resolve_name(part.owner), self._patches
         for name, replacement in part.hooks(host, owner, lambda: patches.live).items():
             patches.set(owner, name, replacement)
 
     def _leave_v2_alone(self) -> None:
-        self._fuses = False
         for watch in self._watches:
             watch.cancel()
         self._watches = []

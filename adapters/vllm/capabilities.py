@@ -66,11 +66,12 @@ SLOTS = Need(
 def step_needs(speculator: str) -> tuple[Need, ...]:
     """What one kernel per step of a fused draft needs of the speculator at a dotted path."""
     update = Need(
-        f"{speculator}.{UPDATE}", ("attn_metadata", "num_reqs"), "write the metadata of a draft step (hooked)"
+        f"{speculator}.{UPDATE}", ("attn_metadata", "num_reqs"), "write the metadata of a draft step", hooked=True
     )
     return (
         Need(f"{speculator}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
-             "know when a fused draft begins and ends (hooked)"),
+             "know when a fused draft begins and ends", hooked=True,
+             known=("slot_mappings", "num_tokens_across_dp", "cudagraph_runtime_mode", "num_speculative_steps")),
         *((update,) if speculator == SPECULATORS[0] else ()),
         SLOTS,
     )  # fmt: skip
@@ -80,7 +81,7 @@ UPDATE_INPUTS = f"{SPECULATORS[0].rpartition('.')[0]}.update_draft_inputs"
 WATCH_NEEDS: tuple[Need, ...] = (
     Need(f"{SPECULATORS[0]}._fused_multi_step_decode",
          ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
-         "see a draft begin (hooked)"),
+         "see a draft begin", hooked=True),
     Need(f"{SPECULATORS[0]}.advance_draft_positions", (), "know that positions move on from step to step"),
     Need(f"{SPECULATORS[0]}._build_uniform_attn_metadata",
          ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),
@@ -163,9 +164,9 @@ V1_PROPOSER = f"{V1_MODULE}.SpecDecodeBaseProposer"
 V1_NEEDS: tuple[Need, ...] = (
     Need(f"{V1_PROPOSER}._update_positions_dependent_metadata",
          ("positions", "common_attn_metadata", "batch_size", "input_batch_size", "block_size"),
-         "compute the positions of all draft steps at the first (replaced)"),
+         "compute the positions of all draft steps at the first", hooked=True),
     Need(f"{V1_PROPOSER}.build_per_group_and_layer_attn_metadata", ("common_attn_metadata", "draft_index"),
-         "keep metadata from step to step (replaced)"),
+         "keep metadata from step to step", hooked=True),
     Need("vllm.v1.attention.backend.CommonAttentionMetadata",
          ("seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "slot_mapping", "block_table_tensor", "num_reqs",
           "num_actual_tokens", "max_logits_per_req", "_token_to_req_indices_cache", "_num_computed_tokens_cache"),

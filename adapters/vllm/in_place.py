@@ -105,7 +105,7 @@ def _sparse(backend: str, module: str, builder: str, metadata: str, fields: Mapp
     why = "the request map, all that is the builder's own and depends on the batch"
     needs = (
         Need(f"{module}.{builder}.__init__", ("kv_cache_spec", "layer_names", "vllm_config", "device"),
-             "decide per builder (hooked)"),
+             "decide per builder", hooked=True),
         Need(f"{module}.{metadata}", read, why),
     )  # fmt: skip
     paths = {f"{module}.{name}": known for name, known in fields.items()}

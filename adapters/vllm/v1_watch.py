@@ -1,4 +1,4 @@
-"""Model Runner V1's drafts watched at work: timed and verified. Without that, nothing of this is there.
+"""Model Runner V1's drafts watched at work: timed and verified. Runs only where the settings ask for that.
 
 A verification follows a draft step by step. vLLM's own update moves a copy of the batch on, in spare buffers, and vLLM's
 own builders, which write into spare buffers too, rebuild its metadata from nothing: a rebuild as it would be without the
@@ -9,15 +9,16 @@ and all later ones. A draft issues the same forwards, and so the same collective
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
+from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host, Mismatch, differing
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
@@ -73,17 +74,17 @@ class Verification:
 
     def __init__(self, host: Host, labels: Labels, patch: Patch) -> None:
         self._host, self._labels, self._patch = host, labels, patch
-        self._left: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._spares: WeakKeyDictionary[Any, tuple[Any, _Following]] = WeakKeyDictionary()
+        self._left: Attached[int] = Attached("v1_left")
+        self._spares: Attached[tuple[Any, _Following]] = Attached("v1_spares")
         self._now: _Following | None = None
 
     def build(self, build: Method) -> Method:
         """Around `build_per_group_and_layer_attn_metadata`."""
 
-        def verified(proposer: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
+        def verified(proposer: Any, common_attn_metadata: Any, draft_index: int = 0, *args: Any, **kwargs: Any) -> Any:
             if draft_index == 0:
                 self._now = None
-            built = build(proposer, common_attn_metadata, draft_index)
+            built = build(proposer, common_attn_metadata, draft_index, *args, **kwargs)
             served = self._patch.serving(proposer)
             if served is None:
                 return built
@@ -97,7 +98,7 @@ class Verification:
             except Exception as error:
                 self._patch.step_down(served, common_attn_metadata, error)
             self._now = None
-            return self._patch.stock_build(proposer, common_attn_metadata, draft_index)
+            return self._patch.stock_build(proposer, common_attn_metadata, draft_index, *args, **kwargs)
 
         return verified
 
@@ -105,18 +106,22 @@ class Verification:
         """Around `_update_positions_dependent_metadata`."""
 
         def verified(
-            proposer: Any, positions: torch.Tensor, batch: Any, batch_size: int, rows: int, block_size: int
-        ) -> Any:
+            proposer: Any, positions: torch.Tensor, common_attn_metadata: Any, batch_size: int, input_batch_size: int,
+            block_size: int, *args: Any, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            batch, rows = common_attn_metadata, input_batch_size
+            step = functools.partial(update, proposer, positions, batch, batch_size, rows, block_size, *args, **kwargs)
             now, served = self._now, self._patch.serving(proposer)
             if now is None or served is None:
-                return update(proposer, positions, batch, batch_size, rows, block_size)
+                return step()
+            stock = functools.partial(self._patch.stock_update, now.proposer)
             try:
-                _follow(now, self._patch.stock_update, positions, batch, batch_size, rows, block_size)
+                _follow(now, stock, positions, batch, (batch_size, rows, block_size, *args), kwargs)
             except Exception as error:
                 self._now = None
                 self._patch.step_down(served, batch, error)
-                return update(proposer, positions, batch, batch_size, rows, block_size)
-            moved = update(proposer, positions, batch, batch_size, rows, block_size)
+                return step()
+            moved = step()
             if self._patch.serving(proposer) is None:  # it failed
                 self._now = None
             elif not self._same_places(now, served, proposer, moved, batch, batch_size, rows):
@@ -128,15 +133,16 @@ class Verification:
 
     def _begin(self, proposer: Any, served: Served) -> None:
         """A draft begins: follow it if it is its turn."""
-        left = self._left.get(proposer, 1) - 1
-        self._left[proposer] = left or self._host.verify
+        left = self._left.setdefault(proposer, 1) - 1
+        self._left.set(proposer, left or self._host.verify)
         if left:
             return
         kept = self._spares.get(proposer)
         if kept is None or kept[0] is not served.draft:
-            kept = self._spares[proposer] = (served.draft, _spare(proposer, served))
+            kept = self._spares.set(proposer, (served.draft, _spare(proposer, served)))
         self._now = kept[1]
         self._now.batch = self._now.positions = None
+        self._host.verified(*self._labels)
 
     def _same_places(
         self,
@@ -207,9 +213,12 @@ def _spare(proposer: Any, served: Served) -> _Following:
 
 
 def _follow(
-    now: _Following, update: Method, positions: torch.Tensor, batch: Any, batch_size: int, rows: int, block_size: int
+    now: _Following, update: Method, positions: torch.Tensor, batch: Any, sizes: tuple[Any, ...], others: dict[str, Any]
 ) -> None:
-    """Move the copy of the batch on by one step, by vLLM's own `update`; take the copy, if that is the first."""
+    """Move the copy of the batch on by one step, by vLLM's own `update`; take the copy, if that is the first.
+
+    `sizes` begin with batch size, rows and block size; `others` are what else `update` takes.
+    """
     if now.batch is None or now.positions is None:
         bound = batch.seq_lens_cpu_upper_bound
         now.batch = copy.copy(batch)
@@ -217,10 +226,10 @@ def _follow(
         now.batch.seq_lens_cpu_upper_bound = None if bound is None else bound.clone()
         now.source = copy.copy(now.batch)
         now.source.seq_lens = now.batch.seq_lens.clone()
-        now.block_size = block_size
+        now.block_size = sizes[2]
         now.positions = positions.clone()
     now.batch._token_to_req_indices_cache = now.batch._num_computed_tokens_cache = None
-    now.positions = update(now.proposer, now.positions, now.batch, batch_size, rows, block_size)
+    now.positions = update(now.positions, now.batch, *sizes, **others)
 
 
 def _defined(group: Any, metadata: Any, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -244,14 +253,14 @@ def timed(host: Host, labels: Labels, patch: Patch, update: Method, build: Metho
         if (take := records[ours, steps]) is not None:
             take(spent)
 
-    def timed_update(proposer: Any, positions: Any, batch: Any, batch_size: int, rows: int, block_size: int) -> Any:
+    def timed_update(proposer: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal started
         started = clock()
-        return update(proposer, positions, batch, batch_size, rows, block_size)
+        return update(proposer, *args, **kwargs)
 
-    def timed_build(proposer: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
+    def timed_build(proposer: Any, common_attn_metadata: Any, draft_index: int = 0, *args: Any, **kwargs: Any) -> Any:
         nonlocal spent
-        built = build(proposer, common_attn_metadata, draft_index)
+        built = build(proposer, common_attn_metadata, draft_index, *args, **kwargs)
         if not draft_index:
             spent = 0.0
             return built

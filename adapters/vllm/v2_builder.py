@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import agreement
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 
@@ -24,46 +23,46 @@ Hooks = Mapping[str, Callable[..., Any]]
 RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
-def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own.
+@dataclass(frozen=True)
+class Served:
+    """A class of builders that has an update in place of this adapter's.
 
-    They pass their calls on to the originals when they are not `live`.
+    Attributes
+    ----------
+    row : InPlace
+    path : str
+        For the log.
+    live : callable
+        Whether the update was not undone.
     """
+
+    row: InPlace
+    path: str
+    live: Callable[[], bool]
+
+
+_served: dict[type, Served] = {}
+
+
+def served(builder: Any) -> Served | None:
+    """What serves a builder; None for one of another class, even a subclass, which may build metadata of its own."""
+    found = _served.get(type(builder))
+    return found if found is not None and found.live() else None
+
+
+def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own."""
     if METHOD in vars(owner):
         return {}
-    path = PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}"
-    init = _init(host, path, owner, live, row.refused)
-    return MappingProxyType({"__init__": init, METHOD: UPDATES[row.changes](host)})
+    _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
+    return MappingProxyType({METHOD: UPDATES[row.changes](host)})
 
 
-def _init(
-    host: Host,
-    path: str,
-    owner: type,
-    live: Callable[[], bool],
-    refused: Callable[[Any], str],
-) -> Callable[..., None]:
-    original: Callable[..., None] = owner.__init__  # type: ignore[misc]
-    objection = functools.cache(agreement.objection)  # one vote per process
-
-    @functools.wraps(original)
-    def init(builder: Any, *args: Any, **kwargs: Any) -> None:
-        original(builder, *args, **kwargs)
-        kind: type = type(builder)
-        if not live() or kind is not owner:  # a subclass may build metadata of its own
-            return
-        problem = refused(builder) or objection()
-        builder.supports_draft_decode_metadata_update = not problem
-        host.using(logger, ENGINE, path, f"off ({problem})" if problem else "graph")
-
-    return init
-
-
-def _update_request_map(host: Host) -> Callable[[Any, Any], None]:
+def _update_request_map(host: Host) -> Callable[..., None]:
     on_device = _vllms_request_map() or request_map
     failed = False
 
-    def update_draft_decode_metadata(builder: Any, metadata: Any) -> None:
+    def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
         """Recompute the request map of captured decode metadata in place; capture-safe."""
         nonlocal failed
         tokens = metadata.num_decode_tokens
@@ -92,7 +91,7 @@ def _vllms_request_map() -> RequestMap | None:
     return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
 
 
-def update_indexer(builder: Any, metadata: Any) -> None:
+def update_indexer(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
     """Recompute what follows from the lengths of a draft step in captured indexer metadata; capture-safe.
 
     The rest is the same in all steps of a draft, and vLLM before 0.32 rebuilds the metadata of the first one.
@@ -109,7 +108,7 @@ def update_indexer(builder: Any, metadata: Any) -> None:
         decode.schedule_metadata.copy_(schedule(decode))
 
 
-def update_nothing(builder: Any, metadata: Any) -> None:
+def update_nothing(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
     """All that changes from step to step are values in the runner's own buffers, of which the metadata has views."""
 
 
@@ -123,8 +122,9 @@ def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -
     out[:tokens].copy_(request.clamp_(max=query_start_loc.numel() - 2))
 
 
-UPDATES: dict[Changes, Callable[[Host], Callable[[Any, Any], None]]] = {
+UPDATES: dict[Changes, Callable[[Host], Callable[..., None]]] = {
     "request map": _update_request_map,
     "lengths and schedule": lambda host: update_indexer,
     "nothing": lambda host: update_nothing,
 }
+"""By what changes: makes the update in place. What a later vLLM passes besides the metadata has nobody to go to."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import capabilities, in_place
@@ -40,7 +42,9 @@ def needs(speculator: str) -> tuple[Need, ...]:
         Need(
             f"{speculator}.{LOOP}",
             ("num_reqs", "skip_attn", "batch_desc"),
-            "know when the steps begin and end (hooked)",
+            "know when the steps begin and end",
+            hooked=True,
+            known=("num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
         ),
         capabilities.SLOTS,
     )
@@ -65,6 +69,14 @@ class KeptStep(Step):
                 decode.schedule_metadata.copy_(as_captured(make(decode), decode))
 
         return copy
+
+
+@dataclass
+class Bound:
+    """The later steps of a speculator's drafts, by the places of their metadata, for as long as its groups stay."""
+
+    groups: Any
+    steps: dict[Any, KeptStep]
 
 
 class Steps:
@@ -138,8 +150,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     It passes its calls on to the original when it is not `live`.
     """
     loop = getattr(owner, LOOP)
-    bound: dict[Any, KeptStep] = {}
-    groups: Any = None
+    kept: Attached[Bound] = Attached("kept_steps")
     failed = False
 
     def fell_back(error: Exception) -> None:
@@ -149,16 +160,15 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
 
     def bind(speculator: Any, metadata: Any, num_rows: int) -> KeptStep | None:
         """The steps for metadata in these places, bound when they are new; none of groups that vLLM has replaced."""
-        nonlocal groups
         try:
-            if groups is not speculator.attn_groups:
-                bound.clear()
-                groups = speculator.attn_groups
+            known = kept.get(speculator)
+            if known is None or known.groups is not speculator.attn_groups:
+                known = kept.set(speculator, Bound(speculator.attn_groups, {}))
             key = places(speculator, metadata, num_rows)
-            if key not in bound:
-                if len(bound) >= KEPT_BATCHES:
-                    del bound[next(iter(bound))]
-                bound[key] = KeptStep(speculator, metadata, num_rows)
+            if key not in known.steps:
+                if len(known.steps) >= KEPT_BATCHES:
+                    del known.steps[next(iter(known.steps))]
+                known.steps[key] = KeptStep(speculator, metadata, num_rows)
         except Uncovered as reason:
             host.using(logger, ENGINE, PATH, f"off ({reason})")
             return None
@@ -166,7 +176,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
             fell_back(error)
             return None
         host.using(logger, ENGINE, PATH, "copy")
-        return bound[key]
+        return known.steps[key]
 
     def multi_step_decode(
         speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any

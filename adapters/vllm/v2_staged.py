@@ -240,6 +240,12 @@ class Staged:
             copies.append(pairs)
         return RecordedStep(copies, self._others)
 
+    def map_block_tables(self) -> None:
+        """Have vLLM map the batch's block tables to kernel blocks, as it does itself, but only right before the replay."""
+        tables = self._speculator.block_tables.input_block_tables
+        for group in (group for groups in self._speculator.attn_groups for group in groups):
+            group.map_to_kernel_block_table(tables[group.kv_cache_group_id])
+
     def prepare(self, draft: Draft) -> None:
         """Write the metadata of every step of the draft that begins: this plugin's."""
         buffers, n = self._speculator.input_buffers, self._n

@@ -13,6 +13,7 @@ there one object stands for all groups. The metadata of the first step is rebuil
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.adapters.vllm import capabilities, v2_switch
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
@@ -150,10 +151,10 @@ class DeferredSlots:
         return getattr(self.tables, name)
 
     def compute_slot_mappings(
-        self, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, **kwargs: Any
+        self, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Remember the call; returns where the slots will be."""
-        args = idx_mapping, query_start_loc, positions, num_tokens_padded
+        args = idx_mapping, query_start_loc, positions, num_tokens_padded, *args
         if self.step is None:
             return self.tables.compute_slot_mappings(*args, **kwargs)
         self._waiting = args, kwargs
@@ -170,7 +171,7 @@ class DeferredSlots:
 class EveryGroup:
     """Stands for the attention groups of a speculator whose loop asks each of them to update its metadata."""
 
-    def __init__(self, update: Callable[[Any], None]) -> None:
+    def __init__(self, update: Callable[..., None]) -> None:
         self.update_draft_decode_metadata = update
 
 
@@ -179,11 +180,13 @@ def hooks(
     owner: type,
     live: Callable[[], bool],
     make: Callable[[Any, Mapping[str, Any], int], RunsStep] | None = None,
+    prepared: Callable[[], bool] = lambda: False,
 ) -> Hooks:
     """Replacements of the methods of `owner`, one of `capabilities.SPECULATORS`, by name.
 
-    They pass their calls on to the originals when they are not `live`. `make` makes what runs at each step, a `Step` if
-    it is None.
+    They pass their calls on to the originals when they are not `live`, or the plugin is off. `make` makes what runs at
+    each step, a `Step` if it is None. `prepared` says that the draft under way has its metadata, and only copies it: then
+    it does so, on or off.
     """
     generate = getattr(owner, GENERATE)
     asks_groups = not hasattr(owner, UPDATE)
@@ -210,7 +213,7 @@ def hooks(
         def original() -> Any:
             return generate(speculator, num_reqs, num_tokens_padded, attn_metadata, *args, **kwargs)
 
-        if failed or not live() or attn_metadata is None:
+        if failed or attn_metadata is None or not live() or not (host.on or prepared()):
             return original()
         try:
             if problem := uncovered(speculator):
@@ -223,18 +226,26 @@ def hooks(
             fell_back(error)
             return original()
         host.using(logger, ENGINE, PATH, step.strategy)
+        v2_switch.of(host, speculator).recorded = True
         tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)
         if asks_groups:
-            ask = EveryGroup(lambda metadata: update_draft_decode_metadata(speculator, metadata, num_reqs, groups))
-            speculator.attn_groups = [[ask]]
+            ask = functools.partial(ask_every_group, speculator, num_reqs, groups)
+            speculator.attn_groups = [[EveryGroup(ask)]]
         try:
             return original()
         finally:
             speculator.block_tables, speculator.attn_groups = tables, groups
             step.close()
 
-    def update_draft_decode_metadata(speculator: Any, attn_metadata: Any, num_reqs: int, *groups: Any) -> Any:
+    def ask_every_group(
+        speculator: Any, num_reqs: int, groups: Any, attn_metadata: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        return update_draft_decode_metadata(speculator, attn_metadata, num_reqs, groups, *args, **kwargs)
+
+    def update_draft_decode_metadata(
+        speculator: Any, attn_metadata: Any, num_reqs: int, *args: Any, **kwargs: Any
+    ) -> Any:
         deferred = speculator.block_tables
         if isinstance(deferred, DeferredSlots) and deferred.step is not None:
             try:
@@ -242,16 +253,16 @@ def hooks(
             except Exception as error:
                 deferred.give_up()
                 fell_back(error)
-        return update(speculator, attn_metadata, num_reqs, *groups)
+        return update(speculator, attn_metadata, num_reqs, *args, **kwargs)
 
     hooked = {} if asks_groups else {UPDATE: update_draft_decode_metadata}
     return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
 
 
-def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any) -> None:
+def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any, *args: Any, **kwargs: Any) -> None:
     """What the loop of vLLM 0.28 to 0.31 does for the metadata of a step."""
     for group in (group for same_cache in groups for group in same_cache):
-        group.update_draft_decode_metadata(attn_metadata)
+        group.update_draft_decode_metadata(attn_metadata, *args, **kwargs)
 
 
 def slot_groups(tables: Any) -> SlotGroups:

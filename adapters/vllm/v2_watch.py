@@ -1,4 +1,4 @@
-"""Model Runner V2's drafts watched at work: counted and timed, verified, switched. Without that, nothing of this is there.
+"""Model Runner V2's drafts watched at work: counted and timed, verified. Runs only where the settings ask for that.
 
 `TargetDependentARSpeculator._fused_multi_step_decode` replays a captured draft, or runs it: the one place on the host
 that every fused draft passes.
@@ -12,35 +12,37 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
+from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
-from nsa_plugin.adapters.probe import missing
-from nsa_plugin.adapters.vllm import capabilities, v2_step
+from nsa_plugin.adapters.probe import missing, warn_of_untested
+from nsa_plugin.adapters.vllm import capabilities, v2_step, v2_switch
 from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2_staged import Arena, Staged
 from nsa_plugin.adapters.vllm.v2_step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
+from nsa_plugin.adapters.vllm.v2_switch import BEGIN
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.step_update import PAD_SLOT
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
-BEGIN = "_fused_multi_step_decode"
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Those of `v2_step`, and if drafts are verified or measured one more, which sees each draft begin."""
-    made = watch(host, live)
-    if made is None:
-        return v2_step.hooks(host, owner, live)
-    if problems := missing(capabilities.WATCH_NEEDS):
+    """Those of `v2_step` and `v2_switch`; if drafts are verified or measured, with what sees each of them around."""
+    made, begin = watch(host, live), getattr(owner, BEGIN)
+    if made is not None and (problems := missing(capabilities.WATCH_NEEDS)):
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
-        return v2_step.hooks(host, owner, live)
-    _watches[id(host)] = made
-    begin = functools.wraps(getattr(owner, BEGIN))(made.begin(getattr(owner, BEGIN)))
-    return MappingProxyType({**v2_step.hooks(host, owner, live, made.step), BEGIN: begin})
+        made = None
+    if made is not None:
+        warn_of_untested(logger, capabilities.WATCH_NEEDS)
+        begin = functools.wraps(begin)(made.begin(begin))
+    steps = (
+        v2_step.hooks(host, owner, live) if made is None else v2_step.hooks(host, owner, live, made.step, made.prepared)
+    )
+    return MappingProxyType({**steps, BEGIN: v2_switch.begin(host, live, begin)})
 
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
@@ -48,12 +50,6 @@ def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
     if not host.verify and host.instrument(_recorded, ENGINE, PATH, "graph", 1) is _recorded:
         return None
     return Watch(host, live)
-
-
-def switchable(host: Host) -> bool:
-    """Whether all captured drafts take their metadata from where vLLM's own code can write it, too."""
-    found = _watches.get(id(host))
-    return found is not None and found.verified
 
 
 class Preparation:
@@ -68,7 +64,9 @@ class Preparation:
 
     def __call__(self, draft: Draft) -> None:
         """Prepare the draft that begins."""
-        if self._handed_back or not self._host.strategies:
+        on = self._host.on
+        self._staged.map_block_tables()
+        if self._handed_back or not on:
             return self._hand_back(draft)
         try:
             self._ours(draft)
@@ -95,6 +93,7 @@ class Preparation:
 
     def _verify(self, draft: Draft) -> None:
         """Compare what is there with vLLM's own values; on a difference, put those there and report."""
+        self._host.verified(ENGINE, PATH, "copy")
         if values := tuple(found for found in self._staged.differences(draft) if differing(*found[1:])):
             self._staged.prepare_natively(draft)
             self._host.mismatched(logger, self._mismatch(draft, values))
@@ -152,7 +151,7 @@ class Watch:
     def __init__(self, host: Host, live: Callable[[], bool]) -> None:
         self._host, self._live = host, live
         self.verified = host.verify > 0
-        self._known: WeakKeyDictionary[Any, _Speculator] = WeakKeyDictionary()
+        self._known: Attached[_Speculator] = Attached("watched")
         self._draft: Draft | None = None
         self._prepared = False
         self._measured: _Measured | None = None
@@ -162,18 +161,19 @@ class Watch:
 
         def fused_multi_step_decode(
             speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, num_tokens_across_dp: Any,
-            seq_lens_cpu_upper_bound: Any, num_speculative_steps: int,
+            seq_lens_cpu_upper_bound: Any, num_speculative_steps: int, *args: Any, **kwargs: Any,
         ) -> None:  # fmt: skip
             arguments = (
-                num_reqs, skip_attn, batch_desc, num_tokens_across_dp, seq_lens_cpu_upper_bound, num_speculative_steps
+                num_reqs, skip_attn, batch_desc, num_tokens_across_dp, seq_lens_cpu_upper_bound, num_speculative_steps,
+                *args,
             )  # fmt: skip
             if not self._live():
-                return original(speculator, *arguments)
+                return original(speculator, *arguments, **kwargs)
             captured = batch_desc.cg_mode.name == "FULL"
             known = self._known.get(speculator) if captured else None
             if known is not None and (count := known.count.get(batch_desc.num_reqs)) is not None:
                 count(None)
-                return original(speculator, *arguments)
+                return original(speculator, *arguments, **kwargs)
             tokens = num_speculative_steps
             if captured:  # a graph runs the steps that it was captured with, however many are wanted
                 tokens = getattr(batch_desc, "num_speculative_tokens", 0) or speculator.num_speculative_steps
@@ -185,26 +185,33 @@ class Watch:
                     if prepare is not None:
                         prepare(draft)
                         self._prepared = True
-                original(speculator, *arguments)
+                original(speculator, *arguments, **kwargs)
                 if self._measured is not None:
                     self._measured.record()
             finally:
-                self._draft = None
+                self._draft, self._prepared = None, False
 
         return fused_multi_step_decode
+
+    def prepared(self) -> bool:
+        """Whether the metadata of the draft under way is there."""
+        return self._prepared
 
     def step(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         """What a fused draft runs at each step: while it is captured, or now."""
         known = self._of(speculator)
         if self.verified:
             try:
-                return self._staged(known, speculator, metadata, num_reqs)
+                staged = self._staged(known, speculator, metadata, num_reqs)
             except Exception as error:
                 if not isinstance(error, Uncovered):
                     self._host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "copy", error))
                 if self._draft is None:  # what is captured now stays as it is
-                    self.verified = False
+                    self.verified = v2_switch.of(self._host, speculator).switchable = False
                     logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
+            else:
+                v2_switch.of(self._host, speculator).switchable = True
+                return staged
         if self._draft is None or self._prepared:
             self.count(speculator, num_reqs)
             return Step(speculator, metadata, num_reqs)
@@ -222,7 +229,7 @@ class Watch:
     def _of(self, speculator: Any) -> _Speculator:
         known = self._known.get(speculator)
         if known is None or not known.fits(speculator):
-            known = self._known[speculator] = _Speculator(speculator)
+            known = self._known.set(speculator, _Speculator(speculator))
         return known
 
     def _staged(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
@@ -272,10 +279,6 @@ class _Measured:
     def record(self) -> None:
         """The draft has been run."""
         self._seconds(self._spent)
-
-
-_watches: WeakValueDictionary[int, Watch] = WeakValueDictionary()
-"""By the `id` of their hosts, which they keep alive."""
 
 
 def _recorded(nothing: None) -> None:

@@ -21,12 +21,12 @@ def draft_steps_kernel(
     block_size, max_model_len, padding_slot, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Each program takes `BLOCK` rows through all steps; rows from `batch_size` on are padding and only get slots."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = row < batch_size
     there = row < num_rows
     position = tl.load(positions + row * position_stride, mask=live, other=0).to(tl.int64)
     length = tl.load(seq_lens + row * length_stride, mask=live, other=0).to(tl.int64)
-    blocks = block_table + row.to(tl.int64) * row_stride
+    blocks = block_table + row * row_stride
     step = 0
     while step < num_steps:
         record = records + step * RECORD

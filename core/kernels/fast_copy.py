@@ -108,6 +108,7 @@ def copy_kernel(
     Program d < num_destinations copies vectors and derived planes to destination d; the others share the page tables,
     each tile of which is read once and written to every destination. `live_lengths` says where requests end.
     """
+    live_stride, extend_stride = live_stride.to(tl.int64), extend_stride.to(tl.int64)
     program = tl.program_id(0)
     if program < num_destinations:
         source = sources + tl.where(num_sources > 1, program, 0) * record_words

@@ -160,6 +160,8 @@ def metadata_kernel(
     if SWITCHED:
         flag = tl.load(enabled)
     on = flag != 0
+    seq_stride, extend_stride, pool_stride = seq_stride.to(tl.int64), extend_stride.to(tl.int64), pool_stride.to(tl.int64)
+    column_stride = table_column_stride.to(tl.int64)
     program = tl.program_id(0)
     if program < 2 * num_destinations:
         record = destinations + (program // 2) * record_words
@@ -167,7 +169,7 @@ def metadata_kernel(
             _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, on, BLOCK)
             if TOKENS:
                 _write_tokens(
-                    seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, table_column_stride,
+                    seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, column_stride,
                     record, batch_size, added, limit, block_size, on, TOKEN_TABLE, BLOCK,
                 )
         else:
@@ -185,7 +187,6 @@ def metadata_kernel(
         rows_per_request, TILE, RAGGED, BLOCK,
     )
     remaining = tl.where(on, remaining, 0)
-    column_stride = table_column_stride.to(tl.int64)
     if ALIGNED:
         column_stride = 1
     wide, wide_row, wide_column = table_at(destinations, PAGE_TABLE_1, ALIGNED)

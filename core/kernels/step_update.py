@@ -36,7 +36,7 @@ def step_update_kernel(
         exists = row < actual
         position = tl.load(positions + row, mask=exists, other=0).to(tl.int64)
         table_row = tl.load(table_rows + row, mask=exists, other=-1).to(tl.int64)
-        group = 0
+        group = tl.full((), 0, tl.int32)
         while group < num_groups:
             block_size = tl.load(block_sizes + group)
             mapped = (table_row >= 0) & tl.load(enabled + group).to(tl.int1)
@@ -45,7 +45,7 @@ def step_update_kernel(
                 blocks + table_row * tl.load(row_strides + group) + position // block_size, mask=mapped, other=0
             ).to(tl.int64)
             slot = tl.where(mapped, block * block_size + position % block_size, PAD)
-            tl.store(slot_mapping + group * slot_stride + row, slot, mask=exists)
+            tl.store(slot_mapping + group.to(tl.int64) * slot_stride + row, slot, mask=exists)
             group += 1
     if MAP and FIRST:
         tl.store(request_map + row, tl.where(row < actual, row, num_rows - 1))

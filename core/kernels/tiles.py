@@ -2,6 +2,8 @@
 
 Work on page tables is cut into tiles of live columns. Every program finds its equal share of all tiles from the
 lengths on the device, so the host reads nothing and no program looks at a dead column.
+
+Strides are int64 where they are multiplied: those of records are stored so, those of arguments are cast once.
 """
 
 from __future__ import annotations

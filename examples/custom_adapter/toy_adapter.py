@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
-from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Strategy
-from nsa_plugin.adapters.probe import Need, missing, warn_if_untested
+from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Stage, Strategy
+from nsa_plugin.adapters.probe import Need, missing, untested, warn_if_untested, warn_of_untested
 
 ENGINE = "toy"
 TESTED = ("1.4",)
 logger = logging.getLogger("toy_engine.plugins")
 
 NEEDS = (
-    Need("toy_engine.Forward.capture", ("batch",), "make a plan for a captured size (hooked)"),
-    Need("toy_engine.Forward.prepare", ("batch",), "prepare a replay (hooked)"),
+    Need("toy_engine.Forward.capture", ("batch",), "make a plan for a captured size", hooked=True),
+    Need("toy_engine.Forward.prepare", ("batch",), "prepare a replay", hooked=True),
     Need("toy_engine.StepBuffers", ("lengths", "starts", "row_lengths", "kept", "kept_starts", "pages"),
          "the buffers that captured graphs read"),
 )  # fmt: skip
@@ -82,12 +82,15 @@ class ToyAdapter:
 
     def __init__(self) -> None:
         self._originals: dict[str, Callable[..., None]] = {}
-        self._plans: WeakKeyDictionary[Any, dict[int, Prepared]] = WeakKeyDictionary()
-        self._on = True
+        self._forwards: WeakSet[Any] = WeakSet()
 
     def probe(self) -> list[str]:
         """What the engine lacks; imports it here, not with this module."""
         return missing(NEEDS)
+
+    def untested(self) -> list[str]:
+        """Which hooked functions have parameters that no tested release has."""
+        return untested(NEEDS)
 
     def install(self, host: Host) -> list[str]:
         """Replace the two methods, or say why not."""
@@ -96,6 +99,7 @@ class ToyAdapter:
         if problems := self.probe():
             return problems
         warn_if_untested(logger, ENGINE, TESTED, _engine().__version__)
+        warn_of_untested(logger, NEEDS)
         self._host, forward = host, _engine().Forward
         originals = {name: vars(forward)[name] for name in ("capture", "prepare")}
         try:
@@ -111,10 +115,10 @@ class ToyAdapter:
         """Put everything back."""
         for name, original in self._originals.items():
             setattr(_engine().Forward, name, original)
-        for plans in self._plans.values():
-            for prepared in plans.values():
+        for forward in self._forwards:
+            for prepared in vars(forward).pop(PLANS).values():
                 prepared.give_back()
-        self._plans.clear()
+        self._forwards.clear()
         self._originals.clear()
 
     def summary(self) -> str:
@@ -122,8 +126,7 @@ class ToyAdapter:
         return f"{ENGINE} {_engine().__version__}: draft decode and target verify are computed once for all steps"
 
     def switch(self, on: bool) -> list[str]:
-        """From the next replay on; nothing is recorded in a graph that would go on."""
-        self._on = on
+        """Nothing goes on as before: whoever prepares a replay looks at the host, and no graph has recorded anything."""
         return []
 
     def paths(self, host: Host) -> list[PathPlan]:
@@ -132,9 +135,10 @@ class ToyAdapter:
         strategy = able[0] if able and not self.probe() else "off"
         return [PathPlan(name, strategy, "the engine offers no place in its graph") for name in PATHS]
 
-    def _capture(self, forward: Any, batch: Any) -> None:
-        self._originals["capture"](forward, batch)
-        for strategy in self._host.strategies:
+    def _capture(self, forward: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
+        self._originals["capture"](forward, batch, *arguments, **keywords)
+        self._plans(forward).pop(batch.size, None)  # of buffers that are gone
+        for strategy in self._host.strategies:  # none while switched off
             if strategy == "graph":
                 continue  # this engine offers no place in its graph
             prepared = None
@@ -146,27 +150,36 @@ class ToyAdapter:
                     prepared.give_back()
                 self._fall_back(forward, batch, "capture", strategy, error)
             else:
-                self._plans.setdefault(forward, {})[batch.size] = prepared
+                self._plans(forward)[batch.size] = prepared
                 self._host.using(logger, ENGINE, path(forward), strategy)
                 return
 
-    def _prepare(self, forward: Any, batch: Any) -> None:
-        prepared = self._plans.get(forward, {}).get(batch.size)
-        if prepared is None or not self._on:
-            self._originals["prepare"](forward, batch)
+    def _prepare(self, forward: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
+        prepared = self._plans(forward).get(batch.size)
+        if prepared is None or not self._host.on:
+            self._originals["prepare"](forward, batch, *arguments, **keywords)
             return
         try:
             prepared.run(batch)
         except Exception as error:
-            del self._plans[forward][batch.size]  # from now on the engine does it; graphs still read the same buffers
-            self._fall_back(forward, batch, "replay", prepared.strategy, error)
+            del self._plans(forward)[batch.size]  # from now on the engine does it; graphs still read the same buffers
+            self._fall_back(forward, batch, "replay", prepared.strategy, error, *arguments, **keywords)
 
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
-        self._originals["prepare"](forward, batch)
+    def _plans(self, forward: Any) -> dict[int, Prepared]:
+        """By captured size. They know their forward: kept anywhere else but there, they would keep it for ever."""
+        self._forwards.add(forward)
+        plans: dict[int, Prepared] = vars(forward).setdefault(PLANS, {})
+        return plans
+
+    def _fall_back(
+        self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *arguments: Any, **keywords: Any
+    ) -> None:
+        self._originals["prepare"](forward, batch, *arguments, **keywords)
         self._host.fell_back(logger, Fallback(ENGINE, path(forward), stage, strategy, error))
 
 
 PATHS = ("draft decode", "target verify")
+PLANS = "_toy_adapter_plans"
 
 
 def path(forward: Any) -> str:
@@ -198,7 +211,7 @@ def _engine() -> Any:
 
 
 def _replace(owner: Any, name: str, replacement: Callable[..., None]) -> None:
-    def method(forward: Any, batch: Any) -> None:
-        replacement(forward, batch)
+    def method(forward: Any, *arguments: Any, **keywords: Any) -> None:
+        replacement(forward, *arguments, **keywords)  # a release may pass more than this adapter knows
 
     setattr(owner, name, method)

@@ -91,6 +91,15 @@ class ToySession(Session):
         """The step buffers of every captured size."""
         return [vars(step) for steps in self.forward.captured.values() for step in steps]
 
+    def capture_again(self) -> None:
+        """The same forward, with new buffers."""
+        for size, table in self._tables.items():
+            self.forward.capture(toy_engine.Batch(size, table[:, 0], table[:, 1]))
+
+    def objects(self) -> Sequence[object]:
+        """The forward."""
+        return [self.forward]
+
     @staticmethod
     def _table(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.tensor([PADDING] * size, dtype=dtype, device=device).view(-1, 2)

@@ -16,9 +16,9 @@ from nsa_plugin.trace import Round, SlotTable, sizes_of
 INDEX_TOPK = 2048
 PAGE_SIZE = 64
 MAX_STEPS = 64
-"""Room that lengths leave in the table for draft tokens, whatever the number of steps."""
+"""Columns of the table that every length leaves free for draft tokens, whatever the number of steps."""
 INPUTS = 4
-"""Different inputs that take turns, so that no figure is that of a cache that knows them."""
+"""Number of inputs of a cell. They take turns, so that caches do not hold the next one."""
 
 SPARE_ROWS = 8
 """Rows of the token table beyond the batch, so that requests are not simply all rows."""
@@ -26,7 +26,7 @@ SPARE_ROWS = 8
 
 @dataclass(frozen=True)
 class Recorded:
-    """Inputs from a recorded trace: `lengths[i]` are those of rows `i * bs …` of `table` [inputs * bs, tokens]."""
+    """Inputs from a recorded trace. Input i has `lengths[i]`, and the rows from `i * bs` on of `table` [inputs * bs, tokens]."""
 
     table: torch.Tensor
     lengths: tuple[tuple[int, ...], ...]
@@ -43,7 +43,7 @@ class Cell:
     steps : speculative steps; DECODE has steps - 1 consumers, the other modes steps rows per request
     width : token positions per row of the token table
     seed : of the inputs; cells of the same batch size and context get the same
-    recorded : the inputs, instead of random ones
+    recorded : inputs from a trace, in place of random ones
     """
 
     mode: ForwardMode
@@ -79,7 +79,7 @@ class Cell:
         return Geometry(INDEX_TOPK, PAGE_SIZE, self.width, num_sms=multiprocessors(device))
 
     def batches(self, device: torch.device) -> list[BatchDescriptor]:
-        """Batches over one token table: the recorded ones, or `INPUTS` of fresh random lengths, requests and pages."""
+        """Batches over one token table: the recorded ones, or `INPUTS` with random lengths, requests and pages."""
         if self.recorded is not None:
             source = self.recorded.table
             table = torch.zeros(len(source), self.width, dtype=torch.int32)
@@ -123,7 +123,7 @@ class Cell:
 
 
 def recorded_cells(mode: ForwardMode, rounds: Sequence[Round], steps: Sequence[int], width: int) -> list[Cell]:
-    """A cell for each captured batch size of a trace and number of steps; its inputs are spread over the trace."""
+    """A cell for each captured batch size of a trace and each number of steps. Its inputs are spread over the trace."""
     sizes = sizes_of(rounds, MAX_STEPS)
     chosen: dict[int, list[int]] = {}
     for size in sizes.captured:
@@ -152,10 +152,10 @@ class Contender:
     Attributes
     ----------
     name : str
-    host : calls to measure the host with, one per input; None if there is nothing to call
-    gpu : calls to measure the GPU with
-    run : prepare input i completely
-    consumers : the buffers that are filled, if the reference knows them
+    host : calls whose host time is measured, one per input; None if the host has nothing to do
+    gpu : calls whose kernels are measured
+    run : prepares input i completely
+    consumers : the buffers that it fills, if the reference knows them
     """
 
     name: str
@@ -166,7 +166,7 @@ class Contender:
 
     @classmethod
     def of_calls(cls, name: str, calls: Sequence[Call], consumers: Sequence[StepMetadata]) -> Contender:
-        """One whose host and GPU work are the same calls."""
+        """A contender whose calls are both its host work and its GPU work."""
         return cls(name, calls, calls, lambda index: calls[index](), consumers)
 
     @classmethod
@@ -179,9 +179,10 @@ class Contender:
         consumers: Sequence[StepMetadata],
         keep: object,
     ) -> Contender:
-        """One whose work is recorded in a graph: `load` puts input i where the graph reads, `before` is left to the host.
+        """A contender whose work is recorded in a graph.
 
-        `keep` is what the graph's kernels read and must outlive it.
+        `load` writes input i to where the graph reads. `before` is what the host still has to call before a replay. `keep`
+        holds what the graph's kernels read, for as long as the contender lives.
         """
 
         def run(index: int, keep: object = keep) -> None:
@@ -194,7 +195,7 @@ class Contender:
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Record `work`, which has run before, in a CUDA graph."""
+    """Record `work` in a CUDA graph. It must have run before, so that its kernels are compiled."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

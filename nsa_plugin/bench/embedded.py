@@ -1,4 +1,4 @@
-"""Contenders that need no engine: the code this package starts from, and ours."""
+"""Contenders that need no engine: the seed loop, and this package's strategies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:
 
 
 class Embedded:
-    """The contenders of one cell: the seed-era loop (if its wheel is at hand), then copy, share and graph."""
+    """The contenders of one cell: the seed loop (if its wheel is at hand), then copy, share and graph."""
 
     def __init__(self, cell: Cell, device: torch.device, wheel: Path | None) -> None:
         self._geometry, self._batches = cell.geometry(device), cell.batches(device)
@@ -43,7 +43,7 @@ def differing_from_reference(
     contender: Contender,
     also: Callable[[int], Sequence[str]] = lambda index: (),
 ) -> list[str]:
-    """Run every input; fields that differ from the reference, or that `also` names after input `index`."""
+    """Run every input; returns the fields that differ from the reference, and those that `also` names after an input."""
     wrong: set[str] = set()
     for index, batch in enumerate(batches):
         contender.run(index)
@@ -57,7 +57,7 @@ def differing_from_reference(
 def contenders(
     cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path | None
 ) -> list[Contender]:
-    """All of them, over the same inputs."""
+    """All contenders, over the same inputs."""
     first = batches[0]
     found = [] if wheel is None else [seed_loop(cell, batches, geometry, wheel)]
     strategies: tuple[PlanStrategy, ...] = ("copy", "share")
@@ -73,7 +73,7 @@ def contenders(
 
 
 def graph(batches: Sequence[BatchDescriptor], geometry: Geometry) -> Contender:
-    """`share`, recorded: nothing is left for the host."""
+    """`share`, recorded in a CUDA graph: the host has nothing to do."""
     first = batches[0]
     assert isinstance(first.slots, TokenTable)
     static = replace(

@@ -1,4 +1,4 @@
-"""Host time, GPU time and launches of a call. On a CPU there is one clock and both are the same."""
+"""Host time, GPU time and launches of a call. Without a GPU only the host is measured."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> floa
 
 
 def host_spread(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> Spread:
-    """Spread over `repeats` of the mean host time of a call, without a sync in between; `calls` take turns.
+    """Host time of a call: the time for which the Python thread is busy, without a sync in between.
 
-    Calls that take over 10 ms are measured once each.
+    The spread is over `repeats`, each the mean over `rounds`. `calls` take turns. Calls that take over 10 ms are measured
+    once each.
     """
     start = time.perf_counter()
     for call in calls:
@@ -60,9 +61,10 @@ def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, flo
 
 
 def gpu_spread(calls: Sequence[Call], rounds: int = 15) -> tuple[Spread | None, float | None]:
-    """Sum of kernel times and number of kernels of a call, by torch's profiler; `calls` take turns.
+    """Sum of kernel times, and number of kernels, of a call; (None, None) without a GPU.
 
-    The spread is over `rounds`, each the mean of the calls, unless rounds differ in their kernels: then it is the mean.
+    torch's profiler measures them. `calls` take turns. The spread is over `rounds`, each the mean over the calls; if rounds
+    differ in their number of kernels, there is one mean over all.
     """
     if not torch.cuda.is_available():
         return None, None

@@ -30,21 +30,19 @@ from nsa_plugin.trace import load
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
 PATHS = {"decode": "draft decode", "verify": "target verify", "extend": "draft extend"}
 """What a recorded trace calls the modes."""
-
-
 OURS = frozenset(("copy", "share", "graph", "vllm in place", "one kernel"))
-"""Contenders of which a wrong value is this package's fault."""
+"""Contenders whose values this package computes: a wrong one is an error."""
 
 
 class Subject(Protocol):
-    """What is measured of a cell: an engine's contenders on its inputs."""
+    """An engine's contenders on the inputs of one cell."""
 
     contenders: list[Contender]
     bytes: float
-    """That one preparation must read and write at least."""
+    """Bytes that one preparation must at least read and write."""
 
     def check(self, contender: Contender) -> list[str] | None:
-        """Run every input; names of what is wrong, or None if there is nothing to compare with. Leaves it to be timed."""
+        """Run every input; returns the names of wrong values, None if nothing can be compared. It can be timed afterwards."""
 
     def close(self) -> None:
         """Leave the engine as it was found."""
@@ -79,7 +77,7 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
             if options.modes != ("decode",):
                 reject(
                     "--mode", "decode with --engine vllm", " ".join(options.modes),
-                    fix="vLLM prepares a verification once a round and drafts its first token with the same metadata",
+                    fix="leave --mode out: with vLLM only draft steps are measured",
                 )  # fmt: skip
             require("vllm")
         cells = _cells(options)
@@ -166,7 +164,7 @@ def _times(clock: str, spread: Spread | None) -> dict[str, Any]:
 
 
 def _subject(cell: Cell, options: Options, device: torch.device, wheel: Path | None) -> Subject:
-    """The contenders of a cell; what belongs to an engine is imported here, where it is known to be there."""
+    """The contenders of a cell. An engine's module is imported here, where the engine is known to be installed."""
     if options.engine == "none":
         return Embedded(cell, device, wheel)
     if options.engine == "sglang":
@@ -188,7 +186,7 @@ def _seed_wheel(given: Path | None, console: Console) -> Path | None:
     try:
         return given if given is not None else seed.fetch_wheel(Path.home() / ".cache" / "nsa-plugin")
     except UnavailableError as error:
-        message = f"without the seed-era loop: {error}; give its wheel with --seed-wheel"
+        message = f"without the seed loop: {error}; give its wheel with --seed-wheel"
         console.print(message, style="yellow", markup=False)
         return None
 

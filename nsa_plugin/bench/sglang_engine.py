@@ -25,7 +25,7 @@ LOOP, SHIPPED = "sglang loop", "sglang shipped"
 
 
 class Sglang:
-    """The contenders of one cell: the seed-era loop (if its wheel is at hand), sglang's own code, then this plugin's."""
+    """The contenders of one cell: the seed loop (if its wheel is at hand), sglang's own code, then this plugin."""
 
     def __init__(self, cell: Cell, device: torch.device, wheel: Path | None, decode_impl: str) -> None:
         self._geometry, self._batches = geometry, batches = cell.geometry(device), cell.batches(device)
@@ -59,7 +59,7 @@ class Sglang:
             raise UnavailableError(f"a strategy could not be had: {dict(host.fallbacks)}")
 
     def check(self, contender: Contender) -> list[str]:
-        """Fields that differ from the reference or, in its own backends, from sglang's per-backend code."""
+        """Fields that differ from the reference or, in backends of sglang, from sglang's per-backend code."""
         name = contender.name
         return differing_from_reference(
             self._batches, self._geometry, contender, lambda index: self._stale(name, index)

@@ -1,7 +1,8 @@
 """Contenders over the real vLLM: Model Runner V2's speculator as shipped, and with this plugin.
 
-A preparation is all that the host does, and all that the GPU runs, for the K - 1 draft steps of a batch: metadata, and
-a stand-in for the model, its sampling and the advance of the inputs, which are the same for every contender.
+A preparation is everything that the host does, and everything that the GPU runs, for the K - 1 draft steps of a batch.
+Besides metadata that is a stand-in for the model, its sampling, and the advance of the inputs; they are the same for every
+contender.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from nsa_plugin.testing.vllm_replay import STOCK, Batch, Comparison, ReplayedDra
 
 LAYOUT = "fp8 64 heads"
 NO_METADATA = "no metadata"
-"""The same graph with metadata left as it was captured: what remains whatever prepares it. Its values are not compared."""
+"""A contender whose graph leaves the metadata as it was captured: the time of everything else. Its values are not compared."""
 MAX_TOKENS = 2048
-"""Tokens of a target's batch: no draft step has as many."""
+"""Tokens of the target's largest batch. No draft step has as many."""
 
 
 class Vllm:
@@ -53,9 +54,9 @@ class Vllm:
         ]
 
     def check(self, contender: Contender) -> list[str] | None:
-        """What differs from vLLM's rebuild, and for the rebuild from the reference; None for `NO_METADATA`.
+        """Fields that differ from vLLM's rebuild; of the rebuild itself, from the reference; None for `NO_METADATA`.
 
-        Leaves the contender captured to be timed, and its buffers as the first input wants them.
+        Afterwards the contender is captured for timing, and its buffers hold the first input.
         """
         draft, wrong = self._drafts[contender.name], None
         if contender.name != NO_METADATA:
@@ -77,7 +78,7 @@ class Vllm:
         self._stack.close()
 
     def _against_reference(self, draft: ReplayedDraft) -> list[str]:
-        """Fields of vLLM's rebuild that are not those of this package's definition, computed for all steps at once."""
+        """Fields of vLLM's rebuild that differ from the reference, which computes all steps at once."""
         builder = next(builder for builder in draft.builders if hasattr(builder, "topk_tokens"))
         wrong: set[str] = set()
         for batch, steps in zip(self._batches, self._rebuilt, strict=True):
@@ -105,7 +106,7 @@ def bytes_to_move(cell: Cell, device: torch.device) -> float:
 
 
 def _batch(batch: BatchDescriptor) -> Batch:
-    """An input of the other engines, with vLLM's table of blocks for a table of token slots."""
+    """A batch of the other engines as vLLM has it: a table of blocks in place of a table of token slots."""
     assert isinstance(batch.slots, TokenTable)
     table = batch.slots.req_to_token
     blocks = table[:, : table.shape[1] // PAGE_SIZE * PAGE_SIZE : PAGE_SIZE] // PAGE_SIZE

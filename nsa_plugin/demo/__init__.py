@@ -1,1 +1,1 @@
-"""A decode trace driven through the original per-step preparation and through this package's, value by value."""
+"""The demo: a decode trace is prepared step by step and by this package, and every value is compared."""

@@ -1,4 +1,4 @@
-"""An embedded multi-step harness: N draft consumers, prepared step by step as engines did, or by this package."""
+"""A draft without an engine: N consumers, prepared step by step as engines once did, or by this package."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ OPERATIONS = ("cumsum", "top-k lengths", "page lookup", "table transform", "conc
 
 
 def describe(entry: Round, table: torch.Tensor, num_steps: int) -> BatchDescriptor:
-    """A round as the metadata engine sees it."""
+    """A round as a `BatchDescriptor`."""
     lengths = torch.tensor(entry.seq_lens, device=table.device)
     requests = torch.tensor(entry.requests, device=table.device)
     return BatchDescriptor(ForwardMode.DECODE, len(entry.seq_lens), lengths, TokenTable(table, requests), num_steps)
 
 
 class Original:
-    """Every draft step computes everything again: the operations of engines before any precompute."""
+    """Computes everything again for every draft step, as engines did before any precompute."""
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        """Per operation: time of each call."""
+        """Time of each call, by operation."""
 
     def prepare(self, batch: BatchDescriptor, step: StepMetadata, measured: bool) -> None:
         """Prepare one draft step."""
@@ -68,7 +68,7 @@ def _untimed(operation: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 class Harness:
-    """The three contenders over one trace, each with its own buffers per captured batch size.
+    """Three contenders over one trace. Each has its own buffers for each captured batch size.
 
     Attributes
     ----------
@@ -101,7 +101,7 @@ class Harness:
                 )
 
     def run(self, entry: Round) -> list[str]:
-        """Prepare a round with every contender; return the values that differ from the original's."""
+        """Prepare a round with every contender; returns the values that differ from those of the first."""
         batch = describe(entry, self._table, self._num_consumers)
         size = batch.batch_size
         first, *others = self.contenders
@@ -120,7 +120,7 @@ class Harness:
         ]
 
     def close(self) -> None:
-        """Nothing outside was touched."""
+        """Nothing has to be undone."""
 
     def _prepare_every_step(self, batch: BatchDescriptor, measured: bool) -> None:
         for step in self._buffers[self.contenders[0], batch.batch_size]:

@@ -1,4 +1,4 @@
-"""Runs the demo and prints what it saw."""
+"""Runs the demo and prints its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, sizes_of
 
 INDEX_TOPK = 2048
 SGLANG_ON_CPU = Sizes(width=1024, max_requests=9, captured=(1, 2, 4, 8))
-"""Smaller, because sglang's kernels run in an interpreter there."""
+"""Sizes without a GPU: small, because sglang's kernels then run in an interpreter."""
 
 
 class Contest(Protocol):
@@ -29,14 +29,14 @@ class Contest(Protocol):
     seconds: dict[str, list[float]]
 
     def run(self, entry: Round) -> list[str]:
-        """Prepare a round every way; return what differs."""
+        """Prepare a round with every contender; returns the values that differ."""
 
     def close(self) -> None:
-        """Leave everything as it was found."""
+        """Undo what was patched."""
 
 
 def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: int, console: Console) -> int:
-    """Run the trace for each number of draft steps; return the exit status: 1 on any difference."""
+    """Run the trace for each number of draft steps; returns the exit status, 1 if any value differs."""
     gpu = torch.cuda.is_available()
     interpreted = engine == "sglang" and not gpu
     recorded = load(trace) if trace else None

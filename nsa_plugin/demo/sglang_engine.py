@@ -53,7 +53,7 @@ class SglangHarness:
                 kit.before_capture(multi, kit.make_batch("DECODE", fill, fill - 1))
 
     def run(self, entry: Round) -> list[str]:
-        """Prepare a round with every contender; return the plugin's values that differ from the per-backend code's."""
+        """Prepare a round with every contender; returns the plugin's values that differ from sglang's per-backend code."""
         first, shipped, *ours = self.contenders
         device = self._multi[first].attn_backends[0].device
         batch = kit.make_batch(

@@ -1,1 +1,1 @@
-"""`nsa-plugin doctor`: what is installed, what the settings ask for, what each path would get, and what is in the way."""
+"""`nsa-plugin doctor`: what is installed, what the settings ask for, what each path would get, and why not more."""

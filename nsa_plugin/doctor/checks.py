@@ -1,4 +1,4 @@
-"""The checks. They import an engine only if it is installed, and hide GPUs from this process first."""
+"""The checks. They hide GPUs from this process first, and import an engine only if it is installed."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class Check:
     Attributes
     ----------
     section : "environment", "setting", "engine", "path" or "plugin"
-    name, detail : what was looked at, what was found
-    status : "ok", "note" (worth knowing), or "fail" (something that was asked for can't be had)
+    name : what was looked at
+    detail : what was found
+    status : "ok"; "note": worth knowing; "fail": something that was asked for can't be had
     fix : what to do about it; empty if nothing is to be done
     """
 
@@ -46,7 +47,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Run all checks. Touches no GPU: its driver is asked through `nvidia-smi` and `/proc`."""
+    """Run all checks. No GPU is touched: `nvidia-smi` and `/proc` tell of GPUs and driver."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gpus = _gpus()
     checks = [*_environment(gpus)]
@@ -156,6 +157,8 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
         yield Check("engine", name, "ok", f"{release}: all that is needed is there")
         if name in launch_lines.ENGINES:
             yield Check("engine", f"{name}: launch line", "ok", launch_lines.line(name))
+    for line in () if problems else _untested(adapter):
+        yield Check("engine", f"{name}: untested", "note", line, "let NSA_PLUGIN_VERIFY compare it for a while")
     wanted = settings.strategy
     plans = _paths(host, adapter)
     met = [wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu) for plan in plans]
@@ -177,6 +180,13 @@ def _guarded(adapter: Adapter) -> list[str]:
         return adapter.probe()
     except Exception as error:  # a half-importable engine may raise anything
         return [f"its probe failed ({type(error).__name__}: {error}); reinstall the engine, complete"]
+
+
+def _untested(adapter: Adapter) -> list[str]:
+    try:
+        return adapter.untested()
+    except Exception as error:  # a third party's adapter may lack it, too
+        return [f"its adapter can't say what is untested ({type(error).__name__}: {error})"]
 
 
 def _paths(host: Host, adapter: Adapter) -> list[PathPlan]:

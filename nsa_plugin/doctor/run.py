@@ -1,4 +1,4 @@
-"""Runs the checks and reports: a table per section, or JSON."""
+"""Runs the checks and prints a table per section, or JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STYLES = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
 def doctor(as_json: bool, console: Console) -> int:
-    """Report; returns 1 if something that was asked for can't be had."""
+    """Print the report; returns 1 if something that was asked for can't be had."""
     checks = diagnose()
     failed = any(check.status == "fail" for check in checks)
     if as_json:

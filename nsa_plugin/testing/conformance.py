@@ -17,8 +17,8 @@ from functools import cached_property
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.testing.contract import LINES, Skipped
-from nsa_plugin.testing.engine import Case, Engine, Session, Values
+from nsa_plugin.testing.contract import LINES
+from nsa_plugin.testing.engine import Case, Engine, Session, Skipped, Values
 from nsa_plugin.testing.watching import installed, restored
 
 
@@ -72,6 +72,11 @@ class Conformance:
         """Every case with every strategy."""
         _ = self.expected
         return [self._run(case, strategy) for case in self.engine.cases() for strategy in self.engine.strategies]
+
+    def one_of_each_path(self) -> list[Case]:
+        """The first case of each path; one with a single captured size, if there is one: it has a single plan."""
+        by_sizes = sorted(self.engine.cases(), key=lambda case: "several captured sizes" in case.covers)
+        return list({case.path: case for case in reversed(by_sizes)}.values())
 
     def differences(self, case: Case, round: int, read: Sequence[Values]) -> list[str]:
         """Values that are not the engine's own."""

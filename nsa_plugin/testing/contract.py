@@ -17,7 +17,8 @@ from unittest import mock
 from nsa_plugin import __version__
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.settings import STRATEGIES
-from nsa_plugin.testing.engine import SITUATIONS, Case, Engine, Fault
+from nsa_plugin.testing import lasting
+from nsa_plugin.testing.engine import SITUATIONS, Case, Engine, Fault, Skipped
 from nsa_plugin.testing.watching import (
     WatchedHost,
     allocations,
@@ -28,6 +29,7 @@ from nsa_plugin.testing.watching import (
     make_host,
     restored,
     synchronizes,
+    unexcused,
 )
 
 if TYPE_CHECKING:
@@ -36,10 +38,6 @@ if TYPE_CHECKING:
 UNTESTED = "999.0.0"
 MESSAGE = re.compile(r"looked for .+, found .+; .+", re.DOTALL)
 FAULTY_ROUNDS = 4
-
-
-class Skipped(Exception):
-    """A line of the contract that can't be checked here, and why."""
 
 
 def coverage(kit: Conformance) -> list[str]:
@@ -165,7 +163,7 @@ def undo(kit: Conformance) -> list[str]:
                 except Exception as error:
                     wrong = [f"it raised {type(error).__name__}: {error}"]
                 problems += [
-                    f"{strategy}, {case.name}, after the undo: {line}" for line in _unexcused(wrong, case.own_defects)
+                    f"{strategy}, {case.name}, after the undo: {line}" for line in unexcused(wrong, case.own_defects)
                 ]
     return problems
 
@@ -222,12 +220,9 @@ def errors(kit: Conformance) -> list[str]:
     """An error of ours: the engine's values stay right, the strategy steps down, one line and a count say why."""
     engine = kit.engine
     _ = kit.expected
-    # Each captured size has a plan that fails: what is tried again is seen where there is one of them.
-    by_sizes = sorted(engine.cases(), key=lambda case: "several captured sizes" in case.covers)
-    first = {case.path: case for case in reversed(by_sizes)}
     return [
         f"{strategy}, {case.name}, failing after {working} calls: {problem}"
-        for case in first.values()
+        for case in kit.one_of_each_path()
         for strategy in engine.strategies
         for working in range(3)
         for problem in _with_fault(kit, case, strategy, working)
@@ -265,7 +260,7 @@ def _replay_with(kit: Conformance, case: Case, fault: Fault, host: WatchedHost) 
     for turn in range(FAULTY_ROUNDS):
         calls = fault.calls
         session.prepare(turn % case.rounds)
-        problems += _unexcused(kit.differences(case, turn % case.rounds, session.read()), excused)
+        problems += unexcused(kit.differences(case, turn % case.rounds, session.read()), excused)
     if fault.calls > calls:
         problems.append("what failed is still tried at every replay")
     return problems
@@ -358,13 +353,12 @@ LINES: dict[str, Callable[[Conformance], list[str]]] = {
     "addresses": addresses,
     "replays": replays,
     "errors": errors,
+    "parameters": lasting.parameters,
+    "switch": lasting.switch,
+    "memory": lasting.memory,
     "register": register,
 }
 """Name of a line of the adapter contract to its check."""
-
-
-def _unexcused(lines: list[str], excused: frozenset[str]) -> list[str]:
-    return [line for line in lines if line.rpartition(": ")[2] not in excused]
 
 
 def _text(record: logging.LogRecord) -> str:

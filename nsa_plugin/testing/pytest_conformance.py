@@ -12,8 +12,7 @@ from __future__ import annotations
 import pytest
 
 from nsa_plugin.testing.conformance import Conformance
-from nsa_plugin.testing.contract import Skipped
-from nsa_plugin.testing.engine import Engine
+from nsa_plugin.testing.engine import Engine, Skipped
 
 
 class AdapterConformance:
@@ -67,8 +66,20 @@ class AdapterConformance:
         """Line 6, on a GPU."""
         _require(conformance, "replays")
 
-    def test_register_never_raises_and_says_one_line(self, conformance: Conformance) -> None:
+    def test_unknown_parameters_are_passed_on_and_said_to_be_untested(self, conformance: Conformance) -> None:
         """Line 7."""
+        _require(conformance, "parameters")
+
+    def test_off_is_off_from_the_moment_it_is_said(self, conformance: Conformance) -> None:
+        """Line 8."""
+        _require(conformance, "switch")
+
+    def test_memory_is_flat_and_goes_with_what_it_belongs_to(self, conformance: Conformance) -> None:
+        """Line 9."""
+        _require(conformance, "memory")
+
+    def test_register_never_raises_and_says_one_line(self, conformance: Conformance) -> None:
+        """Line 10."""
         _require(conformance, "register")
 
 

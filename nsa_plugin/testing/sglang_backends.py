@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -63,13 +64,16 @@ def make_backend(config: Config, table: torch.Tensor) -> Any:
     return backend
 
 
-def make_multi_step(config: Config, table: torch.Tensor, num_steps: int) -> Any:
-    """A `DeepseekSparseAttnMultiStepBackend` with `num_steps - 1` draft backends and CUDA-graph buffers."""
-    multi: Any = object.__new__(pkgutil.resolve_name(names().multi_step))
-    vars(multi).update(
-        topk=1, speculative_num_steps=num_steps, _sink_pad_cache={},
-        attn_backends=[_bare_backend(config, table, step, num_steps) for step in range(num_steps - 1)],
-    )  # fmt: skip
+def make_multi_step(config: Config, table: torch.Tensor, num_steps: int, **of_draft_model: Any) -> Any:
+    """A `DeepseekSparseAttnMultiStepBackend` with `num_steps - 1` draft backends and CUDA-graph buffers.
+
+    `of_draft_model` are attributes of the draft model's configuration.
+    """
+    model_runner = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(**of_draft_model)))
+    backends = [_bare_backend(config, table, step, num_steps) for step in range(num_steps - 1)]
+    multi_step = pkgutil.resolve_name(names().multi_step)
+    with mock.patch(names().backend, mock.Mock(side_effect=backends)):
+        multi: Any = multi_step(model_runner, 1, num_steps)
     multi.init_cuda_graph_state(config.max_batch_size, config.max_batch_size)
     return multi
 

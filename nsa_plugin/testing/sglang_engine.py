@@ -132,8 +132,23 @@ class SglangSession(Session):
         self._captured: dict[int, list[Any]] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._batch: Any = None
+        self._device = device
         for size in case.sizes:
             self._capture(size, device)
+
+    def capture_again(self) -> None:
+        """As when weights change and sglang is told to capture anew: new runners on the same backends."""
+        config = self._case.config
+        self._graphs.clear()
+        self._owner.init_cuda_graph_state(
+            config.max_batch_size, config.max_batch_size * (1 if self._case.mode == "DECODE" else config.draft_tokens)
+        )
+        for size in self._case.sizes:
+            self._capture(size, self._device)
+
+    def objects(self) -> Sequence[object]:
+        """The draft's, and every backend."""
+        return list({id(part): part for part in (self._owner, *self._backends)}.values())
 
     def _capture(self, size: int, device: torch.device) -> None:
         """As sglang's runners: with every request at the fill length 1, row 0; once without a graph, then with it."""

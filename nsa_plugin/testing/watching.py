@@ -157,6 +157,11 @@ def restored(engine: Engine) -> Iterator[None]:
                 setattr(owners[index], name, value)
 
 
+def unexcused(lines: Sequence[str], excused: frozenset[str]) -> list[str]:
+    """Differences but for those in the values that are named."""
+    return [line for line in lines if line.rpartition(": ")[2] not in excused]
+
+
 class _Records(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.INFO)

@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 def memory(metadata: PrecomputedMetadata) -> list[torch.Tensor]:
     """Copies of all that lies in the storages of the buffers, gaps and tails too."""
     planes = [getattr(step, name) for step in metadata.steps for name in (*VECTORS, *TOKENS, *TABLES)]
-    return [torch.tensor(plane.untyped_storage().tolist()) for plane in planes if plane is not None]
+    return [plane.new_empty(0).set_(plane.untyped_storage()).clone() for plane in planes if plane is not None]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -48,8 +48,8 @@ def plan(case: Case, out: PrecomputedMetadata, impl: str, enabled: torch.Tensor 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_a_plan_that_is_switched_writes_all_or_nothing(impl: str, mode: ForwardMode) -> None:
-    @settings(max_examples=25)
-    @given(cases(modes=(mode,), max_width=200), st.sampled_from([1, 3]), st.booleans())
+    @settings(max_examples=25 if impl == "reference" else 6)
+    @given(cases(max_batch_size=6, modes=(mode,), max_width=200), st.sampled_from([1, 3]), st.booleans())
     def check(case: Case, stride: int, tokens: bool) -> None:
         batch = case.batch
         tokens = tokens and mode is ForwardMode.DECODE

@@ -12,6 +12,7 @@ import torch
 
 import toy_engine
 from nsa_plugin import ForwardMode
+from nsa_plugin.adapters.base import Stage
 from toy_adapter import Prepared, ToyAdapter, _replace
 
 # probe
@@ -239,39 +240,39 @@ class ServesByCopying(ToyAdapter):
 
 class LetsErrorsThrough(ToyAdapter):
     def _prepare(self, forward: Any, batch: Any) -> None:
-        prepared = self._plans.get(forward, {}).get(batch.size)
+        prepared = self._plans(forward).get(batch.size)
         self._originals["prepare"](forward, batch) if prepared is None else prepared.run(batch)
 
 
 class LetsErrorsThroughAtCapture(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         super()._fall_back(forward, batch, stage, strategy, error)
         if stage == "capture":
             raise error
 
 
 class DoesNotRecompute(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         with mock.patch.dict(self._originals, prepare=lambda forward, batch: None):
             super()._fall_back(forward, batch, stage, strategy, error)
 
 
 class FailsSilently(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         self._originals["prepare"](forward, batch)
 
 
 class HidesTheCause(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         super()._fall_back(forward, batch, stage, strategy, RuntimeError("something went wrong"))
 
 
 class TriesAgain(ToyAdapter):
-    def _fall_back(self, forward: Any, batch: Any, stage: str, strategy: str, error: Exception) -> None:
+    def _fall_back(self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *more: Any) -> None:
         prepared = self.prepared(self._host, forward, batch, "copy") if stage == "replay" else None
         super()._fall_back(forward, batch, stage, strategy, error)
         if prepared is not None:
-            self._plans[forward][batch.size] = prepared
+            self._plans(forward)[batch.size] = prepared
 
 
 class NeverPlans(ToyAdapter):

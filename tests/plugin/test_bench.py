@@ -1,10 +1,9 @@
-"""The benchmark runs anywhere, checks what it times, and its results make the README's table."""
+"""The benchmark runs anywhere and checks what it times."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from nsa_plugin import ForwardMode, TokenTable, UnavailableError
 from nsa_plugin.bench import run
 from nsa_plugin.bench.cell import recorded_cells
-from nsa_plugin.bench.report import BEGIN, END, update_readme
 from nsa_plugin.bench.results import load as load_results
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
@@ -66,7 +64,7 @@ def test_it_writes_results_and_a_plot_and_says_that_a_cpu_is_a_cpu(
         assert {"copy", "share"} <= cell["contenders"].keys()
         assert all(row["differs"] == [] for row in cell["contenders"].values())
     out = capsys.readouterr().out
-    assert "without the seed-era loop" in out
+    assert "without the seed loop" in out
     if not torch.cuda.is_available():
         assert "the times say nothing about a GPU" in " ".join(out.split())
 
@@ -83,8 +81,8 @@ def test_the_same_inputs_for_every_number_of_steps(tmp_path: Path) -> None:
 def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right, calls = reference.precompute, []
 
-    def wrong(batch: Any, out: PrecomputedMetadata) -> None:
-        right(batch, out)
+    def wrong(batch: Any, out: PrecomputedMetadata, *rest: Any) -> None:
+        right(batch, out, *rest)
         calls.append(1)
         if len(calls) % 2:  # the contender, then the value that it is compared with
             out.steps[0].nsa_cu_seqlens_k[1] += 1
@@ -115,25 +113,6 @@ def test_a_table_without_room_for_draft_tokens_is_refused(capsys: pytest.Capture
 def test_vllm_has_one_mode(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--engine", "vllm", "--mode", "decode", "verify"]) == 2
     assert "--mode: expected decode with --engine vllm, got decode verify" in capsys.readouterr().err
-
-
-def test_the_readme_table_is_that_of_the_committed_results(pytestconfig: pytest.Config) -> None:
-    root = pytestconfig.rootpath
-    makefile = (root / "Makefile").read_text()
-    files = re.search(r"README_RESULTS = (.*)", makefile)
-    shown = re.search(r"readme-table README.md .* --bs ([\d ]+) --ctx ([\d ]+)", makefile)
-    assert files and shown
-    results = [json.loads((root / name).read_text()) for name in files[1].split()]
-    sizes, contexts = ([int(word) for word in shown[group].split()] for group in (1, 2))
-    assert update_readme(root / "README.md", results, sizes, contexts) == (root / "README.md").read_text()
-
-
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("nothing")
-    with pytest.raises(ValueError, match=r"README\.md: expected the markers"):
-        update_readme(tmp_path / "README.md", [], None, None)
-    (tmp_path / "README.md").write_text(f"a{BEGIN}old{END}b")
-    assert update_readme(tmp_path / "README.md", [], None, None) == f"a{BEGIN}\n\n\n\n{END}b"
 
 
 def test_cells_that_were_measured_are_kept_when_a_later_one_fails(

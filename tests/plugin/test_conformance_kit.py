@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from nsa_plugin.testing.conformance import Conformance, assert_conforms, conformance_problems
-from nsa_plugin.testing.contract import LINES, Skipped
-from nsa_plugin.testing.engine import Case
+from nsa_plugin.testing.contract import LINES
+from nsa_plugin.testing.engine import Case, Skipped
 from nsa_plugin.testing.pytest_conformance import AdapterConformance
 
 for folder in ("examples/custom_adapter", "tests/plugin"):
     sys.path.insert(0, str(Path(__file__).parents[2] / folder))
 
 import toy_engine  # noqa: E402
+from tests.plugin import broken_lasting  # noqa: E402
 from tests.plugin.broken_adapters import (  # noqa: E402
     BROKEN,
     REGISTRY,
@@ -47,7 +48,10 @@ def test_a_mixin_without_its_fixture_says_what_is_missing() -> None:
         AdapterConformance.__dict__["engine"].__wrapped__.__get__(None, AdapterConformance)()
 
 
-@pytest.mark.parametrize(("line", "adapter", "said"), BROKEN, ids=[f"{line}-{said}" for line, _, said in BROKEN])
+ALL = [*BROKEN, *broken_lasting.BROKEN]
+
+
+@pytest.mark.parametrize(("line", "adapter", "said"), ALL, ids=[f"{line}-{said}" for line, _, said in ALL])
 def test_a_broken_adapter_is_caught(line: str, adapter: type[ToyAdapter], said: str) -> None:
     before = dict(vars(toy_engine.Forward))
     problems = conformance_problems(ToyEngine(adapter), [line])

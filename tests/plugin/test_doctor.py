@@ -25,8 +25,13 @@ class Toy:
     problems: tuple[str, ...] = ()
     plans: tuple[PathPlan, ...] = (PathPlan("draft decode", "graph", ""),)
 
+    new: tuple[str, ...] = ()
+
     def probe(self) -> list[str]:
         return list(self.problems)
+
+    def untested(self) -> list[str]:
+        return list(self.new)
 
     def paths(self, host: Any) -> list[PathPlan]:
         return list(self.plans)
@@ -62,6 +67,22 @@ def test_a_clean_engine(toy: type[Toy], capsys: pytest.CaptureFixture[str]) -> N
     assert found["nsa_plugin_adapters"]["detail"] == "built-in"
     assert main(["doctor"]) == 0
     assert "All that was asked for can be had." in capsys.readouterr().out
+
+
+def test_what_is_untested_is_a_note(toy: type[Toy], capsys: pytest.CaptureFixture[str]) -> None:
+    toy.new = ("x.prepare has parameters that no tested release has: stream; they are passed on",)
+    status, found = report(capsys)
+    assert status == 0 and found["sglang: untested"]["status"] == "note"
+    assert found["sglang: untested"]["detail"] == toy.new[0]
+    del toy.new
+
+    def raises(adapter: Toy) -> list[str]:
+        raise RuntimeError("half an engine")
+
+    toy.untested = raises  # type: ignore[assignment,method-assign]
+    assert (
+        "can't say what is untested (RuntimeError: half an engine)" in report(capsys)[1]["sglang: untested"]["detail"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "end_to_end"
+EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "end_to_end"
 WORKER = """
 import json, os, pathlib, sys, time
 sys.path.insert(0, os.environ["PYTHONPATH"].split(os.pathsep)[0])

@@ -39,17 +39,19 @@ def sdist(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
     """The source distribution of the files that git knows."""
     root, out = pytestconfig.rootpath, tmp_path_factory.mktemp("sdist")
     clean = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "core", "adapters", "nsa_plugin"):
+    names = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
+    for name in (*names, "core", "adapters", "nsa_plugin", "benchmarks", "docs", "examples"):
         subprocess.run(["cp", "-a", str(root / name), str(clean)], check=True)
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(out)], cwd=clean, check=True, capture_output=True)
     return next(out.glob("*.tar.gz"))
 
 
-def test_the_sdist_holds_every_room(sdist: Path) -> None:
+def test_the_sdist_holds_every_room_and_all_documents(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"core/reference.py", "adapters/sglang/adapter.py", "nsa_plugin/py.typed", "LICENSE"} <= names
+    assert {"docs/operating.md", "benchmarks/README.md", "examples/sglang/launch.sh", "CHANGELOG.md"} <= names
 
 
 def test_a_wheel_built_from_the_sdist_installs_one_top_level_package(sdist: Path, tmp_path: Path) -> None:

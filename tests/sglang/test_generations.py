@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from nsa_plugin import hookimpl
-from nsa_plugin.adapters.sglang import capabilities, paths
+from nsa_plugin.adapters.sglang import capabilities, owners, paths
 from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.adapters.sglang.preparation import MODES
 from nsa_plugin.core import api
@@ -159,7 +159,7 @@ def test_the_arguments_of_the_older_methods_are_batches() -> None:
         )
     assert torch.equal(captured.seq_lens_cpu, lengths) and live.seq_lens_cpu == "cpu" and live.seq_lens_sum == 11
     draft = SimpleNamespace()
-    assert paths.MultiStepDraft.batch_to_capture(draft) is paths.MultiStepDraft.batch_to_replay(draft, bs=2) is draft
+    assert owners.MultiStepDraft.batch_to_capture(draft) is owners.MultiStepDraft.batch_to_replay(draft, bs=2) is draft
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from nsa_plugin import BatchDescriptor
+from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.sglang import paths, preparation
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
-from nsa_plugin.adapters.sglang.attached import Attached
 from nsa_plugin.host import Host
 from nsa_plugin.testing import sglang_backends as kit
 from tests.faults import Faults

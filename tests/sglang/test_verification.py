@@ -71,6 +71,7 @@ def test_right_values_pass_and_captured_buffers_are_not_touched(
         assert wrong(mode, kit.make_backend(config, TABLE), live, backends) == []
         assert [addresses(backend) for backend in backends] == buffers
     assert not host.mismatches and not host.fallbacks and host.on
+    assert host.verifications.total() == len(list(replays(mode, CONFIG.width - CONFIG.draft_tokens)))
 
 
 @pytest.mark.parametrize("strategy", ["share", "copy"])
@@ -189,24 +190,54 @@ def test_a_wrong_last_step_is_found_with_exact_step_lengths(install: Install, tm
     assert repro.recompute(repro.load(file), "reference") == {"engine": [], "plugin": ["step 2: cu_seqlens_k"]}
 
 
+def plain(multi: Any, static: Any) -> None:
+    pass
+
+
+def tree(multi: Any, static: Any) -> None:
+    multi.topk = 2
+
+
+def seeded(multi: Any, static: Any) -> None:
+    static.spec_info = type("Seed", (), {"dsa_topk_indices": torch.zeros(4, 8)})()
+
+
 @pytest.mark.parametrize(
-    ("topk", "seeded", "reason"),
-    [(2, False, "the draft is a tree"), (1, True, "all steps use the top-k indices of one")],
+    ("change", "of_draft_model", "reason"),
+    [
+        (tree, {}, "the draft is a tree"),
+        (seeded, {}, "all steps use the top-k indices of one"),
+        (plain, {"index_share_for_mtp_iteration": True}, "all steps use the top-k indices of one"),
+        (plain, {"index_share_for_mtp_iteration": False}, ""),
+        (plain, {}, ""),
+    ],
 )
 def test_exact_step_lengths_are_refused_where_steps_have_none(
-    install: Install, caplog: pytest.LogCaptureFixture, topk: int, seeded: bool, reason: str
+    install: Install, caplog: pytest.LogCaptureFixture, change: Any, of_draft_model: dict[str, Any], reason: str
 ) -> None:
+    """The draft's tree, its batch (from 0.5.15 on, and not with every worker) or the draft model's configuration says so."""
     caplog.set_level(logging.INFO, LOGGER)
     install("auto", step_lengths="exact")
-    multi = kit.make_multi_step(CONFIG, TABLE, 4)
-    multi.topk = topk
+    multi = kit.make_multi_step(CONFIG, TABLE, 4, **of_draft_model)
     static = capture_batch("DECODE", 4)
-    static.spec_info = type("Seed", (), {"dsa_topk_indices": torch.zeros(4, 8) if seeded else None})()
+    change(multi, static)
     multi.init_forward_metadata_out_graph(static, in_capture=True)
-    live = replays("DECODE", CONFIG.width)[0]
+    live = replays("DECODE", CONFIG.width - 4)[0]
     multi.init_forward_metadata_out_graph(kit.replay_view(live))
-    assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, multi.attn_backends) == []
-    assert sum(reason in line for line in caplog.messages) == 1
+    values = wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, multi.attn_backends)
+    assert bool(values) == (not reason)
+    assert sum("with sglang's own step lengths" in line for line in caplog.messages) == bool(reason)
+    assert not reason or reason in caplog.text
+
+
+def test_exact_step_lengths_are_refused_for_a_draft_of_which_nothing_is_known(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    multi = kit.make_multi_step(CONFIG, TABLE, 4)
+    install("share", step_lengths="exact")
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 4), in_capture=True)
+    assert "is not known: the draft was made before the plugin was installed" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"verify": 1}, {"step_lengths": "exact"}, {"step_lengths": "exact", "verify": 1}])
@@ -256,25 +287,18 @@ def test_the_switch_takes_effect_at_the_next_replay(
         assert [addresses(backend) for backend in backends] == buffers
 
 
-def test_what_a_graph_recorded_goes_on_and_the_switch_says_so(
-    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_captured_while_off_takes_a_new_capture_and_the_switch_says_so(install: Install) -> None:
     host, _ = install("graph")
     multi = kit.make_multi_step(CONFIG, TABLE, 4)
-    static = capture_batch("DECODE", 4)
-    multi.init_forward_metadata_out_graph(static, in_capture=True)
-    record(multi, static, monkeypatch)
-    (line,) = host.switch(False, "test")
-    assert line.startswith("sglang: draft decode: 1 captured batch sizes keep the work") and line in caplog.text
-    live = replays("DECODE", CONFIG.width)[0]
-    static.seq_lens.copy_(live.seq_lens)
-    static.req_pool_indices.copy_(live.req_pool_indices)
-    multi.init_forward_metadata_out_graph(kit.replay_view(live))
-    multi.init_forward_metadata_in_graph(static)
-    # what is captured from now on is sglang's own, and stays so
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 4), in_capture=True)
+    assert host.switch(False, "test") == []
     multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
     assert len({id(backend.decode_cuda_graph_metadata[2]) for backend in multi.attn_backends}) == 3
-    assert host.switch(True, "test") == ["sglang: draft decode: was captured while switched off; it takes a restart"]
+    assert host.switch(True, "test") == [
+        "sglang: draft decode: was captured while switched off; it takes a new capture"
+    ]
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    assert host.switch(False, "test") == host.switch(True, "test") == []
 
 
 def test_a_failed_path_stays_with_sglang_when_the_switch_goes_on(install: Install) -> None:
@@ -282,7 +306,7 @@ def test_a_failed_path_stays_with_sglang_when_the_switch_goes_on(install: Instal
     owner, backends = made("DECODE")
     (captured,) = next(iter(host.manager.adapters()["sglang"]._paths[0]._prepared.values())).values()  # type: ignore[attr-defined]
     captured.fail()
-    assert captured.switch(True) and captured.native
+    assert not captured.look_at_switch() and captured.native
     live = replays("DECODE", CONFIG.width)[0]
     owner.init_forward_metadata_out_graph(kit.replay_view(live))
     assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import soak
 from nsa_plugin import ForwardMode, PrecomputedMetadata
 from nsa_plugin.trace import Round, Sizes
-from tests.soak import soak
 
 SIZES = Sizes(width=128, max_requests=5, captured=(1, 2, 4))
 

@@ -84,6 +84,10 @@ class VllmSession(Session):
             for metadata in captured.values()
         ]
 
+    def objects(self) -> Sequence[object]:
+        """The speculator and the builders of its groups."""
+        return [self.draft.speculator, *self.draft.builders]
+
 
 class VllmEngine(Engine):
     """The installed vLLM, on CPU tensors."""
@@ -101,6 +105,7 @@ class VllmEngine(Engine):
         "int64 lengths": "the runner's lengths are int32",
         "strided inputs": "the runner's buffers are contiguous",
         "several captured sizes": "the emulated graph has one size, to which smaller batches are padded",
+        "capture again": "vLLM captures the graphs of a speculator once",
         "describe": "updates in place work on the captured metadata: no batch is described at a replay",
     }
 

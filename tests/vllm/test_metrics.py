@@ -36,8 +36,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Host], Grown]
         found: dict[tuple[str, str], tuple[float, float]] = {}
         for metric, at in ((monitoring.prometheus().seconds, 0), (monitoring.prometheus().steps, 1)):
             for sample in (sample for family in metric.collect() for sample in family.samples):
-                if sample.name.endswith(("_count", "_total")) and sample.labels["engine"] == "vllm":
-                    key = sample.labels["mode"], sample.labels["strategy"]
+                if sample.name.endswith(("_count", "_total")) and sample.labels["framework"] == "vllm":
+                    key = sample.labels["path"], sample.labels["strategy"]
                     have = list(found.get(key, (0.0, 0.0)))
                     have[at] = sample.value
                     found[key] = (have[0], have[1])
@@ -72,7 +72,7 @@ def test_drafts_whose_metadata_a_graph_computes(install: Install, counted: Any) 
     for batch in BATCHES:
         draft.propose(*batch)
     assert counted(host) == {(V2_PATH, "graph"): (len(BATCHES), len(BATCHES) * (TOKENS - 1))}
-    (held,) = (key for key in host._monitor._pending if (key[0].mode, key[1]) == (V2_PATH, TOKENS - 1))
+    (held,) = (key for key in host._monitor._pending if (key[0].path, key[1]) == (V2_PATH, TOKENS - 1))
     draft.propose(*LARGE)
     (seconds,) = host._monitor._pending[held]
     assert seconds > 1e-5  # it binds and launches
@@ -89,11 +89,12 @@ def test_drafts_that_are_prepared_before_they_begin(install: Install, counted: A
     draft.propose(*BATCHES[0])
     ours = len(BATCHES) + 1
     assert counted(host) == {(V2_PATH, "copy"): (ours, ours * (TOKENS - 1)), (V2_PATH, "off"): (1, TOKENS - 1)}
+    assert host.verifications == {("vllm", V2_PATH, "copy"): 1 + (len(BATCHES) - 1) // 2 + 1}  # LARGE has its own turn
     assert sum(
         sample.value
         for family in monitoring.prometheus().buffer_bytes.collect()
         for sample in family.samples
-        if sample.labels["mode"] == V2_PATH
+        if sample.labels["path"] == V2_PATH
     )
 
 
@@ -107,6 +108,7 @@ def test_drafts_of_model_runner_v1(counted: Any, monkeypatch: pytest.MonkeyPatch
         draft = v1_harness.V1Draft("auto", 4, TOKENS)
         v1_harness.proposals(draft, v1_harness.BATCHES[:3])
         assert counted(host) == {(V1_PATH, "copy"): (3, 3 * (TOKENS - 1))}
+        assert host.verifications.total() == (3 if verify else 0)
         monkeypatch.setattr(KeptSteps, "at", lambda kept, step, longest: 1 / 0)
         v1_harness.proposals(draft, v1_harness.BATCHES[:2])
         draft.propose(*v1_harness.BATCHES[0], None, 1)  # a single token has no further steps
@@ -144,7 +146,7 @@ def test_the_time_of_a_v1_draft_is_that_of_its_hooks(monkeypatch: pytest.MonkeyP
             update(Proposer, None, None, 1, 1, 64)
             build(Proposer, None, draft_index=step)
     (durations,) = (
-        taken for (labels, steps), taken in host._monitor._pending.items() if (labels.mode, steps) == ("test", 3)
+        taken for (labels, steps), taken in host._monitor._pending.items() if (labels.path, steps) == ("test", 3)
     )
     assert durations == [3.75, 3.75]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_choice, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.kernels import draft_steps
 from nsa_plugin.host import Host
@@ -41,7 +41,8 @@ class Wrapper:
         setattr(self.owner, name, counted)
 
 
-WRAPPED = [(capabilities.BUILDER, "__init__"), (capabilities.BUILDER, v2_builder.METHOD),
+CHOOSE = v2_choice.CHOOSE[capabilities.speculator()]
+WRAPPED = [(capabilities.speculator(), CHOOSE), (capabilities.BUILDER, v2_builder.METHOD),
            (capabilities.speculator(), v2_step.GENERATE), (capabilities.speculator(), v2_step.UPDATE)]  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def test_another_plugin_wraps_a_method_of_v2(
         if not before_us:
             other = Wrapper(owner, name)
         draft = Draft(*LAYOUT, TOKENS)
-        other.calls = 0 if name != "__init__" else other.calls
+        other.calls *= name == CHOOSE  # called when the draft is made
         assert unequal(expected, proposals(draft)) == [] and not host.fallbacks
         fused = not (before_us and name == v2_builder.METHOD)  # theirs does not say that it may be used
         assert draft.fused == fused

@@ -6,30 +6,29 @@ other ranks issue as their same collective. A capture is vLLM's own choice of wh
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import os
 import pkgutil
 import sys
+import tempfile
+import time
 from importlib.metadata import entry_points
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from nsa_plugin import __version__
 from nsa_plugin.adapters.vllm import agreement
+from nsa_plugin.adapters.vllm.in_place import InPlace
 from tests import ranks
+from tests.vllm.rank import BATCHES, FORWARD, PADDING, TOKENS, Rank
 
-TOKENS = 4
-BATCHES = (([100, 107, 126, 65], [1, 0, 2, 2], 1), ([63, 64, 700], [0, 0, 0], 70), ([300], [1], 140))
-"""Lengths, rejected tokens and first block; smaller ones are padded to the captured size of four."""
-WAIT_SECONDS = 3.0
+WAIT_SECONDS = 10.0
 """For the vote of a rank that has no plugin."""
-FORWARD, LOGITS, PADDING = range(3)
-"""Kinds of collectives: of the model's layers, of its logits, and vLLM's own agreement on padding across data parallel ranks."""
 BUILDER_UPDATE = "vllm.v1.attention.ops.metadata.compute_token_to_req_indices"
 STEP_UPDATE = "nsa_plugin.core.step_update.StepUpdate.run"
 """What updates metadata in the graph: for the builder, taken from vLLM while the plugin loads; and in one kernel for all."""
@@ -38,173 +37,6 @@ pytestmark = pytest.mark.skipif(
     not any(point.name == "nsa_plugin" for point in entry_points(group="vllm.general_plugins")),
     reason="nsa-plugin is not installed in this environment",
 )
-
-
-class Lines(logging.Filter):
-    """Keeps what is logged. Not a handler: vLLM takes those off when it configures logging."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Keep it, and let it pass."""
-        self.records.append(record)
-        return True
-
-
-class Rank:
-    """One rank: its draft, and the sequence of collectives that it issues.
-
-    Parameters
-    ----------
-    data_parallel : bool
-        Whether ranks have batches of their own; else they share the tensors of one.
-    """
-
-    def __init__(self, rank: int, world: int, store: str, data_parallel: bool = False) -> None:
-        from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.distributed import parallel_state
-        from vllm.plugins import load_general_plugins
-        from vllm.v1.worker.gpu import dp_utils
-
-        self.rank, self.world, self.data_parallel, self.lines = rank, world, data_parallel, Lines()
-        self.issued: list[tuple[int, int]] = []
-        self.unmatched: list[Any] = []
-        self.alone = False
-        logging.getLogger("vllm.plugins.nsa_plugin").addFilter(self.lines)
-        load_general_plugins()
-        load_general_plugins()
-        parallel_state.init_distributed_environment(world, rank, store, rank, "gloo")
-        config = VllmConfig()
-        config.parallel_config.data_parallel_size = world if data_parallel else 1
-        config.parallel_config.data_parallel_rank = rank if data_parallel else 0
-        with set_current_vllm_config(config):
-            parallel_state.ensure_model_parallel_initialized(1 if data_parallel else world, 1)
-        agree = dp_utils.sync_cudagraph_and_dp_padding
-
-        @functools.wraps(agree)
-        def padding(*arguments: Any, **named: Any) -> Any:
-            self.collective(PADDING, 0)
-            return agree(*arguments, **named)
-
-        dp_utils.sync_cudagraph_and_dp_padding = padding
-
-    def collective(self, kind: int, size: int) -> None:
-        """Issue one, unless alone; every rank's must be the same."""
-        import torch
-        import torch.distributed as dist
-
-        self.issued.append((kind, size))
-        if self.alone:
-            return
-        mine = torch.tensor([len(self.issued), kind, size])
-        every = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(every, mine)
-        if any(not torch.equal(other, mine) for other in every):
-            self.unmatched.append([other.tolist() for other in every])
-
-    def draft(self) -> Any:
-        """A speculator whose model and graphs issue this rank's collectives."""
-        import torch
-        from vllm.config.compilation import CUDAGraphMode
-        from vllm.forward_context import get_forward_context
-
-        from nsa_plugin.testing import vllm_draft
-
-        issue, world = self.collective, self.world if self.data_parallel else 1
-
-        class Model(vllm_draft.DraftModel):
-            """With collectives; writes nothing down for a batch without metadata."""
-
-            def forward(self, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
-                context = get_forward_context()
-                assert (context.dp_metadata is not None) == (world > 1)
-                tokens = hidden_states.shape[0]
-                if context.dp_metadata is not None:  # ranks run unequal numbers, but know the same largest one
-                    tokens = int(context.dp_metadata.num_tokens_across_dp_cpu.max())
-                issue(FORWARD, tokens)
-                if not context.attn_metadata:
-                    return hidden_states.clone(), hidden_states.clone()
-                return super().forward(input_ids, positions, hidden_states, inputs_embeds)
-
-            def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-                issue(LOGITS, 0)  # of the rank's own requests under data parallelism: no size that must match
-                return super().compute_logits(hidden)
-
-        class Graphs(vllm_draft.Graphs):
-            """Replays what vLLM's `capture` was given."""
-
-            def capture(self, body: Any, *_: Any, **__: Any) -> None:
-                """The warm-up of one captured size."""
-                self._body = body
-                self.run_fullgraph(None)
-
-            def run_fullgraph(self, descriptor: Any) -> None:
-                """The body, with the captured tensors."""
-                size = vllm_draft.CAPTURED
-                across = torch.full((world,), size, dtype=torch.int32) if world > 1 else None
-                self._body(size, size, self._metadata, self._slots, across, CUDAGraphMode.NONE, TOKENS)
-
-        made = vllm_draft.Draft("auto", 4, TOKENS)
-        speculator = made.speculator
-        speculator.model = made.model = Model()
-        speculator.dp_size, speculator.dp_rank = world, self.rank if self.data_parallel else 0
-        made.config.parallel_config.data_parallel_size = world
-        made.config.parallel_config.data_parallel_rank = speculator.dp_rank
-        speculator.decode_cudagraph_manager = Graphs(made)
-        return made
-
-    def capture(self, draft: Any) -> list[tuple[int, int]]:
-        """Let vLLM capture; returns the collectives that this issued."""
-        from vllm.config import set_current_vllm_config
-
-        self.issued.clear()
-        nothing = SimpleNamespace(use_breakable_cg=False, capture=lambda *_, **__: None)
-        with (
-            mock.patch.object(draft.speculator, "prefill_cudagraph_manager", nothing),
-            set_current_vllm_config(draft.config),
-        ):
-            draft.speculator.capture()
-        return list(self.issued)
-
-    def rounds(self, draft: Any, idle: tuple[int, ...] = ()) -> dict[str, Any]:
-        """Draft for every batch, or take part with a dummy one.
-
-        Returns what each draft step saw, the collectives, those that did not match, and what was logged.
-        """
-        self.issued.clear()
-        seen: list[Any] = []
-        for lengths, rejected, first_block in BATCHES:
-            if self.rank in idle:
-                self.dummy(draft)
-            else:
-                steps = draft.propose(lengths, rejected, first_block)
-                seen += [{name: value.tolist() for name, value in step.items()} for step in steps]
-        return {
-            "fused": draft.speculator.supports_decode_metadata_update, "seen": seen, "issued": list(self.issued),
-            "unmatched": self.unmatched, "warnings": self.said(logging.WARNING), "errors": self.said(logging.ERROR),
-        }  # fmt: skip
-
-    def dummy(self, draft: Any) -> None:
-        """As vLLM's runner does on a rank without requests."""
-        import torch
-        from vllm.config import set_current_vllm_config
-        from vllm.v1.worker.gpu.input_batch import InputBatch
-
-        width = TOKENS + 1
-        batch = InputBatch.make_dummy(1, width, draft.buffers, max_query_len=width, is_padding=True)
-        state = [torch.zeros(16, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.float32, torch.int64)]
-        counts = torch.ones(1, dtype=torch.int32)
-        with set_current_vllm_config(draft.config):
-            draft.speculator.propose(
-                batch, {}, {}, torch.zeros(width, 128).bfloat16(), None, counts, counts - 1, *state, dummy_run=True,
-                skip_attn_for_dummy_run=True,
-            )  # fmt: skip
-
-    def said(self, level: int) -> list[str]:
-        """What was logged at that level."""
-        return [record.getMessage() for record in self.lines.records if record.levelno == level]
 
 
 def together(rank: int, world: int, store: str) -> dict[str, Any]:
@@ -285,10 +117,90 @@ def verified_on_one(rank: int, world: int, store: str) -> dict[str, Any]:
     return {**found, "prepared": drafts[0], "on": entry._hosts["vllm"].on}
 
 
+def in_turn(rank: int, world: int, store: str) -> dict[str, Any]:
+    """Drafts made one after the other, while rank 1 is switched off and on, has another build, or fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NSA_PLUGIN_SWITCH_FILE"] = str(Path(folder, "off"))
+        one = Rank(rank, world, store)
+        from nsa_plugin import entry
+
+        host = entry._hosts["vllm"]
+        found: dict[str, Any] = {"on": one.made()}
+        if rank == 1:
+            Path(folder, "off").touch()
+            host.look_at_switch_file()
+        found["off"] = one.made(capture=True)
+        if rank == 1:
+            Path(folder, "off").unlink()
+            host.look_at_switch_file()
+        found["on again"] = one.made()
+        with mock.patch.object(agreement, "build", lambda: f"0.1.0+{rank}"):
+            found["builds"] = one.made()
+        planted = mock.Mock(side_effect=RuntimeError("planted") if rank == 1 else None, return_value="")
+        with mock.patch.object(InPlace, "refused", planted):
+            found["failing"] = one.made()
+        with mock.patch.object(InPlace, "refused", lambda *_: "all refuse"):
+            found["refused"] = one.made()
+    return found
+
+
+def where_nothing_can_be_fused(rank: int, world: int, store: str) -> dict[str, Any]:
+    """Only rank 0 has the plugin; no draft, a draft of one token, and one under elastic expert parallelism."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends.mla import flashmla_sparse
+
+    from nsa_plugin import entry
+    from nsa_plugin.testing import vllm_draft
+
+    if rank == 1:
+        os.environ["VLLM_PLUGINS"] = ""
+    one, start = Rank(rank, world, store), time.monotonic()
+    none = vllm_draft.Draft("auto", 4, 1)
+    spec = none.config.compilation_config.static_forward_context[vllm_draft.TARGET[0]]._spec
+    without = dataclasses.replace(none.config, speculative_config=None)
+    with set_current_vllm_config(without):
+        target = flashmla_sparse.FlashMLASparseMetadataBuilder(spec, [vllm_draft.TARGET[0]], without, vllm_draft.CPU)
+    elastic = type("Elastic", (), {"enable_elastic_ep": True, "__getattr__": _inner})
+    configure = vllm_draft.Speculator.set_attn
+
+    def set_attn(speculator: Any, *arguments: Any) -> None:
+        parallel = speculator.vllm_config.parallel_config
+        speculator.vllm_config.parallel_config = elastic()
+        speculator.vllm_config.parallel_config.inner = parallel
+        try:
+            configure(speculator, *arguments)
+        finally:
+            speculator.vllm_config.parallel_config = parallel
+
+    with mock.patch.object(vllm_draft.Speculator, "set_attn", set_attn):
+        made = vllm_draft.Draft("auto", 4, TOKENS)
+    return {
+        "fused": [none.fused, made.fused], "target": target.supports_draft_decode_metadata_update,
+        "seconds": time.monotonic() - start, "warnings": one.said(logging.WARNING),
+        "paths": sorted(said[1:] for host in entry._hosts.values() for said in host._said),
+    }  # fmt: skip
+
+
+def _inner(parallel: Any, name: str) -> Any:
+    return getattr(parallel.inner, name)
+
+
+def pipeline(rank: int, world: int, store: str) -> dict[str, Any]:
+    """Two stages of two ranks each. The first, which has no draft, lacks the plugin on rank 0."""
+    if rank == 0:
+        os.environ["VLLM_PLUGINS"] = ""
+    one, start = Rank(rank, world, store, stages=2), time.monotonic()
+    sharing = agreement.sharing()
+    fused = one.draft().fused if rank >= 2 else None
+    return {
+        "sharing": sharing, "fused": fused, "seconds": time.monotonic() - start, "warnings": one.said(logging.WARNING)
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[dict[str, Any]]]:
     """What every rank of every world returned; a world that hangs is killed, and fails."""
-    found: dict[str, list[dict[str, Any]]] = ranks.script("tests.vllm.test_ranks", 400)
+    found: dict[str, list[dict[str, Any]]] = ranks.script("tests.vllm.test_ranks", 590)
     return found
 
 
@@ -330,7 +242,10 @@ def test_a_failure_on_one_rank_changes_no_collective(
 def test_without_the_plugin_on_one_rank_none_fuses(outcomes: dict[str, list[dict[str, Any]]], stock: list[Any]) -> None:
     """Four ranks. Every rank that has it says which one does not."""
     check(outcomes["absent"], stock, fused=False)
-    line = "nsa-plugin: every rank drafts as vLLM does: nsa-plugin is absent, off or failing on rank 1 of 4"
+    line = (
+        "nsa-plugin: every rank drafts as vLLM does: nsa-plugin is absent or failing on rank 1 of 4 "
+        "that share the draft"
+    )
     assert [rank["warnings"] for rank in outcomes["absent"]] == [[line], [], [line], [line]]
     assert not any(rank["errors"] for rank in outcomes["absent"])
 
@@ -367,43 +282,49 @@ def test_an_idle_data_parallel_rank_takes_part(outcomes: dict[str, list[dict[str
     assert kinds.count(PADDING) == 2 * len(BATCHES) and kinds.count(FORWARD) == TOKENS * len(BATCHES)
 
 
-class TestVote:
-    """The vote itself, with a store in this process."""
+def test_each_draft_is_voted_on_anew(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    """Whoever is off, or fails, objects; the others say which rank, and why. Nobody waits for long."""
+    plain, other = outcomes["in turn"]
+    said = "nsa-plugin: every rank drafts as vLLM does: "
+    for name, fused, lines, others in (
+        ("on", True, [], []),
+        ("off", False, [f"{said}rank 1: switched off"], []),
+        ("on again", True, [], []),
+        ("builds", False, [DIFFERENT], [DIFFERENT]),
+        ("failing", False, [f"{said}rank 1: RuntimeError: planted"], []),
+        ("refused", False, [], []),
+    ):
+        assert (plain[name]["fused"], other[name]["fused"]) == (fused, fused), name
+        for found, expected in ((plain, lines), (other, others)):
+            warnings = [line for line in found[name]["warnings"] if said in line]
+            assert len(warnings) == len(expected), (name, warnings)
+            assert all(line.startswith(start) for line, start in zip(warnings, expected, strict=True)), warnings
+    assert len(plain["off"]["capture"]) == 2 and plain["off"]["capture"] == other["off"]["capture"]
+    assert [len(rank["failing"]["errors"]) for rank in (plain, other)] == [0, 1]
 
-    @pytest.fixture(autouse=True)
-    def _two_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import torch.distributed as dist
 
-        self.store, self.rank = pkgutil.resolve_name("torch.distributed.HashStore")(), 0
-        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: self.store)
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(dist, "get_rank", lambda: self.rank)
-        monkeypatch.setattr(agreement, "SECONDS", 0.0)
+DIFFERENT = (
+    "nsa-plugin: every rank drafts as vLLM does: ranks have different builds of nsa-plugin: 0.1.0+0 on rank 0; "
+    "0.1.0+1 on rank 1"
+)
 
-    def test_who_comes_late_takes_the_answer_that_is_there(self) -> None:
-        answer = agreement.objection()
-        assert answer == "nsa-plugin is absent, off or failing on rank 1 of 2"
-        self.rank = 1
-        assert agreement.objection() == answer
 
-    def test_an_answer_ends_the_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(agreement, "SECONDS", float("inf"))
-        self.store.set(f"{agreement.KEY}/answer", "no")
-        assert agreement.objection() == "no"
+def test_no_rank_is_asked_where_nothing_can_be_fused(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    has, lacks = outcomes["nothing to fuse"]
+    for rank in (has, lacks):
+        assert rank["fused"] == [False, False] and not rank["target"] and not rank["warnings"]
+        assert rank["seconds"] < agreement.SECONDS / 2
+    assert lacks["paths"] == []
+    ((path, strategy),) = has["paths"]
+    assert path == "draft decode" and strategy.startswith("off (elastic expert parallelism is not covered")
 
-    @pytest.mark.parametrize(
-        ("theirs", "answer"), [(__version__, ""), ("0.0.0", f"ranks have nsa-plugin 0.0.0 and {__version__}")]
-    )
-    def test_versions_must_be_equal(self, theirs: str, answer: str) -> None:
-        self.store.set(f"{agreement.KEY}/1", theirs)
-        assert agreement.objection() == answer
 
-    def test_a_store_that_fails_is_an_objection(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import torch.distributed as dist
-
-        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: 1 / 0)
-        assert agreement.objection() == "ranks can't agree (ZeroDivisionError: division by zero)"
+def test_ranks_of_another_pipeline_stage_have_no_say(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    found = outcomes["pipeline"]
+    assert [rank["sharing"] for rank in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [rank["fused"] for rank in found] == [None, None, True, True]
+    assert not any(rank["warnings"] for rank in found)
+    assert max(rank["seconds"] for rank in found) < agreement.SECONDS / 2
 
 
 def main() -> dict[str, Any]:
@@ -416,6 +337,9 @@ def main() -> dict[str, Any]:
         "alone": ranks.run("fork", 2, test_ranks.each_for_itself, 90),
         "data parallel": ranks.run("fork", 2, test_ranks.data_parallel, 90),
         "verified": ranks.run("fork", 2, test_ranks.verified_on_one, 90),
+        "in turn": ranks.run("fork", 2, test_ranks.in_turn, 120),
+        "nothing to fuse": ranks.run("fork", 2, test_ranks.where_nothing_can_be_fused, 120),
+        "pipeline": ranks.run("fork", 4, test_ranks.pipeline, 120),
         "spawn": ranks.run("spawn", 2, test_ranks.together, 150),
     }
 

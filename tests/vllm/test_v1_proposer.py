@@ -17,8 +17,9 @@ from vllm.v1.attention.backends.mla import flashinfer_mla_sparse
 
 from nsa_plugin.adapters.vllm import v1_metadata, v1_proposer
 from nsa_plugin.adapters.vllm.v1_metadata import KeptSteps, keeper_of
-from nsa_plugin.adapters.vllm.v1_proposer import PATH, DraftSteps
+from nsa_plugin.adapters.vllm.v1_proposer import PATH
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
+from nsa_plugin.adapters.vllm.v1_steps import DraftSteps
 from nsa_plugin.host import Host
 from tests.vllm.v1_harness import (
     ATTENTION,

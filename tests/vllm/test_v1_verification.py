@@ -17,8 +17,9 @@ from nsa_plugin import repro
 from nsa_plugin.adapters.vllm import v1_watch
 from nsa_plugin.adapters.vllm.shadows import spare_group
 from nsa_plugin.adapters.vllm.v1_metadata import KeptSteps
-from nsa_plugin.adapters.vllm.v1_proposer import PATH, DraftSteps
+from nsa_plugin.adapters.vllm.v1_proposer import PATH
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
+from nsa_plugin.adapters.vllm.v1_steps import DraftSteps
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import PastEnd
 from nsa_plugin.host import Host
@@ -30,8 +31,8 @@ Install = Callable[..., Host]
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Patches the proposer for a host with settings; a switch of the host switches the patch."""
+def install() -> Iterator[Install]:
+    """Patches the proposer for a host with settings."""
     patches: list[Patch] = []
 
     def installed(**settings: Any) -> Host:
@@ -40,13 +41,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
         host, patch = Host(Settings(**settings)), Patch()
         patches.append(patch)
         patch.install(host)
-        switch = host.switch
-
-        def switched(on: bool, why: str) -> list[str]:
-            patch.switch(on)
-            return switch(on, why)
-
-        monkeypatch.setattr(host, "switch", switched)
         return host
 
     yield installed

@@ -14,7 +14,7 @@ from vllm.config import set_current_vllm_config
 
 from nsa_plugin import repro
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import capabilities, v2_rebuild, v2_watch
+from nsa_plugin.adapters.vllm import capabilities, v2_rebuild, v2_switch, v2_watch
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft as Begun
 from nsa_plugin.adapters.vllm.v2_staged import Staged
@@ -306,12 +306,13 @@ def test_what_cant_be_verified_is_recorded_in_the_graph_and_said(
 ) -> None:
     expected = stock()
     monkeypatch.setattr(v2_watch, "Rebuild", lambda *arguments: 1 / 0)
-    host, _ = install(verify=1)
+    install(verify=1)
     draft = captured()
     assert unequal(expected[:3], propose(draft, BATCHES[:1])) == []
     assert any("NSA_PLUGIN_VERIFY can't be had: division by zero" in line for line in log(logging.WARNING))
     assert "draft step: strategy graph" in " ".join(log(logging.INFO))
-    assert len(host.switch(False, "test")) == 1 and not v2_watch.switchable(host)
+    choice = v2_switch.drafts.get(draft.speculator)
+    assert choice is not None and choice.recorded and not choice.switchable
 
 
 def test_without_what_it_takes_drafts_are_served_all_the_same(
@@ -351,24 +352,18 @@ def test_a_running_process_can_be_switched(install: Install, monkeypatch: pytest
     assert ways == ["prepare", "prepare_natively", "prepare"] and not host.mismatches
 
 
-def test_nothing_is_hooked_when_nothing_is_asked(install: Install) -> None:
-    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator as Owner
-
-    before = vars(Owner)[v2_watch.BEGIN]
-    _, adapter = install()
-    assert vars(Owner)[v2_watch.BEGIN] is before
-    adapter.undo()
-    _, adapter = install(verify=1)
-    assert vars(Owner)[v2_watch.BEGIN] is not before
-    adapter.undo()
-    assert vars(Owner)[v2_watch.BEGIN] is before
+def test_nothing_is_watched_when_nothing_is_asked(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = stock()
+    monkeypatch.setattr(v2_watch, "Watch", lambda *arguments: 1 / 0)
+    install()
+    assert unequal(expected[:3], propose(captured(), BATCHES[:1])) == []
 
 
 def test_spare_buffers_are_those_of_a_draft(install: Install) -> None:
     """No captured buffer is written by a rebuild, and no spare one has room for a whole batch of prefills."""
-    host, _ = install(verify=1)
+    install(verify=1)
     draft = captured("fp8 mixed")
-    (known,) = v2_watch._watches[id(host)]._known.values()
+    known = vars(draft.speculator)["_nsa_plugin_watched"]
     (rebuild,) = known._rebuilds.values()
     own = {value.data_ptr() for builder in draft.builders for value in integers(builder)}
     own |= {draft.tables.slot_mappings.data_ptr(), draft.speculator.input_buffers.seq_lens.data_ptr()}

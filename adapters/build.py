@@ -1,0 +1,47 @@
+"""Which build of this package runs: the version says too little as long as commits share it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from nsa_plugin import __version__
+
+DIGITS = 12
+
+
+def build() -> str:
+    """Version and `source`. Raises OSError if the files can't be read."""
+    return f"{__version__}+{source()}"
+
+
+@functools.cache
+def source() -> str:
+    """Hash of the installed source files: equal for equal files, wherever and however they are installed.
+
+    Raises
+    ------
+    OSError
+        The files can't be read.
+    """
+    return source_hash(files("nsa_plugin"))
+
+
+def source_hash(package: Traversable) -> str:
+    """Hash of the names and contents of all Python files of a package."""
+    found = hashlib.sha256()
+    for name, file in sorted(_sources(package, ""), key=lambda source: source[0]):
+        content = file.read_bytes()
+        found.update(f"{name}\0{len(content)}\0".encode() + content)
+    return found.hexdigest()[:DIGITS]
+
+
+def _sources(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _sources(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".py"):
+            yield prefix + entry.name, entry

@@ -1,0 +1,34 @@
+"""Settings on their way to Ray's workers, which get some variables of the driver's environment only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+CARRIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+"""vLLM's own variable (0.28 and later): prefixes, separated by commas, of further variables that are copied."""
+
+
+def carry_settings(prefix: str) -> str:
+    """Have vLLM copy the settings, whose names begin with `prefix`, to Ray's workers; what the user has copied stays.
+
+    `VLLM_PLUGINS` is always copied. Does nothing if no setting is given. Returns an empty string, or what reaches no worker
+    and the remedy if this vLLM has no such variable and Ray is installed.
+    """
+    given = sorted(name for name in os.environ if name.startswith(prefix))
+    if not given or importlib.util.find_spec("vllm") is None:
+        return ""
+    import vllm.envs
+
+    if CARRIED in vllm.envs.environment_variables:
+        copied = [other for other in map(str.strip, os.environ.get(CARRIED, "").split(",")) if other]
+        if not any(prefix.startswith(other) for other in copied):
+            os.environ[CARRIED] = ",".join([*copied, prefix])
+        return ""
+    if importlib.util.find_spec("ray") is None:
+        return ""
+    line = " ".join(f"{name}={os.environ[name]!r}" for name in given)
+    return (
+        f"looked for {CARRIED}, with which vLLM copies settings to Ray's workers, found no such variable; under Ray, start it "
+        f"on every node with: {line} ray start …"
+    )

@@ -1,0 +1,92 @@
+"""Whether a draft of Model Runner V2 is fused because of this adapter's updates in place: by all ranks, or by none.
+
+vLLM decides at `DraftModelSpeculator.set_attn`, right after it has made the draft's attention groups: it fuses if every
+one's builder says that its metadata can be updated in place. A builder of ours says so only then, only in the draft's
+groups, and only for a draft of more than one step: nobody else, and no engine without such a draft, asks the other ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.vllm import agreement, capabilities, v2_switch
+from nsa_plugin.adapters.vllm.v2_builder import ENGINE, PATH, Hooks, Served, served
+
+logger = logging.getLogger("vllm.plugins.nsa_plugin")
+CHOOSE = {
+    capabilities.SPECULATORS[0]: "_configure_decode_metadata_update",
+    capabilities.SPECULATORS[1]: "_configure_fused_multi_step_decode",
+}
+"""By speculator, its method that decides."""
+SAYS = "supports_draft_decode_metadata_update"
+
+
+def needs(speculator: str) -> tuple[Need, ...]:
+    """What it takes of the speculator at a dotted path."""
+    return (Need(f"{speculator}.{CHOOSE[speculator]}", (), "choose the fused draft on all ranks or none (hooked)"),)
+
+
+def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """The replacement of the method of `owner` that decides; it passes its calls on, after what is ours if it is `live`."""
+    name = CHOOSE[capabilities.speculator()]
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def choose(speculator: Any, *args: Any, **kwargs: Any) -> Any:
+        if live():
+            try:
+                _choose(host, speculator)
+            except Exception as error:
+                host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        return original(speculator, *args, **kwargs)
+
+    return MappingProxyType({name: choose})
+
+
+def _choose(host: Host, speculator: Any) -> None:
+    """Let the builders of the draft say whether they can be updated in place."""
+    if speculator.num_speculative_steps == 1:
+        return  # vLLM asks none of them
+    builders = [group.get_metadata_builder() for groups in speculator.attn_groups for group in groups]
+    ours = [(builder, how) for builder in builders if (how := served(builder)) is not None]
+    if not ours:
+        return
+    refusals = _refusals(host, ours)
+    lacking = [type(other).__name__ for other in builders if served(other) is None and not getattr(other, SAYS)]
+    own = next(filter(None, refusals), "") or (f"{lacking[0]} has no update in place" if lacking else "")
+    problem = _elastic(speculator)
+    off = _switched_off(host)
+    problem = problem or agreement.objection(own or off)
+    v2_switch.chosen(host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off)
+    for (builder, how), refusal in zip(ours, refusals, strict=True):
+        setattr(builder, SAYS, not problem)
+        why = refusal or problem
+        host.using(logger, ENGINE, how.path, f"off ({why})" if why else "graph")
+
+
+def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
+    """Why each of these builders is left to vLLM, or empty. What fails here is an objection too: nobody waits for it."""
+    try:
+        return [how.row.refused(builder) for builder, how in ours]
+    except Exception as error:
+        host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        return [f"{type(error).__name__}: {error}"] * len(ours)
+
+
+def _elastic(speculator: Any) -> str:
+    """Empty, or that ranks come and go. All ranks have the same setting, so that none asks another."""
+    if getattr(speculator.vllm_config.parallel_config, "enable_elastic_ep", False):
+        return "elastic expert parallelism is not covered: ranks that share the draft come and go, and can't be asked"
+    return ""
+
+
+def _switched_off(host: Host) -> str:
+    if "graph" in host.strategies:
+        return ""
+    return "; ".join(("switched off", *getattr(host, "reasons", ())))

@@ -1,0 +1,43 @@
+"""The release matrix as a table in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+LOOKED_FOR = re.compile(r"unsupported: looked for (?P<path>[\w.]+)(?:\([^)]*\))? .*, found ", re.DOTALL)
+
+
+def cell(strategies: dict[str, str]) -> str:
+    """The state of each strategy of a path. Strategies with the same state stand together."""
+    states: dict[str, list[str]] = {}
+    for strategy, state in strategies.items():
+        states.setdefault(_short(state), []).append(strategy)
+    if len(states) == 1 and next(iter(states)).startswith("unsupported"):
+        return next(iter(states))
+    return "; ".join(f"{state}: {', '.join(names)}" for state, names in states.items())
+
+
+def _short(state: str) -> str:
+    found = LOOKED_FOR.match(state)
+    return f"unsupported: no `{'.'.join(found['path'].split('.')[-2:])}`" if found else state.partition(": ")[0]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table: one line for each release, the newest of an engine first."""
+    paths = list(dict.fromkeys(path for row in rows for path in row["paths"]))
+    lines = ["| release | " + " | ".join(paths) + " | tested with |", "|---|" + "---|" * (len(paths) + 1)]
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    newest_first = list(reversed(rows))
+    newest_first.sort(key=lambda row: engines.index(row["engine"]))
+    for row in newest_first:
+        cells = [cell(row["paths"][path]) if path in row["paths"] else "–" for path in paths]
+        versions = row.get("environment", {})
+        tested = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)
+        lines.append(
+            f"| {row['engine']} {row['release']} | "
+            + " | ".join(cells)
+            + f" | {tested or 'source only'}, {row['date']} |"
+        )
+    return "\n".join(lines)
