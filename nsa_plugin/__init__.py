@@ -1,12 +1,16 @@
 """Attention metadata of speculative drafts, computed once for all steps: a plugin for sglang and vLLM."""
 
-from nsa_plugin.core.api import fast_copy, precompute
-from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
-from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError, NsaPluginError, UnavailableError
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
-from nsa_plugin.core.plan import ReplayPlan
-from nsa_plugin.entry import disable, enable
-from nsa_plugin.hookspec import hookimpl
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsa_plugin.core.api import fast_copy, precompute
+    from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+    from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError, NsaPluginError, UnavailableError
+    from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+    from nsa_plugin.core.plan import ReplayPlan
+    from nsa_plugin.entry import disable, enable
+    from nsa_plugin.hookspec import hookimpl
 
 __version__ = "0.1.0"
 
@@ -30,3 +34,27 @@ __all__ = [
     "hookimpl",
     "precompute",
 ]
+
+_ROOMS = {
+    "core.api": ("fast_copy", "precompute"),
+    "core.batch": ("BatchDescriptor", "BlockTable", "ForwardMode", "Geometry", "TokenTable"),
+    "core.errors": ("InvalidTypeError", "InvalidValueError", "NsaPluginError", "UnavailableError"),
+    "core.metadata": ("PrecomputedMetadata", "StepMetadata"),
+    "core.plan": ("ReplayPlan",),
+    "entry": ("disable", "enable"),
+    "hookspec": ("hookimpl",),
+}
+"""Module to the names that come from it. They are imported at first use: torch alone takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _ROOMS.items():
+        if name in names:
+            value = getattr(import_module(f"nsa_plugin.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

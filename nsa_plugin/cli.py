@@ -1,36 +1,84 @@
-"""The console script `nsa-plugin`."""
+"""The console script `nsa-plugin`: its arguments. What the commands do is in `commands`, imported when one runs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
+from nsa_plugin import __doc__ as about
+from nsa_plugin import launch_lines
 from nsa_plugin.adapters.build import build
-from nsa_plugin.core.errors import NsaPluginError, UnavailableError
+from nsa_plugin.core.errors import NsaPluginError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+MOST = 1 << 20
+"""Largest batch size, context and table width: beyond it no engine goes."""
+MOST_STEPS = 64
+SHELLS = ("bash", "zsh", "tcsh")
+DECODE_KERNELS = ("flashmla_kv", "flashmla_sparse", "flashmla_auto", "fa3", "tilelang", "aiter", "trtllm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="nsa-plugin", description=sys.modules["nsa_plugin"].__doc__)
-    parser.add_argument("--version", action="version", version=f"nsa-plugin {build()}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="run a decode trace and check and time every way to prepare it")
+    """Run a subcommand; returns the exit status: 0, 1 for a finding, 2 for a wrong input, 130 after Ctrl-C.
+
+    What was asked for goes to stdout, errors go to stderr.
+    """
+    try:
+        options = parser().parse_args(arguments)
+        status: int = getattr(import_module("nsa_plugin.commands"), options.command.replace("-", "_"))(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (NsaPluginError, OSError) as error:
+        return _say(str(error), 2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="nsa-plugin", description=about)
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and the hash of the sources")
+    top.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="print a completion script for this shell"
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    _demo(commands.add_parser("demo", help="run a decode trace and check and time every way to prepare it"))
+    _bench(commands.add_parser("bench", help="measure every way to prepare a replay, in one run on the same inputs"))
+    draw = commands.add_parser("plot", help="draw a result file of bench, which may come from another machine")
+    draw.add_argument("results", type=_path, help="what bench wrote with --json")
+    draw.add_argument("picture", type=_path, help="the plot (PNG, SVG, PDF)")
+    commands.add_parser("plugins", help="list who provides what")
+    commands.add_parser("settings", help="list the settings, their values here, and where each came from")
+    launch = commands.add_parser("launch", help="print the line that starts an engine with a draft")
+    launch.add_argument("engine", choices=launch_lines.ENGINES)
+    launch.add_argument("--model", default=launch_lines.MODEL, help="its name or folder (default: %(default)s)")
+    doctor = commands.add_parser(
+        "doctor", help="say what is installed, what each path would get, and what is in the way"
+    )
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    verify = commands.add_parser("verify", help="compute the batch of a repro file again, on any machine, and compare")
+    verify.add_argument("file", type=_path, help="a file that NSA_PLUGIN_VERIFY left in NSA_PLUGIN_REPRO_DIR")
+    return top
+
+
+def _demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--engine", choices=("none", "sglang"), default="none", help="none: an embedded harness")
     demo.add_argument("--rounds", type=_positive, default=300, help="draft rounds to generate (default: %(default)s)")
     demo.add_argument("--steps", type=_steps, nargs="+", default=[4, 8], help="numbers of draft steps (default: 4 8)")
-    demo.add_argument("--trace", type=Path, help="a recorded trace instead of a generated one (JSON lines)")
-    demo.add_argument("--seed", type=int, default=0)
-    bench = commands.add_parser("bench", help="measure every way to prepare a replay, in one run on the same inputs")
+    demo.add_argument("--trace", type=_path, help="a recorded trace instead of a generated one (JSON lines)")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the generated trace (default: %(default)s)")
+
+
+def _bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--engine", choices=("none", "sglang", "vllm"), default="none",
         help="none: this package alone; vllm: Model Runner V2's real speculator, whole drafts with a stand-in for the model "
@@ -41,147 +89,94 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="what to prepare (default: decode, all that vllm has)",
     )  # fmt: skip
     bench.add_argument(
-        "--bs", type=_positive, nargs="+", default=[1, 8, 32, 128], help="batch sizes; vllm: captured ones, full"
-    )
+        "--bs", type=_positive, nargs="+", default=[1, 8, 32, 128],
+        help="batch sizes (default: 1 8 32 128); vllm: captured ones, full",
+    )  # fmt: skip
     bench.add_argument(
-        "--ctx",
-        type=_positive,
-        nargs="+",
-        default=[4096, 16384, 131072],
-        help="context lengths: sequences of half to all of it",
-    )
+        "--ctx", type=_positive, nargs="+", default=[4096, 16384, 131072],
+        help="context lengths: sequences of half to all of it (default: 4096 16384 131072)",
+    )  # fmt: skip
     bench.add_argument(
-        "--steps",
-        type=_steps,
-        nargs="+",
-        default=[4, 8],
-        help="speculative steps (vllm: speculative tokens K), at least 2",
-    )
+        "--steps", type=_steps, nargs="+", default=[4, 8],
+        help="speculative steps (vllm: speculative tokens K), at least 2 (default: 4 8)",
+    )  # fmt: skip
     bench.add_argument(
         "--width", type=_positive, default=163840,
-        help="columns of the token table (vllm: the model's maximal length), over 64 (default: %(default)s)",
+        help=f"columns of the token table (vllm: the model's maximal length), at least --ctx + {MOST_STEPS} "
+        "(default: %(default)s)",
     )  # fmt: skip
-    bench.add_argument("--decode-impl", default="flashmla_kv", help="sglang's decode kernel (default: %(default)s)")
     bench.add_argument(
-        "--seed-wheel",
-        type=Path,
+        "--decode-impl", choices=DECODE_KERNELS, default="flashmla_kv", metavar="KERNEL",
+        help=f"sglang's decode kernel: {', '.join(DECODE_KERNELS)} (default: %(default)s)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--seed-wheel", type=_path,
         help="sglang 0.5.6.post2's wheel, whose loop none and sglang are compared with (default: fetched with pip)",
-    )
-    bench.add_argument("--seed", type=int, help="of the random inputs (default: a fresh one, which the results name)")
-    bench.add_argument(
-        "--trace", type=Path, help="recorded batches (JSON lines) instead of random ones of --bs and --ctx"
-    )
-    bench.add_argument("--json", type=Path, help="write the results here")
-    bench.add_argument("--plot", type=Path, help="draw the results here (PNG, SVG, PDF)")
-    draw = commands.add_parser("plot", help="draw a result file of bench, which may come from another machine")
-    draw.add_argument("results", type=Path, help="what bench wrote with --json")
-    draw.add_argument("picture", type=Path, help="the plot (PNG, SVG, PDF)")
-    commands.add_parser("plugins", help="list who provides what")
-    doctor = commands.add_parser(
-        "doctor", help="say what is installed, what each path would get, and what is in the way"
-    )
-    doctor.add_argument("--json", action="store_true", help="for machines")
-    verify = commands.add_parser("verify", help="compute the batch of a repro file again, on any machine, and compare")
-    verify.add_argument("file", type=Path, help="a file that NSA_PLUGIN_VERIFY left in NSA_PLUGIN_REPRO_DIR")
-    options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        if options.command == "plugins":
-            console.print(_plugins())
-            return 0
-        if options.command == "doctor":
-            from nsa_plugin.doctor.run import doctor as run_doctor
-
-            return run_doctor(options.json, console)
-        if options.command == "verify":
-            return _verify(options.file, console)
-        if options.command == "bench":
-            return _bench(options, console)
-        if options.command == "plot":
-            from nsa_plugin.bench.report import plot
-
-            plot(json.loads(options.results.read_text()), options.picture)
-            return 0
-        from nsa_plugin.demo.run import demo as run_demo
-
-        return run_demo(options.engine, options.rounds, options.steps, options.trace, options.seed, console)
-    except (NsaPluginError, OSError) as error:
-        console.print(f"nsa-plugin: {error}", style="red", markup=False)
-        return 2
-
-
-def _bench(options: argparse.Namespace, console: Console) -> int:
-    from nsa_plugin.bench.report import plot, terminal
-    from nsa_plugin.bench.run import OURS, Options, bench
-
-    def save(results: dict[str, Any]) -> None:
-        if options.json is not None:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
-
-    results = bench(
-        Options(
-            options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
-            options.decode_impl, options.seed_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
-            options.trace,
-        ),
-        console, save,
     )  # fmt: skip
-    console.print(terminal(results))
-    if options.plot is not None:
-        plot(results, options.plot)
-    wrong = any(row["differs"] for cell in results["cells"] for name, row in cell["contenders"].items() if name in OURS)
-    return 1 if wrong else 0
-
-
-def _verify(path: Path, console: Console) -> int:
-    """Compute a repro file's batch with each implementation; 1 if one of them differs from the engine's values."""
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    from nsa_plugin import repro
-
-    recorded = repro.load(path)
-    facts = recorded.facts
-    console.print(
-        f"{facts['engine']}, {facts['path']}, strategy {facts['strategy']}, batch size {facts['batch_size']}; "
-        f"recorded as different: {', '.join(facts['fields'])}; {facts['versions']}",
-        markup=False,
+    bench.add_argument("--seed", type=_seed, help="of the random inputs (default: a fresh one, named in the results)")
+    bench.add_argument(
+        "--trace", type=_path, help="recorded batches (JSON lines) instead of random ones of --bs and --ctx"
     )
-    table = Table("implementation", "other than the engine's values", "other than the plugin's values")
-    wrong = False
-    for impl in ("reference", "triton"):
+    bench.add_argument("--json", type=_path, help="write the results here")
+    bench.add_argument("--plot", type=_path, help="draw the results here (PNG, SVG, PDF)")
+
+
+class _Version(argparse.Action):
+    """Prints the build, whose sources are hashed only then, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        print(f"nsa-plugin {build()}")
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a shell's completion script and exits, as `--help` does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: str | None = None
+    ) -> None:
         try:
-            found = repro.recompute(recorded, impl)
-        except UnavailableError as error:
-            table.add_row(impl, str(error), "")
-            continue
-        wrong = wrong or bool(found["engine"])
-        table.add_row(impl, ", ".join(found["engine"]) or "none", ", ".join(found["plugin"]) or "none")
-    console.print(table)
-    console.print("The difference shows here too." if wrong else "Here every implementation gives the engine's values.")
-    return int(wrong)
+            import shtab
+        except ImportError:
+            parser.error(f"{option} needs shtab: pip install 'nsa-plugin[completion]'")
+        _complete_files(parser, shtab.FILE)
+        print(shtab.complete(parser, shell))
+        parser.exit()
 
 
-def _plugins() -> Table:
-    from nsa_plugin.host import Host
-    from nsa_plugin.settings import Settings
+def _complete_files(parser: argparse.ArgumentParser, file: Any) -> None:
+    for action in parser._actions:
+        if action.type is _path:
+            action.complete = file  # type: ignore[attr-defined]
+        elif isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_files(command, file)
 
-    host = Host(Settings.from_environment())
-    host.manager.load_third_parties()
-    table = Table("hook", "plugins, in the order in which they are asked")
-    for hook, names in host.manager.providers().items():
-        table.add_row(hook, ", ".join(names) or "(built-in default)")
-    return table
+
+def _say(message: str, status: int) -> int:
+    print(f"nsa-plugin: {message}", file=sys.stderr)
+    return status
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected the name of a file, got {text[:40]!r}")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
-    return _at_least(text, 1)
+    return _whole(text, 1, MOST)
 
 
 def _steps(text: str) -> int:
-    return _at_least(text, 2)
+    return _whole(text, 2, MOST_STEPS)
 
 
-def _at_least(text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+def _seed(text: str) -> int:
+    return _whole(text, 0, 1 << 30)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"expected a whole number of {least} to {most}, got {text[:40]!r}")
     return int(text)

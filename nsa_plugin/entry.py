@@ -51,8 +51,11 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         if engine in _hosts:
             return
         settings = Settings.from_environment()
-        for speaker in (logger, logging.getLogger("nsa_plugin")):
-            speaker.setLevel(settings.log_level)
+        if settings.log_level is not None:
+            for speaker in (logger, logging.getLogger("nsa_plugin")):
+                speaker.setLevel(settings.log_level)
+        for _, mistake in settings.mistakes:
+            logger.warning("nsa-plugin: %s; the default is used", mistake)
         if settings.strategy == "off":
             logger.info("nsa-plugin %s: off (NSA_PLUGIN_STRATEGY); %s is left as it is", __version__, engine)
             return

@@ -21,7 +21,7 @@ from nsa_plugin.adapters.base import Mismatch, differing
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
-from nsa_plugin.core.errors import InvalidValueError, UnavailableError, reject
+from nsa_plugin.core.errors import InvalidValueError, NsaPluginError, UnavailableError, reject
 from nsa_plugin.core.metadata import TABLES, VECTORS, equal_in_pieces, live_entries
 from nsa_plugin.settings import Settings
 
@@ -126,11 +126,36 @@ def load(path: Path) -> Repro:
         limits = facts.get("limits")
         if limits is not None:
             limits = DraftLimits(limits["max_model_len"], PastEnd(limits["past_end"]), limits["padding_slot"])
+        repro = Repro(batch, geometry, sides["expected"], sides["got"], facts, limits)
+        _check(repro)
     except OSError:
         raise
-    except Exception as error:  # whatever numpy, zipfile or json make of a foreign file
-        reject(str(path), "a repro file of nsa-plugin", f"{type(error).__name__}: {error}", error=InvalidValueError)
-    return Repro(batch, geometry, sides["expected"], sides["got"], facts, limits)
+    except NsaPluginError as error:
+        reject(str(path), "a repro file of nsa-plugin", f"one with a wrong entry ({error})", error=InvalidValueError)
+    except Exception as error:  # whatever numpy, zipfile or json make of a foreign file; their advice is not for it
+        got = f"a file of another kind, or a damaged one ({type(error).__name__})"
+        reject(str(path), "a repro file of nsa-plugin", got, error=InvalidValueError)
+    return repro
+
+
+def _check(repro: Repro) -> None:
+    """Refuse a file whose entries can't be reported, or would be read outside of its tables."""
+    facts, batch = repro.facts, repro.batch
+    for name, kind in (("engine", str), ("path", str), ("strategy", str), ("fields", list), ("versions", dict)):
+        if not isinstance(facts.get(name), kind):
+            reject(name, kind.__name__, type(facts.get(name)).__name__)
+    if not repro.expected or not repro.got:
+        reject("values", "the engine's and the plugin's", "none")
+    if not all(0 <= step < batch.num_steps for step, _ in (*repro.expected, *repro.got)):
+        reject("values", f"draft steps of 0 to {batch.num_steps - 1}", "others")
+    if isinstance(batch.slots, TokenTable):
+        _within("requests", batch.slots.req_pool_indices, len(batch.slots.req_to_token) - 1)
+    _within("seq_lens", batch.seq_lens, repro.geometry.table_width)
+
+
+def _within(name: str, values: torch.Tensor, largest: int) -> None:
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) <= largest:
+        reject(name, f"values of 0 to {largest}", f"{int(values.min())} to {int(values.max())}")
 
 
 def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from nsa_plugin.core.errors import InvalidValueError, reject
 
@@ -14,6 +16,7 @@ PREFIX = "NSA_PLUGIN_"
 STRATEGIES = ("auto", "graph", "share", "copy", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 METRICS = ("prometheus", "nvtx")
+MAX_DIGITS = 18
 STEP_LENGTHS = ("engine", "exact")
 NAMES = {
     "strategy": "STRATEGY",
@@ -26,6 +29,8 @@ NAMES = {
     "log_level": "LOG_LEVEL",
 }
 """Field of `Settings` to the variable's name without its prefix."""
+COSMETIC = ("log_level", "metrics")
+"""Fields that change nothing about an engine's work: a mistake there is a warning, and the default is used."""
 
 
 class SettingError(InvalidValueError):
@@ -42,8 +47,8 @@ class Settings:
         How draft backends get their metadata. `auto` takes the best that the engine allows; `off` patches nothing.
     plugins : frozenset of str, or None  (NSA_PLUGIN_PLUGINS, comma-separated)
         Third-party plugins of the entry-point group `nsa_plugin` that may be loaded; None allows all.
-    log_level : int  (NSA_PLUGIN_LOG_LEVEL)
-        Level of this package's loggers.
+    log_level : int or None  (NSA_PLUGIN_LOG_LEVEL)
+        Level of this package's loggers; None leaves them at the engine's.
     verify : int >= 0  (NSA_PLUGIN_VERIFY)
         Every how many replays the engine's own code recomputes the metadata for comparison; 0 is never.
     repro_dir : Path or None  (NSA_PLUGIN_REPRO_DIR)
@@ -56,40 +61,52 @@ class Settings:
         While this file exists, running processes use the engine's own path.
     given : frozenset of str
         Fields that the environment gave; the others are defaults.
+    mistakes : tuple of (variable, message)
+        Cosmetic settings that were not understood, and so are at their defaults.
     """
 
     strategy: str = "auto"
     plugins: frozenset[str] | None = None
-    log_level: int = logging.INFO
+    log_level: int | None = None
     verify: int = 0
     repro_dir: Path | None = None
     step_lengths: str = "engine"
     metrics: frozenset[str] = frozenset()
     switch_file: Path | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False)
+    mistakes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings; raise `SettingError` that names the valid ones for an unknown name or value."""
+        """Read the settings.
+
+        Raises
+        ------
+        SettingError
+            A name is unknown, or a value that decides how an engine works. It names the valid ones and the nearest.
+        """
         environ = os.environ if environ is None else environ
         given = {name: value.strip() for name, value in environ.items() if name.startswith(PREFIX) and value.strip()}
-        known = [PREFIX + name for name in NAMES.values()]
-        for name in given:
-            if name not in known:
-                reject(name, f"one of {', '.join(known)}", "an unknown setting", fix="unset it", error=SettingError)
-        plugins = given.get(PREFIX + "PLUGINS")
-        level = _choice(given, "LOG_LEVEL", LOG_LEVELS, "INFO")
-        settings = cls(
-            strategy=_choice(given, "STRATEGY", STRATEGIES, "auto"),
-            plugins=None if plugins is None else frozenset(_list(plugins)),
-            log_level=int(getattr(logging, level)),
-            verify=_count(given, "VERIFY"),
-            repro_dir=_path(given, "REPRO_DIR"),
-            step_lengths=_choice(given, "STEP_LENGTHS", STEP_LENGTHS, "engine"),
-            metrics=_metrics(given),
-            switch_file=_path(given, "SWITCH_FILE"),
-            given=frozenset(field for field, name in NAMES.items() if PREFIX + name in given),
-        )
+        readers = {
+            "strategy": _choice, "plugins": _names, "log_level": _level, "verify": _count, "repro_dir": _path,
+            "step_lengths": _choice, "metrics": _metrics, "switch_file": _path,
+        }  # fmt: skip
+        fields = {PREFIX + variable: name for name, variable in NAMES.items()}
+        values: dict[str, Any] = {}
+        mistakes = []
+        for variable, value in given.items():
+            name = fields.get(variable)
+            try:
+                if name is None:
+                    guess = _meant(variable)
+                    fix = f"unset it; did you mean {guess}?" if guess else "unset it"
+                    reject(variable, f"one of {', '.join(fields)}", "an unknown setting", fix=fix, error=SettingError)
+                values[name] = readers[name](variable, value)
+            except SettingError as error:
+                if (name or fields.get(_meant(variable))) not in COSMETIC:
+                    raise
+                mistakes.append((variable, str(error)))
+        settings = replace(cls(**values), given=frozenset(values), mistakes=tuple(mistakes))
         if settings.step_lengths == "exact" and settings.strategy == "copy":
             fix = f"use {PREFIX}STRATEGY=auto, graph or share"
             reject(f"{PREFIX}STEP_LENGTHS", "engine with the strategy copy", "'exact'", fix=fix, error=SettingError)
@@ -105,7 +122,7 @@ class Settings:
         shown = []
         for name, variable in NAMES.items():
             value = getattr(self, name)
-            if name == "log_level":
+            if name == "log_level" and value is not None:
                 value = logging.getLevelName(value)
             elif isinstance(value, frozenset):
                 value = ",".join(sorted(value))
@@ -114,40 +131,67 @@ class Settings:
         return shown
 
 
-def _choice(given: Mapping[str, str], name: str, valid: tuple[str, ...], default: str) -> str:
-    value = given.get(PREFIX + name, default)
+def _choice(variable: str, value: str) -> str:
+    valid = {PREFIX + "STRATEGY": STRATEGIES, PREFIX + "STEP_LENGTHS": STEP_LENGTHS}[variable]
+    return _one_of(variable, value, valid)
+
+
+def _level(variable: str, value: str) -> int:
+    return int(getattr(logging, _one_of(variable, value, LOG_LEVELS)))
+
+
+def _one_of(variable: str, value: str, valid: tuple[str, ...]) -> str:
     for choice in valid:
         if choice.lower() == value.lower():
             return choice
-    reject(PREFIX + name, "|".join(valid), repr(value), error=SettingError)
+    reject(variable, "|".join(valid), repr(value), fix=_nearest(value, valid), error=SettingError)
 
 
-def _count(given: Mapping[str, str], name: str) -> int:
-    value = given.get(PREFIX + name, "0")
-    if not value.isdecimal():
-        reject(PREFIX + name, "a whole number, 0 for never", repr(value), error=SettingError)
+def _count(variable: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal() and len(value) <= MAX_DIGITS):
+        fix = f"write at most {MAX_DIGITS} digits"
+        reject(variable, "a whole number, 0 for never", repr(value[:40]), fix=fix, error=SettingError)
     return int(value)
 
 
-def _path(given: Mapping[str, str], name: str) -> Path | None:
-    value = given.get(PREFIX + name)
-    if value is None:
-        return None
+def _path(variable: str, value: str) -> Path:
     if not Path(value).is_absolute():
         fix = "engines change their working directory"
-        reject(PREFIX + name, "an absolute path", repr(value), fix=fix, error=SettingError)
+        reject(variable, "an absolute path", repr(value), fix=fix, error=SettingError)
     return Path(value)
 
 
-def _metrics(given: Mapping[str, str]) -> frozenset[str]:
-    names = [name.lower() for name in _list(given.get(PREFIX + "METRICS", "off"))]
+def _metrics(variable: str, value: str) -> frozenset[str]:
+    names = [name.lower() for name in _list(value)]
     if names == ["off"]:
         return frozenset()
     for name in names:
         if name not in METRICS:
-            reject(PREFIX + "METRICS", f"off, or some of {','.join(METRICS)}", repr(name), error=SettingError)
+            expected = f"off, or some of {','.join(METRICS)}"
+            reject(variable, expected, repr(name), fix=_nearest(name, (*METRICS, "off")), error=SettingError)
     return frozenset(names)
+
+
+def _names(variable: str, value: str) -> frozenset[str]:
+    return frozenset(_list(value))
 
 
 def _list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _meant(variable: str) -> str:
+    guess = _guess(variable.removeprefix(PREFIX), NAMES.values())
+    return PREFIX + guess if guess else ""
+
+
+def _guess(word: str, valid: Iterable[str]) -> str:
+    """The valid word that was probably meant, or ""."""
+    known = {choice.lower(): choice for choice in valid}
+    found = difflib.get_close_matches(word.lower(), known, n=1)
+    return known[found[0]] if found else ""
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    guess = _guess(word, valid)
+    return f"did you mean {guess}?" if guess else ""

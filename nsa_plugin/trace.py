@@ -15,8 +15,10 @@ import torch
 
 from nsa_plugin.core.errors import reject
 
-MAX_LENGTH, MAX_REQUEST = 1 << 20, 1 << 16
+MAX_LENGTH, MAX_REQUEST, MAX_PAGE = 1 << 20, 1 << 16, 1 << 24
 """Beyond these a recorded line is taken for damaged."""
+MAX_ENTRIES = 1 << 30
+"""Beyond this a token table is taken for that of a damaged trace."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,25 @@ def load(path: Path, kind: str = "draft decode") -> list[Round]:
     Raises
     ------
     InvalidValueError
-        A line is not of that form; it is named. Or no line is of that path.
+        A line is not of that form; it is named. Or no line is of that path. Or its token table would be too large.
     """
     rounds = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        reject(str(path), "a recorded trace, which is JSON lines", "a file that is no text")
+    for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-            pages = {int(request): (int(at), tuple(new)) for request, (at, new) in entry.get("pages", {}).items()}
+            pages = {
+                int(request): (int(at), tuple(map(int, new))) for request, (at, new) in entry.get("pages", {}).items()
+            }
             found = Round(
                 tuple(map(int, entry["seq_lens"])), tuple(map(int, entry["req_pool_indices"])), int(entry["live"]),
                 entry.get("path", "draft decode"), pages,
             )  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             reject(where, "an object with seq_lens, req_pool_indices and live", f"{type(error).__name__}: {error}")
         if len(found.requests) != len(found.seq_lens) or not 0 <= found.live <= len(found.seq_lens):
             reject(
@@ -110,13 +118,28 @@ def load(path: Path, kind: str = "draft decode") -> list[Round]:
                 "as many lengths as requests, and no more that are live",
                 f"{len(found.seq_lens)} lengths, {len(found.requests)} requests, {found.live} live",
             )
-        for name, values, limit in (("lengths", found.seq_lens, MAX_LENGTH), ("requests", found.requests, MAX_REQUEST)):
+        if not found.seq_lens:
+            reject(where, "at least one length, of padding if nobody is there", "none")
+        if not set(found.pages) <= set(found.requests):
+            reject(
+                where, "pages of requests of the round", f"pages of {sorted(set(found.pages) - set(found.requests))}"
+            )
+        starts = [at for at, _ in found.pages.values()]
+        numbers = [page for _, new in found.pages.values() for page in new]
+        for name, values, limit in (
+            ("lengths", found.seq_lens, MAX_LENGTH), ("requests", found.requests, MAX_REQUEST),
+            ("first pages", starts, MAX_LENGTH // Sizes.page_size), ("pages", numbers, MAX_PAGE),
+        ):  # fmt: skip
             if not all(0 <= value <= limit for value in values):
                 reject(where, f"{name} of 0 to {limit}", values)
         if found.path == kind:
             rounds.append(found)
     if not rounds:
         reject(str(path), f"rounds of {kind}", "none")
+    sizes = sizes_of(rounds)
+    if sizes.width * sizes.max_requests > MAX_ENTRIES:
+        got = f"{sizes.max_requests} requests of {sizes.width} tokens"
+        reject(str(path), f"a token table of at most {MAX_ENTRIES} entries", got)
     return rounds
 
 

@@ -11,12 +11,6 @@ export NSA_PLUGIN_METRICS="${NSA_PLUGIN_METRICS:-prometheus}"
 # `touch` this file to go back to sglang's own path at run time (share and copy), `rm` it to return.
 export NSA_PLUGIN_SWITCH_FILE="${NSA_PLUGIN_SWITCH_FILE:-/var/tmp/nsa-plugin.off}"
 
-exec python3 -m sglang.launch_server \
-  --model-path "${MODEL:-deepseek-ai/DeepSeek-V3.2-Exp}" \
-  --tp-size "${TP:-8}" \
-  --speculative-algorithm EAGLE \
-  --speculative-num-steps 5 \
-  --speculative-eagle-topk 1 \
-  --speculative-num-draft-tokens 6 \
-  --enable-metrics \
-  "$@"
+# Later options win: append your own, `TP=4` is `--tp-size 4`.
+line="$(nsa-plugin launch sglang ${MODEL:+--model "$MODEL"})"
+eval "exec $line --enable-metrics ${TP:+--tp-size $TP} \"\$@\""

@@ -10,8 +10,6 @@ export NSA_PLUGIN_REPRO_DIR="${NSA_PLUGIN_REPRO_DIR:-/var/tmp/nsa-plugin}"
 export PROMETHEUS_MULTIPROC_DIR="${PROMETHEUS_MULTIPROC_DIR:-$(mktemp -d)}"
 export NSA_PLUGIN_METRICS="${NSA_PLUGIN_METRICS:-prometheus}"
 
-exec vllm serve "${MODEL:-deepseek-ai/DeepSeek-V3.2-Exp}" \
-  --tensor-parallel-size "${TP:-8}" \
-  --kv-cache-dtype fp8 \
-  --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}' \
-  "$@"
+# Later options win: append your own, `TP=4` is `--tensor-parallel-size 4`.
+line="$(nsa-plugin launch vllm ${MODEL:+--model "$MODEL"})"
+eval "exec $line ${TP:+--tensor-parallel-size $TP} \"\$@\""

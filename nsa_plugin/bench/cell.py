@@ -20,6 +20,9 @@ MAX_STEPS = 64
 INPUTS = 4
 """Number of inputs of a cell. They take turns, so that caches do not hold the next one."""
 
+SPARE_ROWS = 8
+"""Rows of the token table beyond the batch, so that requests are not simply all rows."""
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -54,6 +57,12 @@ class Cell:
     def __post_init__(self) -> None:
         if self.width <= MAX_STEPS:
             reject("--width", f"more than {MAX_STEPS} columns, which draft tokens may take", self.width)
+        if self.context > self.width - MAX_STEPS:
+            reject(
+                "--ctx" if self.recorded is None else "--trace",
+                f"sequences of at most {self.width - MAX_STEPS} tokens (--width {self.width} less {MAX_STEPS} for drafts)",
+                self.context, fix=f"take --width {self.context + MAX_STEPS} or more",
+            )  # fmt: skip
 
     @property
     def consumers(self) -> int:
@@ -81,13 +90,14 @@ class Cell:
                 for index, lengths in enumerate(self.recorded.lengths)
             ]
         else:
-            table = torch.randint(0, 1 << 30, (self.batch_size + 8, self.width), dtype=torch.int32, device=device)
+            table = torch.randint(
+                0, 1 << 30, (self.batch_size + SPARE_ROWS, self.width), dtype=torch.int32, device=device
+            )
             table = table // PAGE_SIZE * PAGE_SIZE  # any values; pages must be whole for the seed's transform
-            longest = min(self.context, self.width - MAX_STEPS)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_size * 7919 + self.context)
             chosen = [
                 (
-                    torch.randint(max(longest // 2, 1), longest + 1, (self.batch_size,), generator=generator),
+                    torch.randint(max(self.context // 2, 1), self.context + 1, (self.batch_size,), generator=generator),
                     torch.randperm(table.shape[0], generator=generator)[: self.batch_size],
                 )
                 for _ in range(INPUTS)

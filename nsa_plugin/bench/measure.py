@@ -5,17 +5,37 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 Call = Callable[[], object]
 
 
-def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> float:
-    """Host time of a call in µs: the time for which the Python thread is busy.
+@dataclass(frozen=True)
+class Spread:
+    """A median, and the least and the largest of what it is the median of, in microseconds."""
 
-    Median over `repeats` of the mean over `rounds`, without a sync in between. `calls` take turns. Calls that take over
-    10 ms are measured once each.
+    median: float
+    least: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one value or more."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> float:
+    """The median of `host_spread`."""
+    return host_spread(calls, repeats, rounds).median
+
+
+def host_spread(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> Spread:
+    """Host time of a call: the time for which the Python thread is busy, without a sync in between.
+
+    The spread is over `repeats`, each the mean over `rounds`. `calls` take turns. Calls that take over 10 ms are measured
+    once each.
     """
     start = time.perf_counter()
     for call in calls:
@@ -31,14 +51,20 @@ def host_time(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> floa
                 call()
         means.append((time.perf_counter() - start) / (rounds * len(calls)) * 1e6)
     synchronize()
-    return statistics.median(means)
+    return Spread.of(means)
 
 
 def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, float | None]:
-    """Sum of kernel times in µs, and number of kernels, of a call; (None, None) without a GPU.
+    """The median of `gpu_spread`, and the kernels."""
+    spread, kernels = gpu_spread(calls, rounds)
+    return None if spread is None else spread.median, kernels
 
-    torch's profiler measures them. `calls` take turns. The time is the mean over the calls, and of that the median over
-    `rounds`; if rounds differ in their number of kernels, it is the mean over all.
+
+def gpu_spread(calls: Sequence[Call], rounds: int = 15) -> tuple[Spread | None, float | None]:
+    """Sum of kernel times, and number of kernels, of a call; (None, None) without a GPU.
+
+    torch's profiler measures them. `calls` take turns. The spread is over `rounds`, each the mean over the calls; if rounds
+    differ in their number of kernels, there is one mean over all.
     """
     if not torch.cuda.is_available():
         return None, None
@@ -57,8 +83,8 @@ def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, flo
     in_order = sorted(events, key=lambda event: event.time_range.start)
     size, rest = divmod(len(events), rounds)
     parts = [in_order] if rest or not size else [in_order[at : at + size] for at in range(0, len(events), size)]
-    times = [sum(event.device_time for event in part) for part in parts]
-    return statistics.median(times) * len(parts) / number, len(events) / number
+    times = [sum(event.device_time for event in part) * len(parts) / number for part in parts]
+    return Spread.of(times), len(events) / number
 
 
 def copy_rate(device: torch.device) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from nsa_plugin.bench.cell import Cell, Contender, recorded_cells
+from nsa_plugin.bench.cell import SPARE_ROWS, Cell, Contender, recorded_cells
 from nsa_plugin.bench.embedded import Embedded
-from nsa_plugin.bench.measure import copy_rate, gpu_time, host_time
+from nsa_plugin.bench.measure import Spread, copy_rate, gpu_spread, host_spread
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError, reject
 from nsa_plugin.testing import seed
@@ -64,7 +65,10 @@ class Options:
 
 
 def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Run; returns the results in the form of the JSON file. After every cell, `save` gets the results so far."""
+    """Run and return the results in the form of the JSON file.
+
+    `save` gets those so far after every cell, marked as incomplete until the last one is measured.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         if options.engine == "sglang":
@@ -76,18 +80,22 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
                     fix="leave --mode out: with vLLM only draft steps are measured",
                 )  # fmt: skip
             require("vllm")
-        rate = copy_rate(device)
-        wheel = None if options.engine == "vllm" else _seed_wheel(options.seed_wheel, console)
         cells = _cells(options)
-        results = {
+        _fits(cells, device)
+        wheel = None if options.engine == "vllm" else _seed_wheel(options.seed_wheel, console)
+        rate = copy_rate(device)
+        results: dict[str, Any] = {
             **where(device),
             "engine": options.engine,
             "seed": options.seed,
             "copy_bytes_per_us": rate,
+            "complete": False,
+            "planned_cells": len(cells),
             "cells": [],
         }
         for cell in track(cells, description="cells", console=console):
             results["cells"].append(_run_cell(cell, options, device, wheel, rate))
+            results["complete"] = len(results["cells"]) == len(cells)
             save(results)
     return results
 
@@ -108,15 +116,35 @@ def _cells(options: Options) -> list[Cell]:
     ]
 
 
+def _fits(cells: Sequence[Cell], device: torch.device) -> None:
+    """Refuse, before anything is measured, a cell whose token table and one wide page table exceed the free memory."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    largest = max(cells, key=lambda cell: cell.batch_size * cell.width)
+    needed = 4 * largest.width * (2 * largest.batch_size + SPARE_ROWS)
+    if needed > free:
+        what = f"{needed >> 20} MiB for batch size {largest.batch_size} and {largest.width} columns"
+        reject(
+            "--bs and --width", f"tables that fit into {free >> 20} MiB of free memory", what, fix="take less of either"
+        )
+
+
 def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | None, rate: float) -> dict[str, Any]:
     subject = _subject(cell, options, device, wheel)
     measured: dict[str, Any] = {}
     with contextlib.closing(subject):
         for contender in subject.contenders:
             wrong = subject.check(contender)
-            host = None if contender.host is None else host_time(contender.host)
-            gpu, kernels = gpu_time(contender.gpu)
-            measured[contender.name] = {"host_us": host, "gpu_us": gpu, "kernels": kernels, "differs": wrong}
+            host = None if contender.host is None else host_spread(contender.host)
+            gpu, kernels = gpu_spread(contender.gpu)
+            measured[contender.name] = {
+                **_times("host", host),
+                **_times("gpu", gpu),
+                "kernels": kernels,
+                "differs": wrong,
+            }
     return {
         "mode": cell.mode.value,
         "batch_size": cell.batch_size,
@@ -127,6 +155,12 @@ def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | 
         "floor_us": subject.bytes / rate,
         "contenders": measured,
     }
+
+
+def _times(clock: str, spread: Spread | None) -> dict[str, Any]:
+    if spread is None:
+        return {f"{clock}_us": None}
+    return {f"{clock}_us": spread.median, f"{clock}_spread_us": [spread.least, spread.largest]}
 
 
 def _subject(cell: Cell, options: Options, device: torch.device, wheel: Path | None) -> Subject:
@@ -147,6 +181,8 @@ def _subject(cell: Cell, options: Options, device: torch.device, wheel: Path | N
 
 
 def _seed_wheel(given: Path | None, console: Console) -> Path | None:
+    if given is not None:
+        seed.load_methods(given)  # refused before anything is measured
     try:
         return given if given is not None else seed.fetch_wheel(Path.home() / ".cache" / "nsa-plugin")
     except UnavailableError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nsa_plugin import monitoring
+from nsa_plugin import launch_lines, monitoring
 from nsa_plugin.adapters.base import Adapter, PathPlan
 from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.host import Host
@@ -108,6 +108,8 @@ def _gpus() -> list[str]:
 
 def _settings(settings: Settings) -> Iterator[Check]:
     problems: dict[str, tuple[str, str]] = {}
+    for variable, mistake in settings.mistakes:
+        yield Check("setting", variable, "fail", mistake, "mend it, or unset it: the default is used")
     for problem in monitoring.missing(settings).values():
         found, _, fix = problem.partition("; ")
         problems["NSA_PLUGIN_METRICS"] = (found, fix)
@@ -153,6 +155,8 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
         yield Check("engine", name, "note" if settings.strategy == "off" else "fail", f"{release}: {found}", fix)
     if not problems:
         yield Check("engine", name, "ok", f"{release}: all that is needed is there")
+        if name in launch_lines.ENGINES:
+            yield Check("engine", f"{name}: launch line", "ok", launch_lines.line(name))
     for line in () if problems else _untested(adapter):
         yield Check("engine", f"{name}: untested", "note", line, "let NSA_PLUGIN_VERIFY compare it for a while")
     wanted = settings.strategy

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.core.batch import ForwardMode
-from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.core.errors import UnavailableError, reject
 from nsa_plugin.core.metadata import StepMetadata
 
 RELEASE = "0.5.6.post2"
@@ -57,9 +57,18 @@ def fetch_wheel(folder: Path) -> Path:
 
 
 def load_methods(wheel: Path) -> dict[str, Callable[..., Any]]:
-    """The methods of `NativeSparseAttnBackend` that prepare a replay, compiled from the wheel's source."""
-    with zipfile.ZipFile(wheel) as archive:
-        tree = ast.parse(archive.read(MEMBER))
+    """The methods of `NativeSparseAttnBackend` that prepare a replay, compiled from the wheel's source.
+
+    Raises
+    ------
+    InvalidValueError
+        The file is not the wheel of that release.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            tree = ast.parse(archive.read(MEMBER))
+    except (zipfile.BadZipFile, KeyError) as error:
+        reject(str(wheel), f"the wheel of sglang {RELEASE}", f"another file ({error})")
     backend = next(
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "NativeSparseAttnBackend"
     )

@@ -14,6 +14,7 @@ import torch
 from nsa_plugin import ForwardMode, TokenTable, UnavailableError
 from nsa_plugin.bench import run
 from nsa_plugin.bench.cell import recorded_cells
+from nsa_plugin.bench.results import load as load_results
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata
@@ -80,8 +81,8 @@ def test_the_same_inputs_for_every_number_of_steps(tmp_path: Path) -> None:
 def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right, calls = reference.precompute, []
 
-    def wrong(batch: Any, out: PrecomputedMetadata) -> None:
-        right(batch, out)
+    def wrong(batch: Any, out: PrecomputedMetadata, *rest: Any) -> None:
+        right(batch, out, *rest)
         calls.append(1)
         if len(calls) % 2:  # the contender, then the value that it is compared with
             out.steps[0].nsa_cu_seqlens_k[1] += 1
@@ -100,18 +101,18 @@ def test_an_engine_that_is_not_there_is_named(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for command in commands:
         assert main([command, "--engine", engine]) == 2
-        out = " ".join(capsys.readouterr().out.split())
+        out = capsys.readouterr().err
         assert f"--engine {engine} needs {engine} installed" in out and f"pip install 'nsa-plugin[{engine}]'" in out
 
 
 def test_a_table_without_room_for_draft_tokens_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--width", "64"]) == 2
-    assert "--width: expected more than 64 columns" in " ".join(capsys.readouterr().out.split())
+    assert "--width: expected more than 64 columns" in capsys.readouterr().err
 
 
 def test_vllm_has_one_mode(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--engine", "vllm", "--mode", "decode", "verify"]) == 2
-    assert "--mode: expected decode with --engine vllm, got decode verify" in " ".join(capsys.readouterr().out.split())
+    assert "--mode: expected decode with --engine vllm, got decode verify" in capsys.readouterr().err
 
 
 def test_cells_that_were_measured_are_kept_when_a_later_one_fails(
@@ -128,7 +129,58 @@ def test_cells_that_were_measured_are_kept_when_a_later_one_fails(
 
     monkeypatch.setattr(run, "_run_cell", second_fails)
     assert main([*ONE_CELL, "--mode", "decode", "verify", "--json", str(data)]) == 2
-    assert [cell["mode"] for cell in json.loads(data.read_text())["cells"]] == ["decode"]
+    kept = json.loads(data.read_text())
+    assert [cell["mode"] for cell in kept["cells"]] == ["decode"] and kept["complete"] is False
+
+
+def test_ctrl_c_keeps_what_was_measured_and_says_that_it_is_not_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    data, picture = tmp_path / "b.json", tmp_path / "b.svg"
+    run_cell, cells = run._run_cell, []
+
+    def second_is_interrupted(cell: Any, *rest: Any) -> Any:
+        cells.append(cell)
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        return run_cell(cell, *rest)
+
+    monkeypatch.setattr(run, "_run_cell", second_is_interrupted)
+    both = ["--json", str(data), "--plot", str(picture)]
+    assert main([*ONE_CELL, "--mode", "decode", "verify", *both]) == 130
+    kept = json.loads(data.read_text())
+    assert len(kept["cells"]) == 1 and kept["complete"] is False and kept["planned_cells"] == 2
+    said = capsys.readouterr()
+    assert "incomplete: 1 of 2 cells" in said.out and "interrupted" in said.err
+    assert "incomplete: 1 of 2 cells" in picture.read_text() or "<svg" in picture.read_text()
+    assert load_results(data) == kept
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("name", ["absent/b.png", ".", "b.xyz", "b"])
+def test_what_cant_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    if option == "--json" and name.startswith("b"):
+        pytest.skip("any file may hold JSON")
+    monkeypatch.setattr(run, "_run_cell", lambda *rest: pytest.fail("measured"))
+    assert main([*ONE_CELL, option, str(tmp_path / name)]) == 2
+    said = capsys.readouterr()
+    assert str(tmp_path) in said.err and "expected" in said.err and not said.out
+
+
+@pytest.mark.parametrize(("context", "width"), [("449", "512"), ("1000000", "512")])
+def test_a_context_beyond_the_width_is_refused(context: str, width: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--ctx", context, "--width", width]) == 2
+    said = capsys.readouterr().err
+    assert "--ctx: expected sequences of at most 448 tokens" in said and f"--width {int(context) + 64}" in said
+
+
+def test_tables_that_exceed_the_memory_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--bs", "1048576", "--ctx", "9", "--width", "1048576"]) == 2
+    assert "--bs and --width: expected tables that fit into" in capsys.readouterr().err
 
 
 def test_a_recorded_trace_gives_the_inputs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def test_demo_exits_1_on_a_single_wrong_value(
 ) -> None:
     right = reference.precompute
 
-    def wrong(batch: object, out: PrecomputedMetadata) -> None:
-        right(batch, out)  # type: ignore[arg-type]
+    def wrong(batch: object, out: PrecomputedMetadata, *rest: Any) -> None:
+        right(batch, out, *rest)  # type: ignore[arg-type]
         out.steps[0].real_page_table[0, 0] += 1
 
     monkeypatch.setattr(reference, "precompute", wrong)
@@ -118,7 +119,7 @@ def test_a_bad_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "trace.jsonl"
     path.write_text(line)
     assert main(["demo", "--trace", str(path), "--steps", "4"]) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in capsys.readouterr().err
     assert main(["demo", "--trace", str(tmp_path / "absent")]) == 2
 
 

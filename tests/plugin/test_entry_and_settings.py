@@ -40,10 +40,13 @@ def test_settings_from_the_environment() -> None:
     ("environment", "message"),
     [
         ({"NSA_PLUGIN_STRATEGY": "fast"}, r"NSA_PLUGIN_STRATEGY: expected auto\|graph\|share\|copy\|off, got 'fast'"),
-        ({"NSA_PLUGIN_LOG_LEVEL": "loud"}, r"NSA_PLUGIN_LOG_LEVEL: expected DEBUG\|INFO\|WARNING\|ERROR, got 'loud'"),
         ({"NSA_PLUGIN_VERIFY": "-1"}, "NSA_PLUGIN_VERIFY: expected a whole number, 0 for never, got '-1'"),
         ({"NSA_PLUGIN_REPRO_DIR": "x"}, "NSA_PLUGIN_REPRO_DIR: expected an absolute path, got 'x'; engines change"),
-        ({"NSA_PLUGIN_METRICS": "graphite"}, "expected off, or some of prometheus,nvtx, got 'graphite'"),
+        ({"NSA_PLUGIN_STRATEGY": "Grahp"}, "got 'Grahp'; did you mean graph"),
+        ({"NSA_PLUGIN_STEP_LENGTHS": "exakt"}, "got 'exakt'; did you mean exact"),
+        ({"NSA_PLUGIN_VERIFY": "9" * 5000}, "write at most 18 digits"),
+        ({"NSA_PLUGIN_VERIFY": "²"}, "expected a whole number"),
+        ({"NSA_PLUGIN_STRATAGY": "off"}, "did you mean NSA_PLUGIN_STRATEGY"),
         ({"NSA_PLUGIN_STEP_LENGTHS": "long"}, r"NSA_PLUGIN_STEP_LENGTHS: expected engine\|exact, got 'long'"),
         (
             {"NSA_PLUGIN_STEP_LENGTHS": "exact", "NSA_PLUGIN_STRATEGY": "copy"},
@@ -55,6 +58,53 @@ def test_settings_from_the_environment() -> None:
 def test_unknown_settings_name_the_valid_ones(environment: dict[str, str], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Settings.from_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("NSA_PLUGIN_LOG_LEVEL", "loud", "expected DEBUG|INFO|WARNING|ERROR, got 'loud'"),
+        ("NSA_PLUGIN_LOG_LEVEL", "warn", "did you mean WARNING?"),
+        ("NSA_PLUGIN_METRICS", "graphite", "expected off, or some of prometheus,nvtx, got 'graphite'"),
+        ("NSA_PLUGIN_METRICS", "promtheus", "did you mean prometheus?"),
+        ("NSA_PLUGIN_LOGLEVEL", "DEBUG", "did you mean NSA_PLUGIN_LOG_LEVEL?"),
+        ("NSA_PLUGIN_METRIC", "nvtx", "did you mean NSA_PLUGIN_METRICS?"),
+    ],
+)
+def test_a_mistake_in_a_cosmetic_setting_leaves_the_plugin_on(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings.from_environment({variable: value, "NSA_PLUGIN_VERIFY": "5"})
+    assert settings == Settings(verify=5) and [name for name, _ in settings.mistakes] == [variable]
+    monkeypatch.setattr(entry, "_hosts", {})
+    monkeypatch.setattr("nsa_plugin.host.VllmAdapter", Toy)
+    monkeypatch.setenv(variable, value)
+    caplog.set_level(logging.INFO)
+    entry.register_vllm()
+    warned = [record for record in caplog.records if message in record.getMessage()]
+    assert [record.levelno for record in warned] == [logging.WARNING] and "vllm" in entry._hosts
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, logging.ERROR), ("DEBUG", logging.DEBUG)])
+def test_the_log_level_is_the_engines_unless_one_is_asked_for(
+    asked: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "_hosts", {})
+    monkeypatch.setattr("nsa_plugin.host.VllmAdapter", Toy)
+    monkeypatch.delenv("NSA_PLUGIN_LOG_LEVEL", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("NSA_PLUGIN_LOG_LEVEL", asked)
+    loggers = [logging.getLogger(name) for name in ("vllm", "vllm.plugins.nsa_plugin", "nsa_plugin")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger, level in zip(loggers, (logging.ERROR, logging.NOTSET, logging.NOTSET), strict=True):
+            logger.setLevel(level)
+        entry.register_vllm()
+        assert loggers[1].getEffectiveLevel() == expected
+        assert loggers[2].level == (logging.NOTSET if asked is None else expected)
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="sglang is installed here")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_plugin import launch_lines
 from nsa_plugin.settings import Settings
 
 SCRIPTS = {"sglang": "examples/sglang/launch.sh", "vllm": "examples/vllm/serve.sh"}
@@ -26,10 +27,13 @@ def command(pytestconfig: pytest.Config, tmp_path: Path, engine: str) -> tuple[l
         dump = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
         stub.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(dump)} "$@"\n')
         stub.chmod(0o755)
+    ours = tmp_path / "nsa-plugin"
+    ours.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m nsa_plugin "$@"\n')
+    ours.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NSA_PLUGIN_", "PROMETHEUS_"))}
     done = subprocess.run(
         [shutil.which("bash") or "bash", str(pytestconfig.rootpath / SCRIPTS[engine]), "--port", "1234"],
-        env={**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True,
+        env={**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": _path(pytestconfig)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     arguments, environment = json.loads(done.stdout)
     return arguments, environment
@@ -55,7 +59,7 @@ def test_sglangs_parser_accepts_its_script(pytestconfig: pytest.Config, tmp_path
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     found = parser.parse_args(arguments[2:])
-    assert (found.speculative_num_steps, found.speculative_eagle_topk, found.port) == (5, 1, 1234)
+    assert (found.speculative_num_steps, found.speculative_eagle_topk, found.port) == (launch_lines.STEPS, 1, 1234)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
@@ -73,7 +77,11 @@ def test_vllms_parser_accepts_its_script(
     arguments, _ = command(pytestconfig, tmp_path, "vllm")
     assert arguments[0] == "serve"
     found = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments[1:])
-    assert (found.speculative_config["num_speculative_tokens"], found.port) == (3, 1234)
+    assert (found.speculative_config["num_speculative_tokens"], found.port) == (launch_lines.STEPS, 1234)
+
+
+def _path(pytestconfig: pytest.Config) -> str:
+    return os.pathsep.join([str(pytestconfig.rootpath), os.environ.get("PYTHONPATH", "")])
 
 
 def _there(name: str) -> bool:
@@ -81,9 +89,8 @@ def _there(name: str) -> bool:
 
 
 def test_the_offline_example(pytestconfig: pytest.Config) -> None:
-    path = os.pathsep.join([str(pytestconfig.rootpath), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(pytestconfig.rootpath / "examples/offline/precompute_once.py")],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": _path(pytestconfig)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "see: [75, 3005]" in done.stdout and "keeps: [75, 2048]" in done.stdout

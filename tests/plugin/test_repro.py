@@ -125,7 +125,7 @@ def test_another_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureF
         repro.load(path)
     assert main(["verify", str(path)]) == 2
     assert main(["verify", str(tmp_path / "absent.npz")]) == 2
-    assert "absent.npz" in capsys.readouterr().out
+    assert "absent.npz" in capsys.readouterr().err
     numpy.savez(path.open("wb"), json='{"mode": "decode"}')
     with pytest.raises(InvalidValueError, match="KeyError"):
         repro.load(path)
