@@ -46,7 +46,7 @@ def missing(needs: tuple[Need, ...]) -> list[str]:
             continue
         if dataclasses.is_dataclass(found):
             names = {field.name for field in dataclasses.fields(found)}
-        elif not need.parameters:
+        elif not need.parameters and not need.hooked:
             continue
         elif callable(found):
             names = set(inspect.signature(found).parameters)

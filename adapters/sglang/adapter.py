@@ -53,7 +53,7 @@ class SglangAdapter:
 
     def untested(self) -> list[str]:
         """Hooked functions of the installed sglang with parameters that no tested release has."""
-        return untested(capabilities.names().needs())
+        return untested(capabilities.every_need())
 
     def install(self, host: Host) -> list[str]:
         """Hook sglang, completely or not at all; returns the problems that kept it from doing so."""
@@ -63,7 +63,7 @@ class SglangAdapter:
             return problems
         self._left_alone = capabilities.lacking("draft extend")
         warn_if_untested(logger, "sglang", capabilities.TESTED)
-        warn_of_untested(logger, capabilities.names().needs())
+        warn_of_untested(logger, capabilities.every_need())
         names, glue = capabilities.names(), GlueGraphs()
         paths: dict[str, Path] = {
             names.multi_step: MultiStepDraft(host, glue),

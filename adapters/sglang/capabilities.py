@@ -109,10 +109,11 @@ PARTS: Mapping[str, tuple[Need, ...]] = {
         Need("{backend}._refresh_topk_v2_plan", ("metadata",), "top-k plan; comes with the static draft-extend width"),
     ),
     "exact step lengths": (
-        Need("{multi_step}.__init__", ("model_runner",), "know whether draft steps share top-k indices (hooked)"),
+        Need("{multi_step}.__init__", ("model_runner",), "know whether draft steps share top-k indices", hooked=True,
+             known=("topk", "speculative_num_steps", "seed_dsa_topk_from_draft_extend")),
     ),
     "glue graph": (
-        Need(f"{GLUE_GRAPH}.run", ("attn_backend", "fb_view", "key"), "prepare where sglang would record that (hooked)"),
+        Need(f"{GLUE_GRAPH}.run", ("attn_backend", "fb_view", "key"), "prepare where sglang would record that", hooked=True),
     ),
 }  # fmt: skip
 """`graph`: 0.5.13 and later. Draft extend: 0.5.15 and later; before, its rows were ragged and counted on the host. The glue
@@ -176,6 +177,12 @@ def names() -> Names:
         except (ImportError, ValueError):  # a parent is not there, or is a stand-in
             continue
     return GENERATIONS[0]
+
+
+def every_need() -> tuple[Need, ...]:
+    """What all parts need, whether the installed sglang has it or not."""
+    found = names()
+    return tuple(dict.fromkeys((*found.needs(), *(need for part in PARTS for need in found.needs(part)))))  # type: ignore[arg-type]
 
 
 def probe() -> list[str]:

@@ -29,7 +29,7 @@ SAYS = "supports_draft_decode_metadata_update"
 
 def needs(speculator: str) -> tuple[Need, ...]:
     """What it takes of the speculator at a dotted path."""
-    return (Need(f"{speculator}.{CHOOSE[speculator]}", (), "choose the fused draft on all ranks or none (hooked)"),)
+    return (Need(f"{speculator}.{CHOOSE[speculator]}", (), "choose the fused draft on all ranks or none", hooked=True),)
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:

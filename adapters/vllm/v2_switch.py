@@ -33,7 +33,7 @@ def needs(speculator: str) -> tuple[Need, ...]:
     known = ("num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps")
     parameters = ("num_reqs", "skip_attn", "batch_desc")
     return (
-        Need(f"{speculator}.{BEGIN}", parameters, "see a fused draft begin (hooked)", hooked=True, known=known),
+        Need(f"{speculator}.{BEGIN}", parameters, "see a fused draft begin", hooked=True, known=known),
         Need(f"{speculator}.{UNFUSED}", parameters, "draft as vLLM does while switched off"),
     )
 

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_step
+from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_choice, v2_step
 from nsa_plugin.adapters.vllm.adapter import v2_parts
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values, without
 from nsa_plugin.testing.vllm_draft import Draft
@@ -139,7 +139,7 @@ class VllmEngine(Engine):
             Obstacle(need.path.rpartition(".")[2], without(need.path))
             for need in dict.fromkeys(need for part in v2_parts() for need in part.needs)
         ]
-        broken = mock.patch.object(v2_builder, "_init", side_effect=RuntimeError("planted"))
+        broken = mock.patch.object(v2_choice, "hooks", side_effect=RuntimeError("planted"))
         return [*absent, Obstacle("the update can't be made", broken, probed=False)]
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Faults, one by one, on the real vLLM: its values are right, the log names cause and remedy once, a counter moves.
 
 Errors of our own at capture and in every step, what vLLM lacks, an installation that breaks off, ranks that differ and
-unknown settings are in `test_conformance`, `test_v2_step`, `test_v1_proposer`, `test_v1_coverage` and `test_ranks`.
+unknown settings are in `test_conformance`, `test_v2_step`, `test_v1_proposer, v1_steps`, `test_v1_coverage` and `test_ranks`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
-from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v2_copy, v2_step
+from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v1_steps, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
@@ -71,7 +71,7 @@ def test_the_kernel_of_v1s_steps_does_not_compile(
     want = v1_harness.reference(draft)
     monkeypatch.setattr(draft_steps, "draft_steps_kernel", DoesNotCompile())
     triton = functools.partial(bind_draft_steps, impl="triton")
-    monkeypatch.setattr(v1_proposer, "bind_draft_steps", triton)
+    monkeypatch.setattr(v1_steps, "bind_draft_steps", triton)
     host = install_v1()
     v1_harness.assert_same(want, v1_harness.proposals(draft))
     (line,) = log(logging.ERROR)

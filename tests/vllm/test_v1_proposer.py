@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.mla import flashinfer_mla_sparse
 
-from nsa_plugin.adapters.vllm import v1_metadata, v1_proposer
+from nsa_plugin.adapters.vllm import v1_metadata, v1_proposer, v1_steps
 from nsa_plugin.adapters.vllm.v1_metadata import KeptSteps, keeper_of
 from nsa_plugin.adapters.vllm.v1_proposer import PATH
 from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
@@ -96,7 +96,7 @@ def test_fewer_tokens_than_configured(install_v1: Install, hopper: None) -> None
 
 
 def test_only_some_batch_shapes_are_kept(install_v1: Install, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(v1_proposer, "KEPT_BATCHES", 2)
+    monkeypatch.setattr(v1_steps, "KEPT_BATCHES", 2)
     draft = V1Draft("fp8_ds_mla", 64, 3)
     want = reference(draft, BATCHES * 2)
     host = install_v1()
@@ -177,7 +177,7 @@ def planted(*args: Any, **kwargs: Any) -> Any:
     ("owner", "name", "at"),
     [
         (v1_proposer, "DraftSteps", 0),  # set-up
-        (v1_proposer, "bind_draft_steps", 0),  # the first draft step's positions
+        (v1_steps, "bind_draft_steps", 0),  # the first draft step's positions
         (torch, "_foreach_copy_", 0),  # a later one's
         (DraftSteps, "metadata", 0),
         (v1_metadata, "copy", 0),  # keeping what vLLM built
