@@ -99,7 +99,7 @@ class Patch:
         self.stock_update, self.stock_build = update, build
         self._drafts: Attached[Served] = Attached("v1_draft")
         self._retired = False
-        self._on_at_begin = self._on_for_this_draft = True
+        self._on_for_this_draft = True
 
     def serving(self, proposer: Any) -> Served | None:
         """What serves the draft that is under way; None if it is left to vLLM."""
@@ -124,7 +124,7 @@ class Patch:
             if draft_index == 0:
                 self._begin(proposer)
                 return self.stock_build(proposer, common_attn_metadata, draft_index, *args, **kwargs)
-            if self._on_at_begin:
+            if not self._retired:
                 forget_step(common_attn_metadata, draft_index)
             served = self._under_way(proposer, common_attn_metadata)
             if served is not None and served.draft is not None and served.draft.under_way:
@@ -166,16 +166,17 @@ class Patch:
         served = self._drafts.get(proposer)
         if served is None or served.draft is None or self._on_for_this_draft:
             return served
-        if self._on_at_begin:
-            served.draft.settle(batch)
+        served.draft.settle(batch)
         return None
 
     def _begin(self, proposer: Any) -> None:
         """A draft begins: decide about a proposer that is new, forget the batch of the last draft."""
-        self._on_at_begin = self._on_for_this_draft = self._host.on and not self._retired
-        if not self._on_for_this_draft:
-            return
+        self._on_for_this_draft = self._host.on and not self._retired
         served = self._drafts.get(proposer)
+        if not self._on_for_this_draft:
+            if served is not None and served.draft is not None:
+                served.draft.begin()
+            return
         if served is None or served.groups is not proposer.draft_attn_groups:
             served = self._drafts.set(proposer, Served(proposer.draft_attn_groups, None))
             try:

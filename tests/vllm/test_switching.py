@@ -206,7 +206,7 @@ def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pyt
 
 @pytest.mark.usefixtures("hopper")
 def test_a_storm_of_switches_over_v1() -> None:
-    """Every field of every step is what vLLM's rebuild gives, or what vLLM gives by itself, with its stale request map."""
+    """Every field of every step is what vLLM's rebuild gives, or what vLLM gives by itself."""
     from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
 
     batches = v1_harness.BATCHES[:3]
