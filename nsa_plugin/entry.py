@@ -51,9 +51,8 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         if engine in _hosts:
             return
         settings = Settings.from_environment()
-        if settings.log_level is not None:
-            for speaker in (logger, logging.getLogger("nsa_plugin")):
-                speaker.setLevel(settings.log_level)
+        for speaker in (logger, logging.getLogger("nsa_plugin")):
+            _let_speak(speaker, settings.log_level)
         for _, mistake in settings.mistakes:
             logger.warning("nsa-plugin: %s; the default is used", mistake)
         if settings.strategy == "off":
@@ -81,6 +80,15 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, settings.strategy, adapter.summary(), off)
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)
+
+
+def _let_speak(logger: logging.Logger, level: int | None) -> None:
+    """Set a logger's level: the one asked for, else INFO as long as nobody has configured logging; theirs holds then."""
+    ancestor, said = logger, bool(logging.getLogger().handlers)
+    while ancestor.parent is not None and not said:
+        said, ancestor = ancestor.level != logging.NOTSET, ancestor.parent
+    if level is not None or not said:
+        logger.setLevel(logging.INFO if level is None else level)
 
 
 def disable() -> list[str]:

@@ -22,7 +22,7 @@ import pytest
 from nsa_plugin.adapters.vllm import lazy
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 
-PROBE = Path(__file__).parents[2] / "examples" / "end_to_end" / "probe"
+PROBE = Path(__file__).parents[2] / "benchmarks" / "end_to_end" / "probe"
 NUMBERS = itertools.count()
 
 

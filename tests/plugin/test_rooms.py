@@ -15,7 +15,17 @@ LONGEST = 400
 OUTSIDE = {
     "core": {"torch", "triton"},
     "adapters": {"torch", "packaging"},
-    "nsa_plugin": {"torch", "packaging", "pluggy", "rich", "numpy", "matplotlib", "prometheus_client", "pytest"},
+    "nsa_plugin": {
+        "torch",
+        "packaging",
+        "pluggy",
+        "rich",
+        "numpy",
+        "matplotlib",
+        "prometheus_client",
+        "pytest",
+        "shtab",
+    },
 }
 """Third-party packages that each room may import; engines are asked for separately."""
 ENGINES = {"sglang", "vllm", "sgl_kernel", "deep_gemm"}

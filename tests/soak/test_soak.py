@@ -35,7 +35,7 @@ class Faulty(soak.Core):
         if self.fault == "objects":
             self.kept += [[], []]
         elif self.fault == "bytes":
-            self.kept.append(bytearray(8192))
+            self.kept.append(b"\1" * (1 << 17))  # more in all than earlier tests can have left free
         elif self.calls == FAULT and self.fault == "value":
             consumers[0].cu_seqlens_k[-1] += 1
         elif self.calls == FAULT:

@@ -276,6 +276,7 @@ def test_worker_processes(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     left_out = ("VLLM_PLUGINS", "NSA_PLUGIN_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     clean["PYTHONPATH"] = os.pathsep.join([str(pytestconfig.rootpath), os.environ.get("PYTHONPATH", "")])
+    clean["VLLM_LOGGING_LEVEL"] = "INFO"  # the plugin's line is looked for
     done = subprocess.run([sys.executable, str(script)], env=clean, capture_output=True, text=True)
     assert done.stdout.strip().splitlines()[-1:] == [str([0] * 9)], done.stderr[-3000:]
 
@@ -288,6 +289,7 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     found = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
     paths = {name.removeprefix("vllm: "): detail for name, detail in found.items() if name.startswith("vllm: ")}
     left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in backends.LACKING_HOOK}
+    assert paths.pop("launch line").startswith("vllm serve")
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
     assert paths.pop(f"{v2_copy.PATH} (Model Runner V2)").startswith("strategy copy")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")

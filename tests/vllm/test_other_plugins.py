@@ -76,7 +76,7 @@ def test_another_plugin_wraps_a_method_of_v2(
 def test_the_probe_of_the_end_to_end_example_has_no_effect(
     install: Install, log: Any, expected: list[Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "end_to_end" / "probe"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "end_to_end" / "probe"))
     host_times, probe = importlib.import_module("host_times"), importlib.import_module("vllm_times")
     host, _ = install("graph")
     with monkeypatch.context() as patch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -165,7 +164,7 @@ def batches(seed: int) -> list[tuple[list[int], list[int], int]]:
     """Of every captured size, padded, too large for any; the same requests with other blocks, and in another order."""
     rng = random.Random(seed)
     made = []
-    for size in (6, 4, 4, *rng.sample([1, 2, 3, 4, 2, 1, 5, 3], 8)):
+    for size in (6, 4, 4, *rng.sample([1, 2, 3, 4, 5], 5)):
         rows = rng.sample(range(REQUESTS), size)
         made.append(
             (rows, [rng.choice([rng.randint(12, 1023), 64 * rng.randint(1, 15)]) for _ in rows], rng.randint(0, 400))
@@ -173,28 +172,28 @@ def batches(seed: int) -> list[tuple[list[int], list[int], int]]:
     return made
 
 
-def live(step: Step, block_size: int = 64) -> Step:
+def live(step: Step) -> Step:
     """A step without what nobody reads: blocks past a length, and schedules, which count padding."""
-    reached = torch.arange(step["blocks"].shape[1])[None] * block_size < step["lengths"][:, None]
     clean = {name: value for name, value in step.items() if name != "schedule"}
     for name in ("blocks", "indexer blocks"):
+        width = step[name].shape[1]  # of the manager's blocks, or mapped to those of the kernel
+        reached = torch.arange(width)[None] * (LENGTH // width) < step["lengths"][:, None]
         clean[name] = torch.where(reached, step[name], -1)
     return clean
 
 
-LAYOUTS = [sizes for count in GROUPS for sizes in itertools.product((64, 128, 256), repeat=count)]
-ALIKE = [sizes for sizes in LAYOUTS if len(set(sizes)) == 1]
-MIXED = [(64, 128), (256, 64), (128, 64, 256), (256, 128, 128)]
+LAYOUTS = [(64,), (128,), (256,), (128, 128), (256, 64), (64, 128, 256), (256, 128, 128)]
+"""Tokens per block of each KV-cache group."""
 
 
-@pytest.mark.parametrize("block_sizes", [*ALIKE, *MIXED], ids=str)
+@pytest.mark.parametrize("block_sizes", LAYOUTS, ids=str)
 def test_every_value_is_a_rebuilds_and_nothing_is_reported(install: Install, block_sizes: tuple[int, ...]) -> None:
     tokens = 3 + len(block_sizes)  # 5 tokens and more make the indexer flatten
     stock = GroupedDraft(tokens, block_sizes)
     assert not stock.fused
     todo = batches(sum(block_sizes) + len(block_sizes))
     expected = [[live(step) for step in stock.draft(*batch)] for batch in todo]
-    for every in (0, 1, 2, 10):
+    for every in (0, 1, 3):
         host, adapter = install(verify=every)
         ours = GroupedDraft(tokens, block_sizes)
         assert ours.fused
