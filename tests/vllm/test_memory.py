@@ -1,0 +1,78 @@
+"""What belongs to a speculator or a proposer of vLLM goes with it: nothing of this plugin keeps it, or what it holds, alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import set_current_vllm_config
+
+from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.host import Host
+from nsa_plugin.testing.vllm_draft import Draft
+from tests.vllm import v1_harness
+from tests.vllm.drafts import LARGE, LAYOUT, TOKENS
+from tests.vllm.engine import BATCHES
+
+Install = Callable[..., tuple[Host, VllmAdapter]]
+pytestmark = pytest.mark.usefixtures("hopper")
+TIMES = 5
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that anybody still holds."""
+    gc.collect()
+    held = {}
+    for candidate in gc.get_objects():
+        if type(candidate) is torch.Tensor:
+            storage = candidate.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def v2(captures: int) -> Any:
+    """A speculator that has drafted, after so many captures."""
+    draft = Draft(*LAYOUT, TOKENS)
+    for _ in range(captures):
+        with set_current_vllm_config(draft.config):
+            draft.graphs.body()
+    for batch in (*BATCHES[:2], LARGE):
+        draft.propose(*batch)
+    return draft.speculator
+
+
+def v1(captures: int) -> Any:
+    """A proposer that has drafted."""
+    draft = v1_harness.V1Draft(*LAYOUT, TOKENS)
+    v1_harness.proposals(draft, v1_harness.BATCHES[:2] * captures)
+    return draft.proposer
+
+
+@pytest.mark.parametrize("verify", [0, 1])
+@pytest.mark.parametrize("make", [v2, v1])
+def test_they_come_and_go_and_memory_is_flat(install: Install, make: Callable[[int], Any], verify: int) -> None:
+    install(verify=verify)
+    gone, held = [], []
+    for _ in range(TIMES):
+        gone.append(weakref.ref(make(3)))
+        held.append(live_bytes())
+    assert all(reference() is None for reference in gone)
+    assert held[-1] <= held[1] + 4096, held
+
+
+@pytest.mark.parametrize("verify", [0, 1])
+def test_memory_is_flat_over_captures(install: Install, verify: int) -> None:
+    install(verify=verify)
+    draft = Draft(*LAYOUT, TOKENS)
+    held = []
+    for number in range(50):
+        with set_current_vllm_config(draft.config):
+            draft.graphs.body()
+        if number in (2, 49):
+            draft.propose(*BATCHES[0])
+            held.append(live_bytes())
+    assert held[1] <= held[0] + 4096, held
