@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tables import TABLES, Table, replaced
-from nsa_plugin import monitoring
+from nsa_plugin import launch_lines, monitoring
 from nsa_plugin.adapters.sglang import capabilities as sglang
 from nsa_plugin.adapters.vllm import capabilities as vllm
 from nsa_plugin.manager import HOOKS
@@ -122,3 +122,8 @@ def test_a_document_without_markers_is_refused() -> None:
     for text in ("nothing", f"a{end}", f"{begin}a"):
         with pytest.raises(ValueError, match=r"expected the markers .* put them where the table belongs"):
             replaced(text, "x", "new")
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_the_launch_lines_of_the_readme_are_the_printed_ones(engine: str) -> None:
+    assert launch_lines.line(engine) in (ROOT / "README.md").read_text().splitlines()
