@@ -113,6 +113,10 @@ class Host(Protocol):
         """
 
     @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is off; empty while it is on."""
+
+    @property
     def strategies(self) -> tuple[Strategy, ...]:
         """Strategies to try, best first; empty while switched off. Read it once per decision: see `on`."""
 

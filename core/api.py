@@ -115,6 +115,10 @@ def _bind_precompute(
 def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto") -> BoundCopy:
     """Bind `impl` to the buffers of `source` and `destinations`; raises as `fast_copy`."""
     check_destinations(source, destinations)
+    return _bind_copy(source, destinations, impl)
+
+
+def _bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], impl: Impl) -> BoundCopy:
     if resolve_impl(impl, source.batch.seq_lens.device) == "triton":
         return triton_impl.bind_copy(source, destinations)
     return lambda: reference.fast_copy(source, destinations)
@@ -142,7 +146,7 @@ def bind(
     fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)
     if fusible and resolve_impl(impl, batch.seq_lens.device) == "triton":
         return triton_impl.bind_precompute(batch, out, destinations, enabled), _bind_derived_copy(out, destinations)
-    copy = bind_copy(out, destinations, impl=impl) if destinations else None
+    copy = _bind_copy(out, destinations, impl) if destinations else None
     return _bind_precompute(batch, out, impl, enabled), copy
 
 

@@ -99,7 +99,7 @@ SHARED: tuple[Need, ...] = (
     Need(f"{_MODES}.DRAFT_EXTEND_V2", (), "tell forward modes apart"),
 )  # fmt: skip
 
-PARTS: Mapping[str, tuple[Need, ...]] = {
+PARTS: Mapping[Part, tuple[Need, ...]] = {
     "graph": (
         Need(f"{{multi_step}}.{_IN}", ("forward_batch",), "record the work in the draft's CUDA graph", hooked=True),
         Need(f"{{backend}}.{_IN}", ("forward_batch",), "record the work in the backend's CUDA graph", hooked=True),
@@ -182,7 +182,7 @@ def names() -> Names:
 def every_need() -> tuple[Need, ...]:
     """What all parts need, whether the installed sglang has it or not."""
     found = names()
-    return tuple(dict.fromkeys((*found.needs(), *(need for part in PARTS for need in found.needs(part)))))  # type: ignore[arg-type]
+    return tuple(dict.fromkeys((*found.needs(), *(need for part in PARTS for need in found.needs(part)))))
 
 
 def probe() -> list[str]:

@@ -96,7 +96,7 @@ class VllmAdapter:
         """Hooked functions of the installed vLLM with parameters that no tested release has."""
         hooked = (need for part in v2_parts() for need in part.needs)
         unfused = v2_copy.needs(capabilities.speculator())
-        return untested((*hooked, *unfused, *capabilities.WATCH_NEEDS, *capabilities.V1_NEEDS))
+        return untested((*hooked, *unfused, *capabilities.V1_NEEDS))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.

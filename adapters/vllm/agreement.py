@@ -17,6 +17,7 @@ import logging
 import pkgutil
 import time
 from collections import Counter
+from typing import Any
 
 import torch.distributed as dist
 
@@ -53,6 +54,11 @@ def sharing() -> list[int]:
     if not found <= set(range(world)):
         raise RuntimeError(f"expected the draft's ranks in torch's default group of {world}, got {sorted(found)}")
     return sorted(found)
+
+
+def is_elastic(speculator: Any) -> bool:
+    """Whether ranks that share its draft come and go (elastic expert parallelism): they can't be asked."""
+    return bool(getattr(speculator.vllm_config.parallel_config, "enable_elastic_ep", False))
 
 
 def objection(own: str = "") -> str:

@@ -81,7 +81,7 @@ UPDATE_INPUTS = f"{SPECULATORS[0].rpartition('.')[0]}.update_draft_inputs"
 WATCH_NEEDS: tuple[Need, ...] = (
     Need(f"{SPECULATORS[0]}._fused_multi_step_decode",
          ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
-         "see a draft begin", hooked=True),
+         "see a draft begin"),
     Need(f"{SPECULATORS[0]}.advance_draft_positions", (), "know that positions move on from step to step"),
     Need(f"{SPECULATORS[0]}._build_uniform_attn_metadata",
          ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),
@@ -97,6 +97,11 @@ INDEXER_FIELDS = frozenset(
      "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")
 )  # fmt: skip
 """Fields of the indexer's decode metadata that are understood: with any other its own update runs."""
+
+
+def groups_of(speculator: Any) -> list[Any]:
+    """The attention groups of a draft, of all its KV-cache groups."""
+    return [group for same_cache in speculator.attn_groups for group in same_cache]
 
 
 def uncovered_builder(builder: Any) -> str:

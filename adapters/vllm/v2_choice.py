@@ -25,6 +25,8 @@ CHOOSE = {
 }
 """By speculator, its method that decides."""
 SAYS = "supports_draft_decode_metadata_update"
+ELASTIC = "elastic expert parallelism is not covered: ranks that share the draft come and go, and can't be asked"
+"""An objection that all ranks have, since they have the same setting: none asks another."""
 
 
 def needs(speculator: str) -> tuple[Need, ...]:
@@ -53,16 +55,15 @@ def _choose(host: Host, speculator: Any) -> None:
     """Let the builders of the draft say whether they can be updated in place."""
     if speculator.num_speculative_steps == 1:
         return  # vLLM asks none of them
-    builders = [group.get_metadata_builder() for groups in speculator.attn_groups for group in groups]
+    builders = v2_switch.builders(speculator)
     ours = [(builder, how) for builder in builders if (how := served(builder)) is not None]
     if not ours:
         return
     refusals = _refusals(host, ours)
     lacking = [type(other).__name__ for other in builders if served(other) is None and not getattr(other, SAYS)]
     own = next(filter(None, refusals), "") or (f"{lacking[0]} has no update in place" if lacking else "")
-    problem = _elastic(speculator)
     off = _switched_off(host)
-    problem = problem or agreement.objection(own or off)
+    problem = ELASTIC if agreement.is_elastic(speculator) else agreement.objection(own or off)
     v2_switch.chosen(host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off)
     for (builder, how), refusal in zip(ours, refusals, strict=True):
         setattr(builder, SAYS, not problem)
@@ -79,14 +80,7 @@ def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
         return [f"{type(error).__name__}: {error}"] * len(ours)
 
 
-def _elastic(speculator: Any) -> str:
-    """Empty, or that ranks come and go. All ranks have the same setting, so that none asks another."""
-    if getattr(speculator.vllm_config.parallel_config, "enable_elastic_ep", False):
-        return "elastic expert parallelism is not covered: ranks that share the draft come and go, and can't be asked"
-    return ""
-
-
 def _switched_off(host: Host) -> str:
     if "graph" in host.strategies:
         return ""
-    return "; ".join(("switched off", *getattr(host, "reasons", ())))
+    return "; ".join(("switched off", *host.reasons))

@@ -199,7 +199,7 @@ def places(speculator: Any, metadata: Mapping[str, Any], num_rows: int) -> tuple
     """Where every tensor is that the later steps of a draft could read or write."""
     buffers = speculator.input_buffers
     found: list[Any] = [num_rows, buffers.seq_lens.data_ptr(), speculator.block_tables.slot_mappings.data_ptr()]
-    for group in (group for same_cache in speculator.attn_groups for group in same_cache):
+    for group in capabilities.groups_of(speculator):
         own = metadata[group.layer_names[0]]
         for holder in (own, getattr(own, "decode", None)):
             for value in vars(holder).values() if holder is not None else ():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.capabilities import kind_of_group
+from nsa_plugin.adapters.vllm.capabilities import groups_of, kind_of_group
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.shadows import live_blocks
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
@@ -156,7 +156,7 @@ class Staged:
         self._slots = arena.take("slots", (self._steps, *tables.slot_mappings.shape), torch.int64)
         self._slot_target = tables.slot_mappings
         request_maps, indexers = [], []
-        for group in (group for groups in speculator.attn_groups for group in groups):
+        for group in groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
             kind = kind_of_group(builder, own, num_reqs)
             if kind == "request map":
@@ -240,15 +240,15 @@ class Staged:
             copies.append(pairs)
         return RecordedStep(copies, self._others)
 
-    def map_block_tables(self) -> None:
-        """Have vLLM map the batch's block tables to kernel blocks, as it does itself, but only right before the replay."""
-        tables = self._speculator.block_tables.input_block_tables
-        for group in (group for groups in self._speculator.attn_groups for group in groups):
-            group.map_to_kernel_block_table(tables[group.kv_cache_group_id])
-
     def prepare(self, draft: Draft) -> None:
-        """Write the metadata of every step of the draft that begins: this plugin's."""
+        """Write the metadata of every step of the draft that begins: this plugin's.
+
+        vLLM maps the batch's block tables to kernel blocks right before the replay only: here it is asked to do so now.
+        """
         buffers, n = self._speculator.input_buffers, self._n
+        tables = self._speculator.block_tables.input_block_tables
+        for group in groups_of(self._speculator):
+            group.map_to_kernel_block_table(tables[group.kv_cache_group_id])
         torch.add(buffers.positions[:n], self._ahead, out=self._positions).clamp_(max=self._limit - 1)
         torch.add(buffers.seq_lens[:n], self._ahead, out=self._seq_lens).clamp_(max=self._limit)
         for update in self._updates[: draft.steps]:

@@ -13,7 +13,6 @@ there one object stands for all groups. The metadata of the first step is rebuil
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -67,7 +66,7 @@ class Step:
         self.others: list[Any] = []
         self._metadata = metadata
         request_maps, indexers, understood = [], [], False
-        for group in (group for groups in speculator.attn_groups for group in groups):
+        for group in capabilities.groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
             kind = self.kind_of_group(builder, own, num_reqs)
             understood |= kind != "other"
@@ -230,18 +229,17 @@ def hooks(
         tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)
         if asks_groups:
-            ask = functools.partial(ask_every_group, speculator, num_reqs, groups)
-            speculator.attn_groups = [[EveryGroup(ask)]]
+            ask = EveryGroup(
+                lambda metadata, *more, **named: update_draft_decode_metadata(
+                    speculator, metadata, num_reqs, groups, *more, **named
+                )
+            )
+            speculator.attn_groups = [[ask]]
         try:
             return original()
         finally:
             speculator.block_tables, speculator.attn_groups = tables, groups
             step.close()
-
-    def ask_every_group(
-        speculator: Any, num_reqs: int, groups: Any, attn_metadata: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        return update_draft_decode_metadata(speculator, attn_metadata, num_reqs, groups, *args, **kwargs)
 
     def update_draft_decode_metadata(
         speculator: Any, attn_metadata: Any, num_reqs: int, *args: Any, **kwargs: Any

@@ -19,13 +19,12 @@ from typing import Any
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import agreement
+from nsa_plugin.adapters.vllm import agreement, capabilities, v2_builder
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 BEGIN = "_fused_multi_step_decode"
 UNFUSED = "_multi_step_decode"
-METHOD = "update_draft_decode_metadata"
-PATH = "draft decode (Model Runner V2)"
+PATH = f"{v2_builder.PATH} (Model Runner V2)"
 
 
 def needs(speculator: str) -> tuple[Need, ...]:
@@ -80,9 +79,14 @@ class FusedDraft:
 drafts: Attached[FusedDraft] = Attached("fused_draft")
 
 
+def builders(speculator: Any) -> list[Any]:
+    """The metadata builders of a draft's attention groups."""
+    return [group.get_metadata_builder() for group in capabilities.groups_of(speculator)]
+
+
 def chosen(host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool) -> None:
     """Remember what a speculator has just chosen."""
-    for owner, name in ((speculator, BEGIN), *((builder, METHOD) for builder in _builders(speculator))):
+    for owner, name in ((speculator, BEGIN), *((builder, v2_builder.METHOD) for builder in builders(speculator))):
         vars(owner).pop(name, None)  # left by an earlier undo
     drafts.set(speculator, FusedDraft(host, fuses, _alone(speculator), refused_while_off))
 
@@ -129,8 +133,8 @@ def undo(host: Host) -> list[str]:
     for speculator, draft in found:
         draft.undone = True
         if draft.fuses or draft.recorded:
-            for builder in _builders(speculator) if draft.fuses else ():
-                setattr(builder, METHOD, getattr(builder, METHOD))
+            for builder in builders(speculator) if draft.fuses else ():
+                setattr(builder, v2_builder.METHOD, getattr(builder, v2_builder.METHOD))
             setattr(speculator, BEGIN, functools.partial(_after_undo, draft, speculator))
     return _going_on([draft for _, draft in found])
 
@@ -167,16 +171,12 @@ def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
     return draft.alone and not draft.prepared and (draft.fuses or draft.recorded)
 
 
-def _builders(speculator: Any) -> list[Any]:
-    return [group.get_metadata_builder() for groups in speculator.attn_groups for group in groups]
-
-
 def _alone(speculator: Any) -> bool:
     """Whether no other rank shares the draft of this one."""
     parallel = speculator.vllm_config.parallel_config
-    if getattr(parallel, "enable_elastic_ep", False) or getattr(parallel, "data_parallel_size", 1) > 1:
+    if agreement.is_elastic(speculator) or getattr(parallel, "data_parallel_size", 1) > 1:
         return False
     try:
         return len(agreement.sharing()) == 1
-    except Exception:
+    except Exception:  # who can't tell keeps its graph, as one that is not alone
         return False

@@ -17,7 +17,7 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
-from nsa_plugin.adapters.probe import missing, warn_of_untested
+from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.vllm import capabilities, v2_step, v2_switch
 from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
@@ -37,7 +37,6 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
         made = None
     if made is not None:
-        warn_of_untested(logger, capabilities.WATCH_NEEDS)
         begin = functools.wraps(begin)(made.begin(begin))
     steps = (
         v2_step.hooks(host, owner, live) if made is None else v2_step.hooks(host, owner, live, made.step, made.prepared)
@@ -64,9 +63,7 @@ class Preparation:
 
     def __call__(self, draft: Draft) -> None:
         """Prepare the draft that begins."""
-        on = self._host.on
-        self._staged.map_block_tables()
-        if self._handed_back or not on:
+        if self._handed_back or not self._host.on:
             return self._hand_back(draft)
         try:
             self._ours(draft)

@@ -43,7 +43,7 @@ def generate(engine: Engine, batches: list[Any], tokens: int) -> list[Any]:
 
 
 def replays(folder: Path) -> dict[str, float]:
-    """Replays so far by "mode, strategy", and verifications' mismatches and fall-backs, from the plugin's own metrics."""
+    """What the plugin's own metrics count so far, by labels: replays, steps, verifications, fall-backs; zeros left out."""
     from prometheus_client import CollectorRegistry, multiprocess
 
     registry = CollectorRegistry()
@@ -51,10 +51,9 @@ def replays(folder: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for metric in registry.collect():
         for sample in metric.samples:
-            if sample.name.startswith("nsa_plugin") and not sample.name.endswith(("_bucket", "_sum", "_created")):
-                labels = ", ".join(
-                    value for name, value in sorted(sample.labels.items()) if name not in ("engine", "pid")
-                )
+            other = sample.name.endswith(("_bucket", "_sum", "_created"))
+            if sample.name.startswith("nsa_plugin") and sample.value and not other:
+                labels = ", ".join(value for name, value in sorted(sample.labels.items()) if name != "pid")
                 found[f"{sample.name}: {labels}"] = sample.value
     return found
 
