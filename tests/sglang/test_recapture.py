@@ -12,18 +12,12 @@ import torch
 
 from nsa_plugin.adapters.sglang import preparation
 from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.testing.lasting import live_bytes
 from tests.sglang.batches import record
 from tests.sglang.conftest import Install
 from tests.sglang.test_switch import CONFIG, TABLE, Runner
 
 CAPTURES = 50
-
-
-def live_bytes() -> int:
-    """Of all tensor storages that Python reaches."""
-    gc.collect()
-    storages = (found.untyped_storage() for found in gc.get_objects() if type(found) is torch.Tensor)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("strategy", ["graph", "share", "copy"])

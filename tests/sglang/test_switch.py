@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,10 +12,10 @@ import torch
 from nsa_plugin import hookimpl
 from nsa_plugin.adapters.sglang import preparation
 from nsa_plugin.core import reference
-from nsa_plugin.host import Host
 from nsa_plugin.testing import sglang_backends as kit
 from tests.sglang.batches import DEVICE, record
 from tests.sglang.conftest import Install
+from tests.storm import storm
 
 CONFIG = kit.Config(width=256, max_batch_size=4, max_requests=8)
 TABLE = kit.req_to_token(CONFIG, DEVICE)
@@ -77,27 +73,6 @@ class Runner:
         ]
 
 
-@contextmanager
-def storm(host: Host) -> Iterator[list[int]]:
-    """Another thread switches all the time."""
-    interval, stop, switches = sys.getswitchinterval(), threading.Event(), [0]
-
-    def toggle() -> None:
-        while not stop.is_set():
-            switches[0] += 1
-            host.switch(not host.on, "test")
-
-    thread = threading.Thread(target=toggle)
-    sys.setswitchinterval(1e-5)
-    thread.start()
-    try:
-        yield switches
-    finally:
-        stop.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-
-
 @pytest.mark.parametrize("strategy", ["graph", "share", "copy"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_storm_of_switching_through_captures_replays_and_undo(
@@ -107,7 +82,7 @@ def test_a_storm_of_switching_through_captures_replays_and_undo(
     host, adapter = install(strategy)
     rng = random.Random(5)
     runner = Runner(mode, monkeypatch)
-    with storm(host) as switches:
+    with storm(host) as meanwhile:
         end, turn = time.monotonic() + SECONDS, 0
         while turn < 4 or time.monotonic() < end:
             if turn % 8 == 0:
@@ -122,7 +97,7 @@ def test_a_storm_of_switching_through_captures_replays_and_undo(
             assert runner.replay(lengths, rng.sample(range(CONFIG.max_requests), size)) == []
             turn += 1
         adapter.undo()
-    assert switches[0] > 1 and not host.fallbacks
+    assert meanwhile.switches > 1 and not meanwhile.raised and not host.fallbacks
 
 
 class Wrong:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from vllm.config import set_current_vllm_config
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.host import Host
+from nsa_plugin.testing.lasting import live_bytes
 from nsa_plugin.testing.vllm_draft import Draft
 from tests.vllm import v1_harness
 from tests.vllm.drafts import LARGE, LAYOUT, TOKENS
@@ -21,17 +20,6 @@ from tests.vllm.engine import BATCHES
 Install = Callable[..., tuple[Host, VllmAdapter]]
 pytestmark = pytest.mark.usefixtures("hopper")
 TIMES = 5
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors that anybody still holds."""
-    gc.collect()
-    held = {}
-    for candidate in gc.get_objects():
-        if type(candidate) is torch.Tensor:
-            storage = candidate.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
 
 
 def v2(captures: int) -> Any:

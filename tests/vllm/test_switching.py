@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +15,7 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.step_update import StepUpdate
 from nsa_plugin.host import Host
 from nsa_plugin.testing.vllm_draft import Draft
+from tests.storm import storm
 from tests.vllm import v1_harness
 from tests.vllm.drafts import LARGE, LAYOUT, TOKENS, Step, proposals, unequal, unequal_steps
 from tests.vllm.engine import BATCHES
@@ -157,31 +155,6 @@ def test_v1_is_off_from_the_next_draft_on(ours: list[str], off_first: bool) -> N
         patch.undo()
 
 
-@contextmanager
-def storm(host: Host) -> Iterator[list[BaseException]]:
-    """A thread that switches all the time; what it raised."""
-    over, raised = threading.Event(), list[BaseException]()
-
-    def toggle() -> None:
-        on = True
-        while not over.is_set():
-            on = not on
-            try:
-                host.switch(on, "storm")
-            except BaseException as error:
-                raised.append(error)
-
-    interval, thread = sys.getswitchinterval(), threading.Thread(target=toggle)
-    sys.setswitchinterval(1e-5)
-    thread.start()
-    try:
-        yield raised
-    finally:
-        over.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-
-
 @pytest.mark.parametrize("verify", [0, 1])
 def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pytest.MonkeyPatch, verify: int) -> None:
     """Through start, capture, replay, eager drafts and captures anew; every step of every draft is compared."""
@@ -190,7 +163,7 @@ def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pyt
     want = [stock.propose(*batch) for batch in batches]
     host, _ = install(verify=verify)
     rng = random.Random(7)
-    with storm(host) as raised:
+    with storm(host) as meanwhile:
         deadline, drafts = time.monotonic() + STORM_SECONDS, 0
         while time.monotonic() < deadline or drafts < 10:
             draft = captured()
@@ -201,7 +174,7 @@ def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pyt
                 drafts += 1
                 if rng.random() < 0.2:
                     capture(draft)
-    assert raised == [] and not host.fallbacks and not host.mismatches
+    assert meanwhile.raised == [] and not host.fallbacks and not host.mismatches
 
 
 @pytest.mark.usefixtures("hopper")
@@ -215,7 +188,7 @@ def test_a_storm_of_switches_over_v1() -> None:
     host, patch = Host(), Patch()
     patch.install(host)
     try:
-        with storm(host) as raised:
+        with storm(host) as meanwhile:
             deadline, turns = time.monotonic() + STORM_SECONDS, 0
             draft = v1_harness.V1Draft("auto", 4, TOKENS)
             while time.monotonic() < deadline or turns < 3:
@@ -223,6 +196,6 @@ def test_a_storm_of_switches_over_v1() -> None:
                     wrong = set(v1_harness.differing(right[step], seen)) & set(v1_harness.differing(stock[step], seen))
                     assert wrong <= {"addresses that a CUDA graph reads"}
                 turns += 1
-        assert raised == [] and not host.fallbacks
+        assert meanwhile.raised == [] and not host.fallbacks
     finally:
         patch.undo()
