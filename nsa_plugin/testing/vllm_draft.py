@@ -164,9 +164,10 @@ class Graphs:
         self._draft = draft
         self._metadata, self._slots = self.inputs()
 
-    def inputs(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Metadata and slot mappings of the dummy batch that vLLM captures."""
-        draft, size = self._draft, self._draft.sizes.captured
+    def inputs(self, requests: int | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Metadata and slot mappings of the dummy batch that vLLM captures, for so many requests or those of `Sizes`."""
+        draft = self._draft
+        size = draft.sizes.captured if requests is None else requests
         speculator, tables = draft.speculator, draft.tables
         batch = InputBatch.make_dummy(size, size, speculator.input_buffers, max_query_len=1)
         slots = tables.get_dummy_slot_mappings(size)

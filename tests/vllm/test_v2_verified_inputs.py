@@ -12,14 +12,14 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import DRAFT, TARGET, Draft, DraftModel, Sizes
+from nsa_plugin.testing.vllm_draft import DRAFT, TARGET, Draft, DraftModel, Graphs, Sizes
 
 Step = dict[str, torch.Tensor]
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -41,7 +41,7 @@ class WholeTable(DraftModel):
     columns = LENGTH // 64
 
 
-class SeveralGraphs:
+class SeveralGraphs(Graphs):
     """Stands for the decode CUDA-graph manager: the metadata of each captured size is built once and kept."""
 
     def __init__(self, draft: Draft) -> None:
@@ -50,19 +50,8 @@ class SeveralGraphs:
 
     def capture(self) -> None:
         """Build what every size reads, and warm it up as vLLM does."""
-        draft = self._draft
-        speculator, tables = draft.speculator, draft.tables
         for size in CAPTURED:
-            batch = InputBatch.make_dummy(size, size, speculator.input_buffers, max_query_len=1)
-            slots = tables.get_dummy_slot_mappings(size)
-            metadata = build_attn_metadata(
-                speculator.attn_groups, size, size, speculator.input_buffers.query_start_loc[: size + 1],
-                torch.from_numpy(batch.query_start_loc_np), 1, batch.seq_lens, LENGTH,
-                tables.get_dummy_block_tables(size), slots, draft.cache,
-                seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound, positions=batch.positions,
-                is_prefilling=torch.zeros(size, dtype=torch.bool), for_cudagraph_capture=True,
-            )  # fmt: skip
-            self._captured[size] = metadata, build_slot_mappings_by_layer(slots, draft.cache)
+            self._captured[size] = self.inputs(size)
             self._run(size)
 
     def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: Any = None, **_: Any) -> Any:
@@ -71,10 +60,6 @@ class SeveralGraphs:
             if num_reqs <= size:
                 return BatchExecutionDescriptor(CUDAGraphMode.FULL, size, size, 1)
         return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
-
-    def specialize_spec_tokens(self, descriptor: Any, tokens: int) -> Any:
-        """Nothing to specialize."""
-        return descriptor
 
     def run_fullgraph(self, descriptor: Any) -> None:
         """What the captured graph does."""
@@ -90,7 +75,7 @@ class GroupedDraft(Draft):
     """A draft over KV-cache groups of any block size."""
 
     def __init__(self, tokens: int, block_sizes: tuple[int, ...]) -> None:
-        super().__init__("auto", 4, tokens, SIZES, WholeTable, SeveralGraphs)  # type: ignore[arg-type]
+        super().__init__("auto", 4, tokens, SIZES, WholeTable, SeveralGraphs)
         layers = self.config.compilation_config.static_forward_context
         groups = []
         for names, block_size in zip(GROUPS[len(block_sizes)], block_sizes, strict=True):
