@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm import v1_watch, v2_watch
+from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
+from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
 from nsa_plugin.bench.run import where
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings

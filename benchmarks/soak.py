@@ -27,7 +27,7 @@ import torch
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, PrecomputedMetadata, ReplayPlan, TokenTable, precompute
 from nsa_plugin.core.metadata import TABLES, VECTORS, differing_fields
 from nsa_plugin.core.plan import PlanStrategy
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from nsa_plugin.trace import Round, Sizes, generate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -280,8 +280,8 @@ def main() -> int:
         result = soak(core_subjects(sizes), options.replays, sizes, options.seed)
     else:
         from nsa_plugin.host import Host
+        from nsa_plugin.rigs.sglang.backends import installed_sglang
         from nsa_plugin.settings import Settings
-        from nsa_plugin.testing.sglang_backends import installed_sglang
 
         with installed_sglang():
             host = Host(Settings(strategy=options.strategy, verify=options.verify))

@@ -4,7 +4,7 @@ Patches, each to go when sglang itself computes the metadata of a draft once, fr
 (sglang pull requests 14781, 17554 and 29499 went part of the way; 38213, the reuse of a draft's metadata, is open):
 
 (For 0.5.11 and 0.5.12 read `NativeSparseAttn…` and, for the two methods, `init_forward_metadata_capture_cuda_graph` and
-`…_replay_cuda_graph`: `capabilities.Names`. They go with the support of those releases.)
+`…_replay_cuda_graph`: `releases.Names`. They go with the support of those releases.)
 
 - `DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph` and `…_in_graph`: one computation for all draft
   backends, before the draft's graph or recorded in it. The shipped code also leaves the DeepGEMM schedule and the top-k
@@ -26,7 +26,7 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import installed_version, untested, warn_if_untested, warn_of_untested
-from nsa_plugin.adapters.sglang import capabilities, hooking
+from nsa_plugin.adapters.sglang import hooking, releases
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.owners import MultiStepDraft, SingleBackend
 from nsa_plugin.adapters.sglang.paths import Path, not_graph, usable
@@ -49,11 +49,11 @@ class SglangAdapter:
 
     def probe(self) -> list[str]:
         """What the installed sglang lacks; empty if it fits."""
-        return capabilities.probe()
+        return releases.probe()
 
     def untested(self) -> list[str]:
         """Hooked functions of the installed sglang with parameters that no tested release has."""
-        return untested(capabilities.every_need())
+        return untested(releases.every_need())
 
     def install(self, host: Host) -> list[str]:
         """Hook sglang, completely or not at all; returns the problems that kept it from doing so."""
@@ -61,10 +61,10 @@ class SglangAdapter:
             return []
         if problems := self.probe():
             return problems
-        self._left_alone = capabilities.lacking("draft extend")
-        warn_if_untested(logger, "sglang", capabilities.TESTED)
-        warn_of_untested(logger, capabilities.every_need())
-        names, glue = capabilities.names(), GlueGraphs()
+        self._left_alone = releases.lacking("draft extend")
+        warn_if_untested(logger, "sglang", releases.TESTED)
+        warn_of_untested(logger, releases.every_need())
+        names, glue = releases.names(), GlueGraphs()
         paths: dict[str, Path] = {
             names.multi_step: MultiStepDraft(host, glue),
             names.backend: SingleBackend(host, glue),
@@ -122,7 +122,7 @@ class SglangAdapter:
         """What would be done for each path with the host's settings; asks the installed sglang, captures nothing."""
         problems = self.probe()
         problem = problems[0] if problems else ""
-        extend = problem or capabilities.lacking("draft extend")
+        extend = problem or releases.lacking("draft extend")
         needs = {"draft decode": problem, "target verify": problem, "draft extend": extend}
         return [PathPlan(path, *_plan(host, lacking)) for path, lacking in needs.items()]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import differing
-from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.hooking import beneath_hooks
+from nsa_plugin.adapters.sglang.releases import names
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
 from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.describe import vectors_and_tables
+from nsa_plugin.adapters.sglang.releases import names
 from nsa_plugin.core.metadata import same_buffer
 
 

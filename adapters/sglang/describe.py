@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from nsa_plugin.adapters.sglang.capabilities import names
+from nsa_plugin.adapters.sglang.releases import names
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata, same_buffer
 

@@ -15,8 +15,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.sglang.capabilities import GLUE_GRAPH, lacking
 from nsa_plugin.adapters.sglang.preparation import Preparation
+from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, lacking
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
 

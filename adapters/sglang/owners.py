@@ -10,11 +10,11 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.sglang.capabilities import lacking
 from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.paths import Path, argument, unsupported
 from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS
+from nsa_plugin.adapters.sglang.releases import lacking
 from nsa_plugin.core.metadata import same_buffer
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")

@@ -16,10 +16,10 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host, Stage, Strategy
-from nsa_plugin.adapters.sglang.capabilities import lacking, names
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS, Preparation
+from nsa_plugin.adapters.sglang.releases import lacking, names
 
 logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")

@@ -12,9 +12,9 @@ import torch
 
 from nsa_plugin.adapters.base import Host, Mismatch, Strategy
 from nsa_plugin.adapters.sglang import derived
-from nsa_plugin.adapters.sglang.capabilities import names
 from nsa_plugin.adapters.sglang.compare import SpareBuffers, differing_values, native_replay, shadow
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.adapters.sglang.releases import names
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
 from nsa_plugin.core.metadata import StepMetadata
 

@@ -30,22 +30,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
+from nsa_plugin.adapters.patches import Patches
 from nsa_plugin.adapters.probe import Need, installed_version, missing, untested, warn_if_untested, warn_of_untested
-from nsa_plugin.adapters.vllm import (
-    backends,
-    capabilities,
-    in_place,
-    v1_proposer,
-    v2_builder,
-    v2_choice,
-    v2_copy,
-    v2_switch,
-    v2_watch,
-)
+from nsa_plugin.adapters.vllm import backends, in_place, releases
 from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
-from nsa_plugin.adapters.vllm.patches import Patches
-from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
+from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
+from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -63,11 +59,11 @@ class Part:
 
 def v2_parts() -> tuple[Part, ...]:
     """All of them are patched, or none. Imports nothing."""
-    speculator = capabilities.speculator()
-    builders = (_part(row, capabilities.NEEDS) for row in in_place.ESSENTIAL)
+    speculator = releases.speculator()
+    builders = (_part(row, releases.NEEDS) for row in in_place.ESSENTIAL)
     module = speculator.rpartition(".")[0]
     choice = Part(module, speculator, v2_choice.needs(speculator), v2_choice.hooks)
-    needs = (*capabilities.step_needs(speculator), *v2_switch.needs(speculator))
+    needs = (*releases.step_needs(speculator), *v2_switch.needs(speculator))
     return (*builders, choice, Part(module, speculator, needs, v2_watch.hooks))
 
 
@@ -95,8 +91,8 @@ class VllmAdapter:
     def untested(self) -> list[str]:
         """Hooked functions of the installed vLLM with parameters that no tested release has."""
         hooked = (need for part in v2_parts() for need in part.needs)
-        unfused = v2_copy.needs(capabilities.speculator())
-        return untested((*hooked, *unfused, *capabilities.V1_NEEDS))
+        unfused = v2_copy.needs(releases.speculator())
+        return untested((*hooked, *unfused, *releases.V1_NEEDS))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
@@ -129,7 +125,7 @@ class VllmAdapter:
                 "one kernel"
             )
         self._served.append("steps of its drafts that are not fused keep the metadata of the first one")
-        speculator = capabilities.speculator()
+        speculator = releases.speculator()
         part = Part(speculator.rpartition(".")[0], speculator, v2_copy.needs(speculator), v2_copy.hooks)
         self._watches.append(WhenImported(part.module, functools.partial(self._patch_more, host, v2_copy.PATH, part)))
         self._v1.install(host)
@@ -210,18 +206,18 @@ class VllmAdapter:
                 logger.warning("nsa-plugin: Model Runner V2 is left as it is: %s", "; ".join(problems))
         elif not warned:
             warned.append(True)
-            warn_if_untested(logger, "vllm", capabilities.TESTED)
+            warn_if_untested(logger, "vllm", releases.TESTED)
 
 
 def _plan_v2(host: Host) -> tuple[str, str]:
     """What Model Runner V2's drafts would get, and why not more."""
     if not host.verify:
         return "graph", ""
-    if problems := missing(capabilities.WATCH_NEEDS):
+    if problems := missing(releases.WATCH_NEEDS):
         return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
 
 
 def _plan_unfused(host: Host) -> list[str]:
     """What is in the way of Model Runner V2's drafts that are not fused."""
-    return [v2_copy.UNVERIFIED] if host.verify else missing(v2_copy.needs(capabilities.speculator()))
+    return [v2_copy.UNVERIFIED] if host.verify else missing(v2_copy.needs(releases.speculator()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.capabilities import INDEXER_MODULE
+from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE
 
 
 def scheduler(builder: Any) -> Callable[[Any], torch.Tensor] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nsa_plugin.adapters.probe import Need, missing
-from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.adapters.vllm import releases
 
 Changes = Literal["request map", "lengths and schedule", "nothing"]
 """What the builder itself derives from lengths or from the batch, and so has to be recomputed at each step."""
@@ -53,7 +53,7 @@ class InPlace:
         """Empty, or why a builder of this class is left to vLLM."""
         if problems := missing(self.needs):
             return problems[0]
-        if problem := capabilities.uncovered_builder(builder):
+        if problem := releases.uncovered_builder(builder):
             return problem
         if self.changes == "request map" and _hisparse(builder):
             return "HiSparse is not covered"
@@ -125,7 +125,7 @@ def _dense(backend: str, module: str, builder: str, decode: str = "", more: str 
 
 
 FLASHMLA_SPARSE = _sparse(
-    "FLASHMLA_SPARSE", capabilities.MODULE, "FlashMLASparseMetadataBuilder", "FlashMLASparseMetadata",
+    "FLASHMLA_SPARSE", releases.MODULE, "FlashMLASparseMetadataBuilder", "FlashMLASparseMetadata",
     {"FlashMLASparseMetadata": SPARSE | {"fp8_extra_metadata", "fp8_use_mixed_batch"},
      "FlashMLASparseMetadata.FP8KernelMetadata": FLASHMLA_KERNEL,
      "FlashMLASparseMetadata.FP8SeparatePrefillDecode": _names(
@@ -133,12 +133,12 @@ FLASHMLA_SPARSE = _sparse(
      "FlashMLASparseMetadata.FP8SeparatePrefillDecode.Decode": _names("seq_lens kernel_metadata decode_query_len")},
 )  # fmt: skip
 INDEXER = InPlace(
-    "DEEPSEEK_V32_INDEXER", capabilities.INDEXER, "lengths and schedule",
-    {f"{capabilities.INDEXER_MODULE}.DeepseekV32IndexerMetadata": _names(
+    "DEEPSEEK_V32_INDEXER", releases.INDEXER, "lengths and schedule",
+    {f"{releases.INDEXER_MODULE}.DeepseekV32IndexerMetadata": _names(
         "seq_lens max_seq_len slot_mapping num_decodes num_decode_tokens num_prefills num_prefill_tokens decode prefill "
         "positions block_table"),
-     f"{capabilities.INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata": capabilities.INDEXER_FIELDS},
-    capabilities.INDEXER_NEEDS,
+     f"{releases.INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata": releases.INDEXER_FIELDS},
+    releases.INDEXER_NEEDS,
 )  # fmt: skip
 ESSENTIAL = (FLASHMLA_SPARSE, INDEXER)
 """What the draft of a DSA model has on Hopper; the indexer has an update of its own from vLLM 0.32 on."""
@@ -163,7 +163,7 @@ has an update that does nothing."""
 ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE)}
 
 
-def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> capabilities.Kind:
+def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> releases.Kind:
     """What of a group's rebuilt metadata changes from step to step, judged by its builder's row.
 
     `metadata` is what the group's builder made for `num_reqs` requests of one token each.
@@ -172,7 +172,7 @@ def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> capabilities.Ki
     if row is None or row.refused(builder) or getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
     if row is INDEXER:
-        return "indexer" if capabilities.is_plain_indexer(builder, metadata, num_reqs) else "other"
+        return "indexer" if releases.is_plain_indexer(builder, metadata, num_reqs) else "other"
     if metadata.num_prefills:
         return "other"
     return "request map" if row.changes == "request map" else "nothing"

@@ -33,7 +33,7 @@ import torch
 from nsa_plugin import ForwardMode, entry
 from nsa_plugin.bench.run import where
 from nsa_plugin.host import Host
-from nsa_plugin.testing.sglang_backends import differences, engine_metadata
+from nsa_plugin.rigs.sglang.backends import differences, engine_metadata
 
 PREFIXES = {
     "full": ((128, 192), 2, 256),

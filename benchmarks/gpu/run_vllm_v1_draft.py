@@ -39,13 +39,13 @@ from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.installed import require
 from nsa_plugin.settings import Settings
-from nsa_plugin.testing.installed import require
 
 require("vllm")
 
-from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as V1Patch
-from tests.vllm.v1_harness import V1Draft, caches_cleared, differing
+from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as V1Patch
+from nsa_plugin.rigs.vllm.v1_draft import V1Draft, caches_cleared, differing
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 16), "fp8 separate": ("fp8_ds_mla", 64)}

@@ -13,7 +13,7 @@ from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
 
-FIXTURES = {"sglang": "nsa_plugin.testing.sglang_engine:SglangEngine", "vllm": "tests.vllm.engine:VllmEngine"}
+FIXTURES = {"sglang": "nsa_plugin.rigs.sglang.engine:SglangEngine", "vllm": "nsa_plugin.rigs.vllm.v2_engine:VllmEngine"}
 
 
 def main(name: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.sglang import capabilities as sglang
-from nsa_plugin.adapters.vllm import capabilities as vllm
+from nsa_plugin.adapters.sglang import releases as sglang
+from nsa_plugin.adapters.vllm import releases as vllm
 from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
 
 TESTS = Path(__file__).parents[2] / "tests"

@@ -13,7 +13,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, differing_fields
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
-from nsa_plugin.testing import seed
+from nsa_plugin.rigs import seed
 
 
 def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:

@@ -22,9 +22,9 @@ from nsa_plugin.bench.embedded import Embedded
 from nsa_plugin.bench.measure import Spread, copy_rate, gpu_spread, host_spread
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError, reject
-from nsa_plugin.testing import seed
-from nsa_plugin.testing.installed import require
-from nsa_plugin.testing.sglang_backends import installed_sglang
+from nsa_plugin.rigs import seed
+from nsa_plugin.rigs.installed import require
+from nsa_plugin.rigs.sglang.backends import installed_sglang
 from nsa_plugin.trace import load
 
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}

@@ -13,8 +13,8 @@ from nsa_plugin.bench.embedded import differing_from_reference, seed_loop
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, TokenTable
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.sglang import backends as kit
 from nsa_plugin.settings import Settings
-from nsa_plugin.testing import sglang_backends as kit
 
 NATIVE = {
     ForwardMode.DECODE: "DECODE",

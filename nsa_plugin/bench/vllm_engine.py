@@ -19,8 +19,8 @@ from nsa_plugin.bench.cell import PAGE_SIZE, Cell, Contender
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import PrecomputedMetadata, differing_fields
-from nsa_plugin.testing.vllm_draft import Sizes
-from nsa_plugin.testing.vllm_replay import STOCK, Batch, Comparison, ReplayedDraft, Step, ways
+from nsa_plugin.rigs.vllm.v2_draft import Sizes
+from nsa_plugin.rigs.vllm.v2_replay import STOCK, Batch, Comparison, ReplayedDraft, Step, ways
 
 LAYOUT = "fp8 64 heads"
 NO_METADATA = "no metadata"

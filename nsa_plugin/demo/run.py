@@ -14,7 +14,7 @@ from rich.table import Table
 
 from nsa_plugin.demo.embedded import OPERATIONS, Harness, Original
 from nsa_plugin.demo.sglang_engine import SglangHarness
-from nsa_plugin.testing.sglang_backends import installed_sglang
+from nsa_plugin.rigs.sglang.backends import installed_sglang
 from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, sizes_of
 
 INDEX_TOPK = 2048

@@ -12,8 +12,8 @@ from nsa_plugin.bench.measure import synchronize
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.sglang import backends as kit
 from nsa_plugin.settings import Settings
-from nsa_plugin.testing import sglang_backends as kit
 from nsa_plugin.trace import Round, Sizes
 
 

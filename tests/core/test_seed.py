@@ -18,7 +18,7 @@ from nsa_plugin import (
     UnavailableError,
     precompute,
 )
-from nsa_plugin.testing import seed
+from nsa_plugin.rigs import seed
 from tests.batches import POISON, assert_equal_live, poisoned
 
 

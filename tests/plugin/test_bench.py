@@ -18,7 +18,7 @@ from nsa_plugin.bench.results import load as load_results
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata
-from nsa_plugin.testing import seed
+from nsa_plugin.rigs import seed
 from nsa_plugin.trace import Round, load, save
 
 SMALL = [

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.tables import TABLES, Table, replaced
 from nsa_plugin import launch_lines, monitoring
-from nsa_plugin.adapters.sglang import capabilities as sglang
-from nsa_plugin.adapters.vllm import capabilities as vllm
+from nsa_plugin.adapters.sglang import releases as sglang
+from nsa_plugin.adapters.vllm import releases as vllm
 from nsa_plugin.manager import HOOKS
 from nsa_plugin.settings import NAMES, PREFIX
 from nsa_plugin.testing.contract import LINES

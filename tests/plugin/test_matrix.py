@@ -13,8 +13,8 @@ from benchmarks.matrix import render, run
 from benchmarks.matrix.engines import ENGINES
 from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.sglang import capabilities as sglang
-from nsa_plugin.adapters.vllm import capabilities as vllm
+from nsa_plugin.adapters.sglang import releases as sglang
+from nsa_plugin.adapters.vllm import releases as vllm
 
 SOURCE = {
     "toy/__init__.py": "",

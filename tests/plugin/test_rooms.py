@@ -16,6 +16,7 @@ OUTSIDE = {
     "core": {"torch", "triton"},
     "adapters": {"torch", "packaging"},
     "nsa_plugin": {
+        "triton",
         "torch",
         "packaging",
         "pluggy",
@@ -29,7 +30,7 @@ OUTSIDE = {
 }
 """Third-party packages that each room may import; engines are asked for separately."""
 ENGINES = {"sglang", "vllm", "sgl_kernel", "deep_gemm"}
-DRIVE_ENGINES = ("nsa_plugin.testing.vllm_draft", "nsa_plugin.testing.vllm_replay")
+DRIVE_ENGINES = ("nsa_plugin.rigs.vllm.",)
 """Modules that drive real engine parts, and are imported only where the engine is installed."""
 
 

@@ -10,7 +10,7 @@ import torch
 from nsa_plugin import hookimpl
 from nsa_plugin.adapters.sglang import paths
 from nsa_plugin.core import api
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 
 CONFIG = kit.Config()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

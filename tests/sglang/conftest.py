@@ -9,7 +9,7 @@ import pytest
 
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.host import Host
-from nsa_plugin.testing import sglang_backends
+from nsa_plugin.rigs.sglang import backends as sglang_backends
 from tests.installing import installer
 
 if importlib.util.find_spec("sglang") is None:

@@ -9,7 +9,7 @@ import torch
 
 from nsa_plugin import ForwardMode
 from nsa_plugin.adapters.sglang import preparation
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch, record
 from tests.sglang.conftest import Install
 

@@ -8,7 +8,7 @@ import pytest
 
 from nsa_plugin import hookimpl
 from nsa_plugin.core import api
-from nsa_plugin.testing import sglang_engine
+from nsa_plugin.rigs.sglang import engine as sglang_engine
 from nsa_plugin.testing.conformance import assert_conforms, conformance_problems
 from nsa_plugin.testing.engine import Engine
 from nsa_plugin.testing.pytest_conformance import AdapterConformance

@@ -21,11 +21,11 @@ import torch
 from triton.compiler.errors import CompilationError
 
 from nsa_plugin import BatchDescriptor, hookimpl
-from nsa_plugin.adapters.sglang import capabilities, preparation
+from nsa_plugin.adapters.sglang import preparation, releases
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.core.kernels import metadata
 from nsa_plugin.host import Host
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, TritonPrecompute, batch, capture_batch, replays
 from tests.sglang.conftest import Install
 from tests.sglang.test_install import methods
@@ -150,7 +150,7 @@ def test_a_field_that_sglang_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_can_be_imported_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
     before = methods()
-    monkeypatch.setitem(sys.modules, capabilities.DSA.module, None)
+    monkeypatch.setitem(sys.modules, releases.DSA.module, None)
     (problem,) = SglangAdapter().install(Host())
     assert "found ModuleNotFoundError" in problem and "install sglang 0.5.11 or later, complete" in problem
     monkeypatch.undo()
@@ -223,7 +223,7 @@ def test_a_capture_that_is_aborted_in_the_middle(
     """sglang's error reaches sglang; a second attempt captures, and what had been captured before stays right."""
     host, adapter = install(strategy)
     owner, backends = made("DECODE")
-    cls = pkgutil.resolve_name(capabilities.DSA.backend)
+    cls = pkgutil.resolve_name(releases.DSA.backend)
 
     def out_of_memory(self: Any, forward_batch: Any) -> None:
         raise torch.OutOfMemoryError("planted")
@@ -253,7 +253,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 torch.set_num_threads(1)
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 
 def work() -> None:
     from sglang.srt.plugins import load_plugins

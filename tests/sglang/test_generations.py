@@ -20,12 +20,12 @@ import pytest
 import torch
 
 from nsa_plugin import hookimpl
-from nsa_plugin.adapters.sglang import capabilities, owners, paths
+from nsa_plugin.adapters.sglang import owners, paths, releases
 from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.adapters.sglang.preparation import MODES
 from nsa_plugin.core import api
 from nsa_plugin.core.metadata import same_buffer
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, replays
 from tests.sglang.conftest import Install
 
@@ -164,30 +164,30 @@ def test_the_arguments_of_the_older_methods_are_batches() -> None:
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    capabilities.names.cache_clear()
+    releases.names.cache_clear()
     yield
-    capabilities.names.cache_clear()
+    releases.names.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("there", "expected"),
     [
-        (["dsa", "nsa"], capabilities.DSA),
-        (["nsa"], capabilities.NSA),
-        (["dsa"], capabilities.DSA),
-        ([], capabilities.DSA),
+        (["dsa", "nsa"], releases.DSA),
+        (["nsa"], releases.NSA),
+        (["dsa"], releases.DSA),
+        ([], releases.DSA),
     ],
 )
 def test_names_go_by_the_module_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, uncached: None, there: list[str], expected: capabilities.Names
+    monkeypatch: pytest.MonkeyPatch, uncached: None, there: list[str], expected: releases.Names
 ) -> None:
-    modules = {generation.module: generation.prefix in there for generation in capabilities.GENERATIONS}
+    modules = {generation.module: generation.prefix in there for generation in releases.GENERATIONS}
 
     def find_spec(name: str) -> Any:
         return importlib.machinery.ModuleSpec(name, None) if modules[name] else None
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    assert capabilities.names() is expected
+    assert releases.names() is expected
 
 
 AUTOLOAD = """
@@ -196,7 +196,7 @@ logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stre
 from sglang.srt.plugins import load_plugins
 load_plugins()
 load_plugins()
-from nsa_plugin.adapters.sglang.capabilities import names
+from nsa_plugin.adapters.sglang.releases import names
 for owner in (names().multi_step, names().backend):
     for name in names().hooks:
         method = getattr(pkgutil.resolve_name(owner), name)

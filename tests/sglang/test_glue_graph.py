@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa_plugin.adapters.sglang import compare, glue, paths, preparation
-from nsa_plugin.adapters.sglang.capabilities import lacking
+from nsa_plugin.adapters.sglang.releases import lacking
 from nsa_plugin.core.plan import ReplayPlan
 from tests.sglang.conftest import Install
 from tests.sglang.test_switch import Runner

@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import capabilities, hooking, paths
+from nsa_plugin.adapters.sglang import hooking, paths, releases
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.host import Host
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch
 from tests.sglang.conftest import Install
 
@@ -55,7 +55,7 @@ def test_unknown_parameters_of_the_older_methods() -> None:
 
 def test_anothers_patch_under_the_hook_stays(monkeypatch: pytest.MonkeyPatch, install: Install) -> None:
     """`functools.wraps` makes it look like a hook; undo and a second installation take off hooks only."""
-    target = f"{capabilities.names().multi_step}.init_forward_metadata_out_graph"
+    target = f"{releases.names().multi_step}.init_forward_metadata_out_graph"
     owner, _, name = target.rpartition(".")
     cls = pkgutil.resolve_name(owner)
     own = cls.__dict__[name]
@@ -77,7 +77,7 @@ def test_anothers_patch_over_the_hook_stays_and_ours_does_nothing(
 ) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    target = f"{capabilities.names().multi_step}.init_forward_metadata_out_graph"
+    target = f"{releases.names().multi_step}.init_forward_metadata_out_graph"
     owner, _, name = target.rpartition(".")
     cls = pkgutil.resolve_name(owner)
     own = cls.__dict__[name]

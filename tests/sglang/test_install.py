@@ -16,14 +16,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from nsa_plugin import ForwardMode
 from nsa_plugin.adapters.probe import installed_version
-from nsa_plugin.adapters.sglang import capabilities
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.adapters.sglang import releases
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch
 from tests.sglang.conftest import Install
 
-CLASSES = [pkgutil.resolve_name(path) for path in (capabilities.DSA.multi_step, capabilities.DSA.backend)]
+CLASSES = [pkgutil.resolve_name(path) for path in (releases.DSA.multi_step, releases.DSA.backend)]
 METHOD = "init_forward_metadata_out_graph"
-TARGET = f"{capabilities.DSA.multi_step}.{METHOD}"
+TARGET = f"{releases.DSA.multi_step}.{METHOD}"
 LOGGER = "sglang.srt.plugins.nsa_plugin"
 
 
@@ -32,9 +32,9 @@ def methods() -> list[dict[str, Any]]:
 
 
 def test_probe_of_the_installed_release_is_clean() -> None:
-    assert capabilities.probe() == []
-    assert capabilities.lacking("graph") == capabilities.lacking("draft extend") == ""
-    assert installed_version("sglang") in capabilities.TESTED
+    assert releases.probe() == []
+    assert releases.lacking("graph") == releases.lacking("draft extend") == ""
+    assert installed_version("sglang") in releases.TESTED
 
 
 def test_other_plugins_hooks_on_the_same_method_stay(install: Install) -> None:

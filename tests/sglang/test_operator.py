@@ -25,7 +25,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 import nsa_plugin
 from nsa_plugin.adapters.sglang import preparation
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 
 native = preparation.native_replay
 calls = []

@@ -89,7 +89,7 @@ class Rank:
         import torch
 
         from nsa_plugin.adapters.sglang import paths, preparation
-        from nsa_plugin.testing import sglang_backends as kit
+        from nsa_plugin.rigs.sglang import backends as kit
 
         config, device = kit.Config(), torch.device("cpu")
         table = kit.req_to_token(config, device, seed=0 if not idle else self.rank)
@@ -153,7 +153,7 @@ class Rank:
 
 def two_that_fail_in_turn(rank: int, world: int, store: str) -> dict[str, Any]:
     """One rank fails at capture, while its work is recorded, or at replay; then one is idle."""
-    from nsa_plugin.testing import sglang_backends as kit
+    from nsa_plugin.rigs.sglang import backends as kit
 
     with kit.stand_ins():
         one = Rank(rank, world, store)
@@ -169,7 +169,7 @@ def two_that_fail_in_turn(rank: int, world: int, store: str) -> dict[str, Any]:
 
 def four_at_once(rank: int, world: int, store: str) -> dict[str, Any]:
     """Idle, failing at capture, while recording, and sound, all at the same time; then all sound."""
-    from nsa_plugin.testing import sglang_backends as kit
+    from nsa_plugin.rigs.sglang import backends as kit
 
     with kit.stand_ins():
         one = Rank(rank, world, store)
@@ -182,7 +182,7 @@ def four_at_once(rank: int, world: int, store: str) -> dict[str, Any]:
 
 def two_with_other_settings(rank: int, world: int, store: str) -> dict[str, Any]:
     """One rank is switched off, as on a node whose environment differs."""
-    from nsa_plugin.testing import sglang_backends as kit
+    from nsa_plugin.rigs.sglang import backends as kit
 
     os.environ["NSA_PLUGIN_STRATEGY"] = ("auto", "off")[rank]
     with kit.stand_ins():

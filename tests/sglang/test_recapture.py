@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa_plugin.adapters.sglang import preparation
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from nsa_plugin.testing.lasting import live_bytes
 from tests.sglang.batches import record
 from tests.sglang.conftest import Install

@@ -8,7 +8,7 @@ import torch
 
 from nsa_plugin import ForwardMode
 from nsa_plugin.adapters.sglang.describe import describe
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests import same_requests as shared
 
 TABLE = (shared.block_table()[:, :, None] * shared.BLOCK + torch.arange(shared.BLOCK)).flatten(1).to(torch.int32)

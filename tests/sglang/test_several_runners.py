@@ -19,7 +19,7 @@ from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.sglang import paths, preparation
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.host import Host
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.faults import Faults
 from tests.sglang.conftest import Install
 

@@ -12,7 +12,7 @@ import torch
 from nsa_plugin import hookimpl
 from nsa_plugin.adapters.sglang import preparation
 from nsa_plugin.core import reference
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import DEVICE, record
 from tests.sglang.conftest import Install
 from tests.storm import storm

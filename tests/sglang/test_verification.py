@@ -14,7 +14,7 @@ from nsa_plugin.adapters.sglang import preparation
 from nsa_plugin.adapters.sglang.compare import differences, native_replay
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, TritonPrecompute, addresses, batch, capture_batch, record, replays
 from tests.sglang.conftest import Install
 

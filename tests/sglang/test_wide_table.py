@@ -12,7 +12,7 @@ from sglang.srt.layers.attention import dsa_backend
 from sglang.srt.layers.attention.dsa import dsa_indexer, dsa_topk_backend
 
 from nsa_plugin.adapters.sglang import owners
-from nsa_plugin.testing import sglang_backends as kit
+from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, capture_batch
 from tests.sglang.conftest import Install
 

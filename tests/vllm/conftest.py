@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
+    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
     from nsa_plugin.host import Host
     from tests.vllm.drafts import Step
 
@@ -59,7 +59,7 @@ def log() -> Iterator[Callable[[int], list[str]]]:
 @pytest.fixture(scope="session")
 def expected() -> list[Step]:
     """What every draft step of every batch sees where vLLM rebuilds its metadata."""
-    from nsa_plugin.testing.vllm_draft import Draft
+    from nsa_plugin.rigs.vllm.v2_draft import Draft
     from tests.vllm.drafts import LAYOUT, TOKENS, proposals
 
     draft = Draft(*LAYOUT, TOKENS)
@@ -70,7 +70,7 @@ def expected() -> list[Step]:
 @pytest.fixture
 def install_v1() -> Iterator[Callable[[], Host]]:
     """Patches Model Runner V1's proposer; undoes it after the test."""
-    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft
+    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
     from nsa_plugin.host import Host
 
     patches: list[V1Draft] = []
@@ -89,7 +89,7 @@ def install_v1() -> Iterator[Callable[[], Host]]:
 @pytest.fixture(params=[90, 100])
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The indexer builder's branches for Hopper or Blackwell, with a stand-in for DeepGEMM."""
-    from tests.vllm.v1_harness import emulate_cuda
+    from nsa_plugin.rigs.vllm.v1_draft import emulate_cuda
 
     emulate_cuda(monkeypatch.setattr, request.param)
     return int(request.param)
@@ -98,6 +98,6 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The indexer builder's branches for Hopper."""
-    from tests.vllm.v1_harness import emulate_cuda
+    from nsa_plugin.rigs.vllm.v1_draft import emulate_cuda
 
     emulate_cuda(monkeypatch.setattr, 90)

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm import capabilities
-from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
-from tests.vllm.engine import BATCHES, LAYOUTS
+from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 
 Step = dict[str, torch.Tensor]
 LAYOUT, TOKENS = LAYOUTS["bf16"], 3
 LARGE = ([100, 107, 126, 65, 700, 64], [1, 0, 2, 2, 0, 1], 1)
 """More requests than were captured."""
-FIRST_IS_REBUILT = not hasattr(pkgutil.resolve_name(capabilities.speculator()), capabilities.UPDATE)
+FIRST_IS_REBUILT = not hasattr(pkgutil.resolve_name(releases.speculator()), releases.UPDATE)
 """vLLM 0.28 to 0.31 rebuilds the metadata of the first draft step, and updates that of the others."""
 POISONED = (
     "req_id_per_token_buffer", "expanded_block_table_buffer", "decode_seq_lens_buffer", "decode_lens_buffer",
     "per_req_decode_lens_buffer", "decode_indices_buffer",
 )  # fmt: skip
 """Buffers of the builders that captured metadata refer to."""
-OWNERS = (capabilities.BUILDER, capabilities.INDEXER, capabilities.speculator(), capabilities.V1_PROPOSER)
+OWNERS = (releases.BUILDER, releases.INDEXER, releases.speculator(), releases.V1_PROPOSER)
 
 
 def proposals(draft: Draft) -> list[Step]:

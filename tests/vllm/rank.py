@@ -87,7 +87,7 @@ class Rank:
         from vllm.config.compilation import CUDAGraphMode
         from vllm.forward_context import get_forward_context
 
-        from nsa_plugin.testing import vllm_draft
+        from nsa_plugin.rigs.vllm import v2_draft as vllm_draft
 
         issue, world = self.collective, self.world if self.data_parallel else 1
 

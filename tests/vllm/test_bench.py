@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.vllm import v2_step
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata

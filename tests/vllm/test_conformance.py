@@ -7,14 +7,14 @@ from unittest import mock
 import pytest
 from vllm.v1.attention.backends.mla.flashmla_sparse import FlashMLASparseMetadataBuilder as Builder
 
-from nsa_plugin.adapters.vllm import v2_step
-from nsa_plugin.adapters.vllm.v2_builder import METHOD
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2.updates import METHOD
+from nsa_plugin.rigs.vllm.v2_engine import CASES, VllmEngine, VllmSession
 from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.engine import Engine
 from nsa_plugin.testing.pytest_conformance import AdapterConformance
 from nsa_plugin.testing.watching import installed
 from tests.vllm.drafts import FIRST_IS_REBUILT
-from tests.vllm.engine import CASES, VllmEngine, VllmSession
 
 
 class TestVllm(AdapterConformance):

@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from nsa_plugin.adapters.vllm.describe import describe, describe_draft, geometry
-from nsa_plugin.testing.vllm_draft import CPU, Draft, block_tables, without_pinned_memory
+from nsa_plugin.rigs.vllm.v2_draft import CPU, Draft, block_tables, without_pinned_memory
 from tests import same_requests as shared
 
 SIZE = len(shared.LENGTHS)

@@ -15,17 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_plugin.adapters.vllm import capabilities
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
-from nsa_plugin.adapters.vllm.v2_builder import _vllms_request_map, request_map
+from nsa_plugin.adapters.vllm.v2.updates import _vllms_request_map, request_map
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
 
 @pytest.mark.parametrize("strategy", ["auto", "graph", "share", "copy", "off"])
 def test_each_model_runner_is_patched_where_the_strategy_allows(strategy: str) -> None:
-    owners = [pkgutil.resolve_name(name) for name in (capabilities.BUILDER, capabilities.V1_PROPOSER)]
+    owners = [pkgutil.resolve_name(name) for name in (releases.BUILDER, releases.V1_PROPOSER)]
     before = [dict(vars(owner)) for owner in owners]
     adapter = VllmAdapter()
     problems = adapter.install(Host(Settings(strategy=strategy)))

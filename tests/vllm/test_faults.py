@@ -1,7 +1,7 @@
 """Faults, one by one, on the real vLLM: its values are right, the log names cause and remedy once, a counter moves.
 
 Errors of our own at capture and in every step, what vLLM lacks, an installation that breaks off, ranks that differ and
-unknown settings are in `test_conformance`, `test_v2_step`, `test_v1_proposer, v1_steps`, `test_v1_coverage` and `test_ranks`.
+unknown settings are in `test_conformance`, `test_v2_step`, `test_v1_proposer`, `test_v1_coverage` and `test_ranks`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
-from nsa_plugin.adapters.vllm import backends, capabilities, v1_proposer, v1_steps, v2_copy, v2_step
+from nsa_plugin.adapters.vllm import backends, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.core.kernels import draft_steps, step_update
 from nsa_plugin.doctor import checks
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
-from tests.vllm import v1_harness
+from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
 from tests.vllm.drafts import FIRST_IS_REBUILT, LARGE, LAYOUT, OWNERS, TOKENS, Step, methods, proposals, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -145,10 +149,10 @@ def test_a_dummy_batch_between_two_drafts(
 
 
 RENAMED = {
-    "a field of V2's metadata": (f"{capabilities.MODULE}.FlashMLASparseMetadata", "req_id_per_token", True),
-    "a parameter of V2's speculator": (f"{capabilities.speculator()}.{v2_step.GENERATE}", "num_reqs", True),
+    "a field of V2's metadata": (f"{releases.MODULE}.FlashMLASparseMetadata", "req_id_per_token", True),
+    "a parameter of V2's speculator": (f"{releases.speculator()}.{v2_step.GENERATE}", "num_reqs", True),
     "a field of V1's batch": ("vllm.v1.attention.backend.CommonAttentionMetadata", "max_seq_len", False),
-    "a parameter of V1's proposer": (f"{capabilities.V1_PROPOSER}.{v1_proposer.BUILD}", "draft_index", False),
+    "a parameter of V1's proposer": (f"{releases.V1_PROPOSER}.{v1_proposer.BUILD}", "draft_index", False),
 }
 
 
@@ -182,9 +186,7 @@ def test_an_engine_that_was_updated_under_us(
     assert path in line and f"found it without {name}; use a release of the engine that has it" in line
 
 
-@pytest.mark.parametrize(
-    "module", [capabilities.MODULE, capabilities.speculator().rpartition(".")[0], capabilities.V1_MODULE]
-)
+@pytest.mark.parametrize("module", [releases.MODULE, releases.speculator().rpartition(".")[0], releases.V1_MODULE])
 def test_an_engine_that_can_be_imported_by_half(monkeypatch: pytest.MonkeyPatch, log: Any, module: str) -> None:
     """vLLM sees the error that it would see without the plugin. An import that succeeds later is patched."""
     package, _, name = module.rpartition(".")
@@ -215,8 +217,8 @@ import logging, multiprocessing, os
 import torch
 
 torch.set_num_threads(1)
-from tests.vllm.engine import BATCHES
-from nsa_plugin.testing.vllm_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES
+from nsa_plugin.rigs.vllm.v2_draft import Draft
 
 
 def drafts(fused):
@@ -313,7 +315,5 @@ def test_the_doctor_says_what_verification_changes(
     assert found[path].startswith("strategy copy (NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired")
     assert found[f"vllm: {v1_proposer.PATH}"].startswith("strategy copy")
     assert "vllm: NSA_PLUGIN_VERIFY" not in found
-    monkeypatch.setattr(
-        capabilities, "WATCH_NEEDS", (dataclasses.replace(capabilities.WATCH_NEEDS[0], path="vllm.absent"),)
-    )
+    monkeypatch.setattr(releases, "WATCH_NEEDS", (dataclasses.replace(releases.WATCH_NEEDS[0], path="vllm.absent"),))
     assert "NSA_PLUGIN_VERIFY can't be had: looked for vllm.absent" in doctor()[path]

@@ -19,14 +19,15 @@ import torch
 from vllm.v1.attention.backends.mla import indexer
 
 from nsa_plugin.adapters.probe import installed_version, missing
-from nsa_plugin.adapters.vllm import backends, in_place, v2_step
+from nsa_plugin.adapters.vllm import backends, in_place
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.in_place import InPlace
-from nsa_plugin.adapters.vllm.v2_builder import METHOD
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import DRAFT, Draft
+from nsa_plugin.rigs.vllm.v2_draft import DRAFT, Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from tests.vllm.drafts import POISONED, unequal_steps
-from tests.vllm.engine import BATCHES
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 ROWS = {row.backend: row for row in in_place.MORE}

@@ -11,11 +11,11 @@ from vllm.config import set_current_vllm_config
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from nsa_plugin.testing.lasting import live_bytes
-from nsa_plugin.testing.vllm_draft import Draft
-from tests.vllm import v1_harness
 from tests.vllm.drafts import LARGE, LAYOUT, TOKENS
-from tests.vllm.engine import BATCHES
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 pytestmark = pytest.mark.usefixtures("hopper")

@@ -9,18 +9,18 @@ import pytest
 from vllm.config import set_current_vllm_config
 
 from nsa_plugin import background, monitoring
-from nsa_plugin.adapters.vllm import v1_watch
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v1_metadata import KeptSteps
-from nsa_plugin.adapters.vllm.v1_proposer import PATH as V1_PATH
-from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
-from nsa_plugin.adapters.vllm.v2_step import PATH as V2_PATH
+from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
+from nsa_plugin.adapters.vllm.v1.proposer import PATH as V1_PATH
+from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
+from nsa_plugin.adapters.vllm.v2.step import PATH as V2_PATH
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from nsa_plugin.settings import Settings
-from nsa_plugin.testing.vllm_draft import Draft
-from tests.vllm import v1_harness
 from tests.vllm.drafts import LARGE, LAYOUT, TOKENS
-from tests.vllm.engine import BATCHES
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 PROMETHEUS = frozenset({"prometheus"})

@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 
-from nsa_plugin.adapters.vllm import capabilities, v1_proposer, v2_builder, v2_choice, v2_step
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 from nsa_plugin.core.kernels import draft_steps
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import Draft
+from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import VllmEngine
 from nsa_plugin.testing.watching import restored
-from tests.vllm import v1_harness
 from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, proposals, unequal
-from tests.vllm.engine import VllmEngine
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -41,9 +45,9 @@ class Wrapper:
         setattr(self.owner, name, counted)
 
 
-CHOOSE = v2_choice.CHOOSE[capabilities.speculator()]
-WRAPPED = [(capabilities.speculator(), CHOOSE), (capabilities.BUILDER, v2_builder.METHOD),
-           (capabilities.speculator(), v2_step.GENERATE), (capabilities.speculator(), v2_step.UPDATE)]  # fmt: skip
+CHOOSE = v2_choice.CHOOSE[releases.speculator()]
+WRAPPED = [(releases.speculator(), CHOOSE), (releases.BUILDER, v2_builder.METHOD),
+           (releases.speculator(), v2_step.GENERATE), (releases.speculator(), v2_step.UPDATE)]  # fmt: skip
 
 
 @pytest.mark.parametrize("before_us", [True, False])
@@ -98,10 +102,10 @@ def test_another_plugin_wraps_a_method_of_v1(
     want = v1_harness.reference(draft)
     with restored(VllmEngine()):
         if before_us:
-            other = Wrapper(capabilities.V1_PROPOSER, name)
+            other = Wrapper(releases.V1_PROPOSER, name)
         host, adapter = install("copy")
         if not before_us:
-            other = Wrapper(capabilities.V1_PROPOSER, name)
+            other = Wrapper(releases.V1_PROPOSER, name)
         v1_harness.assert_same(want, v1_harness.proposals(draft))
         assert other.calls >= len(want) and not host.fallbacks
         left_out = [line for line in log(logging.INFO) if f"{name} was patched by {__name__})" in line]
@@ -126,7 +130,7 @@ def assert_named_once(log: Any, name: str, before_us: bool) -> None:
 def test_a_later_plugin_that_replaces_the_update_of_a_step(install: Install, expected: list[Step]) -> None:
     """It never calls ours: no slots may be waiting for that."""
     host, _ = install()
-    stock = pkgutil.resolve_name(capabilities.speculator()).__mro__[1].__dict__[v2_step.UPDATE]
+    stock = pkgutil.resolve_name(releases.speculator()).__mro__[1].__dict__[v2_step.UPDATE]
     with restored(VllmEngine()):
-        setattr(pkgutil.resolve_name(capabilities.speculator()), v2_step.UPDATE, lambda *arguments: stock(*arguments))
+        setattr(pkgutil.resolve_name(releases.speculator()), v2_step.UPDATE, lambda *arguments: stock(*arguments))
         assert unequal(expected, proposals(Draft(*LAYOUT, TOKENS))) == [] and not host.fallbacks

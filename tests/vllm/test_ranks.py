@@ -101,7 +101,7 @@ def verified_on_one(rank: int, world: int, store: str) -> dict[str, Any]:
         os.environ["NSA_PLUGIN_VERIFY"] = "1"
     one = Rank(rank, world, store)
     from nsa_plugin import entry
-    from nsa_plugin.adapters.vllm.v2_staged import Staged
+    from nsa_plugin.adapters.vllm.v2.verified.staged import Staged
 
     prepare, drafts = Staged.prepare, [0]
 
@@ -150,7 +150,7 @@ def where_nothing_can_be_fused(rank: int, world: int, store: str) -> dict[str, A
     from vllm.v1.attention.backends.mla import flashmla_sparse
 
     from nsa_plugin import entry
-    from nsa_plugin.testing import vllm_draft
+    from nsa_plugin.rigs.vllm import v2_draft as vllm_draft
 
     if rank == 1:
         os.environ["VLLM_PLUGINS"] = ""
@@ -329,7 +329,7 @@ def test_ranks_of_another_pipeline_stage_have_no_say(outcomes: dict[str, list[di
 
 def main() -> dict[str, Any]:
     """Start the worlds. Forks come from a process that has imported vLLM but computed nothing, and loaded no plugin."""
-    from nsa_plugin.testing import vllm_draft  # noqa: F401
+    from nsa_plugin.rigs.vllm import v2_draft as vllm_draft  # noqa: F401
     from tests.vllm import test_ranks
 
     return {

@@ -16,10 +16,10 @@ from vllm.config import set_current_vllm_config
 from vllm.device_allocator import AllocationData, sleep_mode_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from nsa_plugin.adapters.vllm import v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import CAPTURED, CPU, Draft, block_tables
+from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, CPU, Draft, block_tables
 from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, proposals, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]

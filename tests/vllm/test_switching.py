@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 from vllm.config import set_current_vllm_config
 
-from nsa_plugin.adapters.vllm import agreement, v1_steps, v2_builder, v2_switch
+from nsa_plugin.adapters.vllm import agreement
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
+from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
+from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 from nsa_plugin.core.step_update import StepUpdate
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import Draft
+from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from tests.storm import storm
-from tests.vllm import v1_harness
 from tests.vllm.drafts import LARGE, LAYOUT, TOKENS, Step, proposals, unequal, unequal_steps
-from tests.vllm.engine import BATCHES
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 STORM_SECONDS = 4.0
@@ -138,7 +141,7 @@ def test_after_an_undo_and_a_second_install_a_new_speculator_is_served(
 @pytest.mark.parametrize("off_first", [True, False])
 def test_v1_is_off_from_the_next_draft_on(ours: list[str], off_first: bool) -> None:
     """Whenever it was said, also before the proposer was made."""
-    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
+    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 
     host, patch = Host(), Patch()
     if off_first:
@@ -180,7 +183,7 @@ def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pyt
 @pytest.mark.usefixtures("hopper")
 def test_a_storm_of_switches_over_v1() -> None:
     """Every field of every step is what vLLM's rebuild gives, or what vLLM gives by itself."""
-    from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
+    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 
     batches = v1_harness.BATCHES[:3]
     stock = v1_harness.proposals(v1_harness.V1Draft("auto", 4, TOKENS), batches)

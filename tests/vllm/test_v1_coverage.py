@@ -15,14 +15,15 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from nsa_plugin.adapters.vllm import v1_metadata, v1_proposer
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
-from nsa_plugin.adapters.vllm.v1_metadata import keeper_of
-from nsa_plugin.adapters.vllm.v1_proposer import BUILD, UPDATE, unsupported
-from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
+from nsa_plugin.adapters.vllm.v1 import kept as v1_metadata
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.v1.kept import keeper_of
+from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE, unsupported
+from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 from nsa_plugin.host import Host
-from tests.vllm.v1_harness import (
+from nsa_plugin.rigs.vllm.v1_draft import (
     V1Draft,
     assert_same,
     proposals,
@@ -179,7 +180,7 @@ def test_what_is_missing_leaves_vllm_alone(
 
 AUTOLOAD = """
 import importlib, sys
-from nsa_plugin.adapters.vllm.v1_proposer import UPDATE, V1Draft
+from nsa_plugin.adapters.vllm.v1.proposer import UPDATE, V1Draft
 from nsa_plugin.host import Host
 patch, name = V1Draft(), "vllm.v1.spec_decode.llm_base_proposer"
 patch.install(Host())

@@ -14,11 +14,12 @@ from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import indexer
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from nsa_plugin.adapters.vllm import v1_proposer, v1_steps
-from nsa_plugin.adapters.vllm.v1_proposer import BUILD, UPDATE
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
+from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.host import Host
-from tests.vllm.v1_harness import (
+from nsa_plugin.rigs.vllm.v1_draft import (
     BATCHES,
     LAYOUTS,
     V1Draft,

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from nsa_plugin import repro
-from nsa_plugin.adapters.vllm import v1_watch
 from nsa_plugin.adapters.vllm.shadows import spare_group
-from nsa_plugin.adapters.vllm.v1_metadata import KeptSteps
-from nsa_plugin.adapters.vllm.v1_proposer import PATH
-from nsa_plugin.adapters.vllm.v1_proposer import V1Draft as Patch
-from nsa_plugin.adapters.vllm.v1_steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
+from nsa_plugin.adapters.vllm.v1.proposer import PATH
+from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import PastEnd
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.v1_draft import BATCHES, LAYOUTS, V1Draft, assert_same, proposals, reference
 from nsa_plugin.settings import Settings
-from tests.vllm.v1_harness import BATCHES, LAYOUTS, V1Draft, assert_same, proposals, reference
 
 TOKENS = 4
 Install = Callable[..., Host]

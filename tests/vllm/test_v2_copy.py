@@ -11,13 +11,14 @@ import pytest
 import torch
 from vllm.config import set_current_vllm_config
 
-from nsa_plugin.adapters.vllm import capabilities, in_place, v2_copy
+from nsa_plugin.adapters.vllm import in_place, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import Draft
+from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 from tests.vllm.drafts import LARGE, POISONED, unequal_steps
-from tests.vllm.engine import BATCHES, LAYOUTS
 from tests.vllm.test_in_place import importable
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -176,7 +177,7 @@ def test_what_no_row_knows_is_left_to_vllm(
     monkeypatch.setattr(in_place, "ROWS", {})
     assert unequal_steps(expected, drafts("bf16", 3)) == set() and not runs
     assert any("strategy off (no attention group that this update knows)" in line for line in log(logging.INFO))
-    monkeypatch.setattr(capabilities, "uncovered_speculator", lambda speculator: "context parallelism is not covered")
+    monkeypatch.setattr(releases, "uncovered_speculator", lambda speculator: "context parallelism is not covered")
     assert unequal_steps(expected, drafts("bf16", 3)) == set() and not runs
     assert any("strategy off (context parallelism is not covered)" in line for line in log(logging.INFO))
 

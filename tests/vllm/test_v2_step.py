@@ -19,17 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 
-from nsa_plugin.adapters.vllm import capabilities, v2_copy, v2_step
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2_builder import METHOD
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import Draft
+from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 from tests.vllm.drafts import FIRST_IS_REBUILT, POISONED, unequal_steps
-from tests.vllm.engine import BATCHES, LAYOUTS
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
-Owner = pkgutil.resolve_name(capabilities.speculator())
+Owner = pkgutil.resolve_name(releases.speculator())
 POISON = 3
 NUM_SMS = 8
 
@@ -111,7 +113,7 @@ def test_every_step_equals_a_full_rebuild(
     got = drafts(layout, tokens, poison=True)
     assert unequal_steps(expected, got) == set()
     assert len(updates) == in_graph and not host.fallbacks
-    monkeypatch.setattr(capabilities, "uncovered_speculator", lambda speculator: "vLLM's own updates in place")
+    monkeypatch.setattr(releases, "uncovered_speculator", lambda speculator: "vLLM's own updates in place")
     in_place = drafts(layout, tokens, poison=True)
     assert len(updates) == in_graph, "the plugin's step was used"
     assert unequal_steps(in_place, got, rebuilt=False) == set()
@@ -244,7 +246,7 @@ def test_launches_per_draft_step(
     adapter.undo()
     install()
     with monkeypatch.context() as patch:
-        patch.setattr(capabilities, "uncovered_speculator", lambda speculator: "counted without")
+        patch.setattr(releases, "uncovered_speculator", lambda speculator: "counted without")
         in_place = count(layout, 4)
     ours = count(layout, 4)
     with capfd.disabled():
@@ -326,9 +328,9 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
     )
     metadata = draft.graphs._metadata["model.layers.2.mtp_block.self_attn.indexer.k_cache"]
     rows = draft.sizes.captured
-    assert capabilities.kind_of_group(builder, metadata, rows) == "indexer"
+    assert releases.kind_of_group(builder, metadata, rows) == "indexer"
     if change == "a field more":
-        monkeypatch.setattr(capabilities, "INDEXER_FIELDS", capabilities.INDEXER_FIELDS - {"indices"})
+        monkeypatch.setattr(releases, "INDEXER_FIELDS", releases.INDEXER_FIELDS - {"indices"})
     elif change == "a method of its own":
         own = type("Own", (type(builder),), {"update_draft_decode_metadata": lambda self, metadata: None})
         monkeypatch.setattr(builder, "__class__", own)
@@ -336,15 +338,15 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
         monkeypatch.setattr(builder, "compress_ratio", 4)
     else:
         rows += 1
-    assert capabilities.kind_of_group(builder, metadata, rows) == "other"
+    assert releases.kind_of_group(builder, metadata, rows) == "other"
 
 
 def test_context_parallelism_is_left_to_vllm(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     draft = Draft(*LAYOUTS["bf16"], 3)
-    assert capabilities.uncovered_speculator(draft.speculator) == ""
+    assert releases.uncovered_speculator(draft.speculator) == ""
     monkeypatch.setattr(draft.tables, "cp_size", 2)
-    assert "context parallelism" in capabilities.uncovered_speculator(draft.speculator)
+    assert "context parallelism" in releases.uncovered_speculator(draft.speculator)
     monkeypatch.setattr(draft.tables, "cp_size", 1)
     monkeypatch.setattr(draft.speculator, "pcp_manager", object(), raising=False)
-    assert "context parallelism" in capabilities.uncovered_speculator(draft.speculator)
+    assert "context parallelism" in releases.uncovered_speculator(draft.speculator)

@@ -14,17 +14,20 @@ from vllm.config import set_current_vllm_config
 
 from nsa_plugin import repro
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import capabilities, v2_rebuild, v2_switch, v2_watch
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2_rebuild import Draft as Begun
-from nsa_plugin.adapters.vllm.v2_staged import Staged
+from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
+from nsa_plugin.adapters.vllm.v2.verified import rebuild as v2_rebuild
+from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
+from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft as Begun
+from nsa_plugin.adapters.vllm.v2.verified.staged import Staged
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import PastEnd
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import CAPTURED, Draft
+from nsa_plugin.rigs.vllm.v1_draft import emulate_cuda
+from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
+from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 from tests.vllm.drafts import LARGE
-from tests.vllm.engine import BATCHES, LAYOUTS
-from tests.vllm.v1_harness import emulate_cuda
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Step = dict[str, torch.Tensor]
@@ -320,7 +323,7 @@ def test_without_what_it_takes_drafts_are_served_all_the_same(
 ) -> None:
     expected = stock()
     need = Need("vllm.absent", (), "test")
-    monkeypatch.setattr(capabilities, "WATCH_NEEDS", (need,))
+    monkeypatch.setattr(releases, "WATCH_NEEDS", (need,))
     install(verify=1)
     assert any("neither verified nor measured: looked for vllm.absent" in line for line in log(logging.WARNING))
     draft = Draft(*LAYOUTS["fp8 separate"], 4)

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.host import Host
-from nsa_plugin.testing.vllm_draft import DRAFT, TARGET, Draft, DraftModel, Graphs, Sizes
+from nsa_plugin.rigs.vllm.v2_draft import DRAFT, TARGET, Draft, DraftModel, Graphs, Sizes
 
 Step = dict[str, torch.Tensor]
 Install = Callable[..., tuple[Host, VllmAdapter]]

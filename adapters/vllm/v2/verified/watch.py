@@ -18,12 +18,14 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
 from nsa_plugin.adapters.probe import missing
-from nsa_plugin.adapters.vllm import capabilities, v2_step, v2_switch
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
-from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
-from nsa_plugin.adapters.vllm.v2_staged import Arena, Staged
-from nsa_plugin.adapters.vllm.v2_step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
-from nsa_plugin.adapters.vllm.v2_switch import BEGIN
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
+from nsa_plugin.adapters.vllm.v2.step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
+from nsa_plugin.adapters.vllm.v2.switch import BEGIN
+from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
+from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.step_update import PAD_SLOT
 
@@ -33,7 +35,7 @@ logger = logging.getLogger("vllm.plugins.nsa_plugin")
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """Those of `v2_step` and `v2_switch`; if drafts are verified or measured, with what sees each of them around."""
     made, begin = watch(host, live), getattr(owner, BEGIN)
-    if made is not None and (problems := missing(capabilities.WATCH_NEEDS)):
+    if made is not None and (problems := missing(releases.WATCH_NEEDS)):
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
         made = None
     if made is not None:

@@ -20,11 +20,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from nsa_plugin.adapters.probe import installed_version
-from nsa_plugin.adapters.vllm import v2_builder, v2_copy, v2_step
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.rigs.vllm.v2_draft import Draft, DraftModel, Graphs, Sizes, Speculator
 from nsa_plugin.settings import Settings
-from nsa_plugin.testing.vllm_draft import Draft, DraftModel, Graphs, Sizes, Speculator
 from nsa_plugin.testing.watching import WatchedHost
 
 LAYOUTS = {"fp8 64 heads": ("fp8_ds_mla", 64), "fp8 16 heads": ("fp8_ds_mla", 16), "bf16 64 heads": ("auto", 64)}

@@ -22,11 +22,11 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.sglang import compare
-from nsa_plugin.adapters.sglang.capabilities import GENERATIONS, NSA, names
 from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.adapters.sglang.describe import describe, geometry
+from nsa_plugin.adapters.sglang.releases import GENERATIONS, NSA, names
 from nsa_plugin.core.batch import ForwardMode
-from nsa_plugin.testing.installed import require
+from nsa_plugin.rigs.installed import require
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
 
-from nsa_plugin.testing.installed import TINY_DSV32
+from nsa_plugin.rigs.installed import TINY_DSV32
 
 ATTENTION = "model.layers.2.mtp_block.self_attn.attn"
 INDEX = "model.layers.2.mtp_block.self_attn.indexer.k_cache"

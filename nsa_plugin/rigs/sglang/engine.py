@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.sglang import capabilities, paths, preparation
-from nsa_plugin.testing import sglang_backends as backends
+from nsa_plugin.adapters.sglang import paths, preparation, releases
+from nsa_plugin.rigs.sglang import backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
 
 LENGTHS: dict[int, list[tuple[list[int], list[int]]]] = {
@@ -243,7 +243,7 @@ class SglangEngine(Engine):
         self._plugins = plugins
         if paths.not_graph():  # 0.5.11, 0.5.12
             self.strategies = ("share", "copy")
-        if problem := capabilities.lacking("draft extend"):  # before 0.5.15
+        if problem := releases.lacking("draft extend"):  # before 0.5.15
             self._cases = [case for case in cases if case.mode != "DRAFT_EXTEND_V2"]
             self.never = {**self.never, "draft extend": problem}
         forward_batch = pkgutil.resolve_name("sglang.srt.model_executor.forward_batch_info.ForwardBatch")
@@ -282,7 +282,7 @@ class SglangEngine(Engine):
 
     def patched(self) -> Sequence[object]:
         """The two backend classes."""
-        return [pkgutil.resolve_name(path) for path in (capabilities.names().multi_step, capabilities.names().backend)]
+        return [pkgutil.resolve_name(path) for path in (releases.names().multi_step, releases.names().backend)]
 
     def state(self) -> object:
         """sglang's own books on hooks."""
@@ -294,7 +294,7 @@ class SglangEngine(Engine):
         """Each need in turn, and an installation that breaks off half-way."""
         # members of an Enum can't be taken out
         removable = [
-            need for need in capabilities.names().needs() if not re.search(r"\.(ForwardMode|HookType)\.", need.path)
+            need for need in releases.names().needs() if not re.search(r"\.(ForwardMode|HookType)\.", need.path)
         ]
         absent = [Obstacle(need.path.rpartition(".")[2], without(need.path)) for need in removable]
         return [*absent, Obstacle("the third hook fails", _third_hook_fails(), probed=False)]

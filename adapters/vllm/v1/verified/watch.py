@@ -23,11 +23,11 @@ from nsa_plugin.adapters.base import Host, Mismatch, differing
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
 from nsa_plugin.adapters.vllm.shadows import defined, shadow, spare_group
-from nsa_plugin.adapters.vllm.v1_metadata import build_group
+from nsa_plugin.adapters.vllm.v1.kept import build_group
 from nsa_plugin.core.draft_steps import DraftLimits
 
 if TYPE_CHECKING:
-    from nsa_plugin.adapters.vllm.v1_proposer import Patch, Served
+    from nsa_plugin.adapters.vllm.v1.proposer import Patch, Served
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 Method = Callable[..., Any]

@@ -21,9 +21,9 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import capabilities, in_place
+from nsa_plugin.adapters.vllm import in_place, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-from nsa_plugin.adapters.vllm.v2_step import DeferredSlots, Hooks, Step, Uncovered, as_captured
+from nsa_plugin.adapters.vllm.v2.step import DeferredSlots, Hooks, Step, Uncovered, as_captured
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -46,7 +46,7 @@ def needs(speculator: str) -> tuple[Need, ...]:
             hooked=True,
             known=("num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
         ),
-        capabilities.SLOTS,
+        releases.SLOTS,
     )
 
 
@@ -84,7 +84,7 @@ class Steps:
 
     Parameters
     ----------
-    speculator : one of `capabilities.SPECULATORS`
+    speculator : one of `releases.SPECULATORS`
     num_rows : int
         Requests, padding included.
     bind : callable
@@ -145,7 +145,7 @@ class Steps:
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacement of the loop of `owner`, one of `capabilities.SPECULATORS`, by name.
+    """Replacement of the loop of `owner`, one of `releases.SPECULATORS`, by name.
 
     It passes its calls on to the original when it is not `live`.
     """
@@ -186,7 +186,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
 
         if failed or skip_attn or not live() or "copy" not in host.strategies or speculator.num_speculative_steps < 3:
             return original()
-        if problem := UNVERIFIED if host.verify else capabilities.uncovered_speculator(speculator):
+        if problem := UNVERIFIED if host.verify else releases.uncovered_speculator(speculator):
             host.using(logger, ENGINE, PATH, f"off ({problem})")
             return original()
         with Steps(speculator, batch_desc.num_reqs or num_reqs, bind, fell_back):
@@ -199,7 +199,7 @@ def places(speculator: Any, metadata: Mapping[str, Any], num_rows: int) -> tuple
     """Where every tensor is that the later steps of a draft could read or write."""
     buffers = speculator.input_buffers
     found: list[Any] = [num_rows, buffers.seq_lens.data_ptr(), speculator.block_tables.slot_mappings.data_ptr()]
-    for group in capabilities.groups_of(speculator):
+    for group in releases.groups_of(speculator):
         own = metadata[group.layer_names[0]]
         for holder in (own, getattr(own, "decode", None)):
             for value in vars(holder).values() if holder is not None else ():

@@ -19,7 +19,8 @@ from typing import Any
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import agreement, capabilities, v2_builder
+from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 BEGIN = "_fused_multi_step_decode"
@@ -81,7 +82,7 @@ drafts: Attached[FusedDraft] = Attached("fused_draft")
 
 def builders(speculator: Any) -> list[Any]:
     """The metadata builders of a draft's attention groups."""
-    return [group.get_metadata_builder() for group in capabilities.groups_of(speculator)]
+    return [group.get_metadata_builder() for group in releases.groups_of(speculator)]
 
 
 def chosen(host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool) -> None:

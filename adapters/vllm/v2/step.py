@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 
 from nsa_plugin.adapters.base import Fallback, Host
-from nsa_plugin.adapters.vllm import capabilities, v2_switch
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 from nsa_plugin.core.triton_impl import is_available
@@ -31,7 +32,7 @@ logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
-UPDATE = capabilities.UPDATE
+UPDATE = releases.UPDATE
 Hooks = Mapping[str, Callable[..., Any]]
 
 
@@ -40,7 +41,7 @@ class Step:
 
     Parameters
     ----------
-    speculator : one of `capabilities.SPECULATORS`
+    speculator : one of `releases.SPECULATORS`
     metadata : mapping of layer name to the metadata that its group's builder made
     num_reqs : int
         Requests, padding included; each has one query token.
@@ -57,7 +58,7 @@ class Step:
     """
 
     strategy = "graph"
-    kind_of_group = staticmethod(capabilities.kind_of_group)
+    kind_of_group = staticmethod(releases.kind_of_group)
     _first = True
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
@@ -66,7 +67,7 @@ class Step:
         self.others: list[Any] = []
         self._metadata = metadata
         request_maps, indexers, understood = [], [], False
-        for group in capabilities.groups_of(speculator):
+        for group in releases.groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
             kind = self.kind_of_group(builder, own, num_reqs)
             understood |= kind != "other"
@@ -181,7 +182,7 @@ def hooks(
     make: Callable[[Any, Mapping[str, Any], int], RunsStep] | None = None,
     prepared: Callable[[], bool] = lambda: False,
 ) -> Hooks:
-    """Replacements of the methods of `owner`, one of `capabilities.SPECULATORS`, by name.
+    """Replacements of the methods of `owner`, one of `releases.SPECULATORS`, by name.
 
     They pass their calls on to the originals when they are not `live`, or the plugin is off. `make` makes what runs at
     each step, a `Step` if it is None. `prepared` says that the draft under way has its metadata, and only copies it: then
@@ -197,9 +198,9 @@ def hooks(
         if not asks_groups:
             if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
                 return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
-            if problem := capabilities.not_vllms(update):
+            if problem := releases.not_vllms(update):
                 return problem
-        return capabilities.uncovered_speculator(speculator)
+        return releases.uncovered_speculator(speculator)
 
     def fell_back(error: Exception) -> None:
         nonlocal failed

@@ -25,12 +25,13 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.patches import Patches
 from nsa_plugin.adapters.probe import missing, warn_of_untested
-from nsa_plugin.adapters.vllm import capabilities, v1_watch
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.lazy import WhenImported
-from nsa_plugin.adapters.vllm.patches import Patches
-from nsa_plugin.adapters.vllm.v1_metadata import keeper_of
-from nsa_plugin.adapters.vllm.v1_steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.kept import keeper_of
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -50,12 +51,12 @@ class V1Draft:
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks; empty if it fits."""
-        return missing(capabilities.V1_NEEDS)
+        return missing(releases.V1_NEEDS)
 
     def install(self, host: Host) -> None:
         """Patch the proposer as soon as vLLM imports it, completely or not at all; what is missing is logged."""
         if self._watch is None:
-            self._watch = WhenImported(capabilities.V1_MODULE, lambda: self._patch(host))
+            self._watch = WhenImported(releases.V1_MODULE, lambda: self._patch(host))
 
     def undo(self) -> None:
         """Put the methods back, by identity; what somebody has wrapped since leaves all drafts to vLLM."""
@@ -72,8 +73,8 @@ class V1Draft:
             if problems := self.probe():
                 logger.warning("nsa-plugin: Model Runner V1 is left as it is: %s", "; ".join(problems))
                 return
-            warn_of_untested(logger, capabilities.V1_NEEDS)
-            base = pkgutil.resolve_name(capabilities.V1_PROPOSER)
+            warn_of_untested(logger, releases.V1_NEEDS)
+            base = pkgutil.resolve_name(releases.V1_PROPOSER)
             update, build = (vars(base)[name] for name in (UPDATE, BUILD))
             patch = self._patch_made = Patch(host, base, update, build)
             ours = v1_watch.watched(host, (ENGINE, PATH, STRATEGY), patch)
@@ -204,7 +205,7 @@ class Patch:
         for name in (UPDATE, BUILD):
             if getattr(kind, name) is not getattr(self._base, name):
                 return f"{kind.__name__} has its own {name}"
-        theirs = capabilities.not_vllms(self.stock_update) or capabilities.not_vllms(self.stock_build)
+        theirs = releases.not_vllms(self.stock_update) or releases.not_vllms(self.stock_build)
         return theirs or unsupported(proposer)
 
 

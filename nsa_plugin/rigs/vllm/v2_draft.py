@@ -34,7 +34,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 
-from nsa_plugin.testing.installed import TINY_DSV32
+from nsa_plugin.rigs.installed import TINY_DSV32
 
 CPU = torch.device("cpu")
 CAPTURED = 4

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.capabilities import groups_of, kind_of_group
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group
 from nsa_plugin.adapters.vllm.shadows import live_blocks
-from nsa_plugin.adapters.vllm.v2_rebuild import Draft, Rebuild
-from nsa_plugin.adapters.vllm.v2_step import Uncovered, slot_groups
+from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
+from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.metadata import same_buffer
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.capabilities import UPDATE_INPUTS
+from nsa_plugin.adapters.vllm.releases import UPDATE_INPUTS
 from nsa_plugin.adapters.vllm.shadows import shadow, spare_group
 
 

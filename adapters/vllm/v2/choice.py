@@ -15,13 +15,14 @@ from typing import Any
 
 from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import agreement, capabilities, v2_switch
-from nsa_plugin.adapters.vllm.v2_builder import ENGINE, PATH, Hooks, Served, served
+from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
+from nsa_plugin.adapters.vllm.v2.updates import ENGINE, PATH, Hooks, Served, served
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 CHOOSE = {
-    capabilities.SPECULATORS[0]: "_configure_decode_metadata_update",
-    capabilities.SPECULATORS[1]: "_configure_fused_multi_step_decode",
+    releases.SPECULATORS[0]: "_configure_decode_metadata_update",
+    releases.SPECULATORS[1]: "_configure_fused_multi_step_decode",
 }
 """By speculator, its method that decides."""
 SAYS = "supports_draft_decode_metadata_update"
@@ -36,7 +37,7 @@ def needs(speculator: str) -> tuple[Need, ...]:
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """The replacement of the method of `owner` that decides; it passes its calls on, after what is ours if it is `live`."""
-    name = CHOOSE[capabilities.speculator()]
+    name = CHOOSE[releases.speculator()]
     original = getattr(owner, name)
 
     @functools.wraps(original)

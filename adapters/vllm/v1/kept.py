@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
-from nsa_plugin.adapters.vllm.capabilities import INDEXER_MODULE, uncovered_builder
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHINFER_SPARSE, FLASHMLA_SPARSE, INDEXER, InPlace, unknown_fields
+from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, uncovered_builder
 
 
 def build_group(group: Any, batch: Any, draft_index: int) -> Any:

@@ -14,10 +14,13 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.vllm import capabilities, v2_builder, v2_choice, v2_step
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import v2_parts
+from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
+from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.rigs.vllm.v2_draft import Draft
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values, without
-from nsa_plugin.testing.vllm_draft import Draft
 
 LAYOUTS = {"bf16": ("auto", 4), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
 BATCHES = (
@@ -130,7 +133,7 @@ class VllmEngine(Engine):
 
     def patched(self) -> Sequence[object]:
         """The builder that learns to update its metadata, the speculator, and Model Runner V1's proposer."""
-        owners = (capabilities.BUILDER, capabilities.INDEXER, capabilities.speculator(), capabilities.V1_PROPOSER)
+        owners = (releases.BUILDER, releases.INDEXER, releases.speculator(), releases.V1_PROPOSER)
         return [pkgutil.resolve_name(owner) for owner in owners]
 
     def obstacles(self) -> Sequence[Obstacle]:

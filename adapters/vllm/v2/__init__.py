@@ -1,0 +1,1 @@
+"""Model Runner V2's draft. Runs where vLLM chooses that runner; `verified/` only where drafts are verified or measured."""
