@@ -16,7 +16,8 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 
 if TYPE_CHECKING:
-    from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
+    from nsa_plugin.adapters.base import Adapter
+    from nsa_plugin.adapters.reporting import Fallback, Mismatch
 
 PROJECT = "nsa_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -10,7 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from nsa_plugin import repro
-from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
+from nsa_plugin.adapters.base import Adapter, Strategy
+from nsa_plugin.adapters.reporting import Fallback, Mismatch, PathReport
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
@@ -95,6 +96,10 @@ class Host(Switch):
     def exact_step_lengths(self) -> bool:
         """Whether draft steps shall see the draft tokens before them."""
         return self.settings.step_lengths == "exact"
+
+    def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
+        """What a path of an engine reports to."""
+        return PathReport(self, engine, path, logger)
 
     def left_as_is(self, on: bool) -> list[str]:
         """What adapters say that goes on as before."""

@@ -10,7 +10,8 @@ import pluggy
 import torch
 
 from nsa_plugin import hookspec
-from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
+from nsa_plugin.adapters.base import Adapter
+from nsa_plugin.adapters.reporting import Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.errors import UnavailableError

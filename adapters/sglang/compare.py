@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import differing
+from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.hooking import beneath_hooks
 from nsa_plugin.adapters.sglang.releases import names

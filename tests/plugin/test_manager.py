@@ -27,7 +27,7 @@ from nsa_plugin import (
     hookspec,
     manager,
 )
-from nsa_plugin.adapters.base import Fallback, Mismatch
+from nsa_plugin.adapters.reporting import Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.host import Host
 from nsa_plugin.manager import HOOKS, Manager

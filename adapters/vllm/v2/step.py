@@ -13,23 +13,21 @@ there one object stands for all groups. The metadata of the first step is rebuil
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 from nsa_plugin.core.triton_impl import is_available
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-ENGINE = "vllm"
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
 UPDATE = releases.UPDATE
@@ -188,7 +186,7 @@ def hooks(
     each step, a `Step` if it is None. `prepared` says that the draft under way has its metadata, and only copies it: then
     it does so, on or off.
     """
-    generate = getattr(owner, GENERATE)
+    generate, said = getattr(owner, GENERATE), report(host, PATH)
     asks_groups = not hasattr(owner, UPDATE)
     update = _update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
@@ -205,7 +203,7 @@ def hooks(
     def fell_back(error: Exception) -> None:
         nonlocal failed
         failed = True
-        host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        said.fell_back("capture", "graph", error)
 
     def generate_fused_drafts(
         speculator: Any, num_reqs: int, num_tokens_padded: int, attn_metadata: Any, *args: Any, **kwargs: Any
@@ -220,12 +218,12 @@ def hooks(
                 raise Uncovered(problem)
             step = (make or Step)(speculator, attn_metadata, num_reqs)
         except Uncovered as reason:
-            host.using(logger, ENGINE, PATH, f"off ({reason})")
+            said.left_alone(str(reason))
             return original()
         except Exception as error:
             fell_back(error)
             return original()
-        host.using(logger, ENGINE, PATH, step.strategy)
+        said.using(step.strategy)
         v2_switch.of(host, speculator).recorded = True
         tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)

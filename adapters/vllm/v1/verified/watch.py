@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Host, Mismatch, differing
+from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
 from nsa_plugin.adapters.vllm.shadows import defined, shadow, spare_group
@@ -29,21 +29,17 @@ from nsa_plugin.core.draft_steps import DraftLimits
 if TYPE_CHECKING:
     from nsa_plugin.adapters.vllm.v1.proposer import Patch, Served
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
 Method = Callable[..., Any]
-Labels = tuple[str, str, str]
-"""Engine, path and strategy."""
 
 
-def watched(host: Host, labels: Labels, patch: Patch) -> tuple[Method, Method]:
+def watched(host: Host, patch: Patch, strategy: str) -> tuple[Method, Method]:
     """The update and the build of a patch, measured and verified if the settings say so; the very ones if not."""
     update, build = patch.update(), patch.build()
-    engine, path, strategy = labels
-    if host.durations(*labels, 1) is not None:
-        update, build = timed(host, labels, patch, update, build)
-    update, build = (host.ranged(call, engine, path, strategy) for call in (update, build))
+    if patch.report.durations(strategy, 1) is not None:
+        update, build = timed(patch, strategy, update, build)
+    update, build = (patch.report.ranged(call, strategy) for call in (update, build))
     if host.verify:
-        check = Verification(host, labels, patch)
+        check = Verification(host, patch, strategy)
         update, build = check.update(update), check.build(build)
     return update, build
 
@@ -72,8 +68,8 @@ class _Following:
 class Verification:
     """Compares every n-th draft of each proposer, the first to begin with, with vLLM's own rebuild."""
 
-    def __init__(self, host: Host, labels: Labels, patch: Patch) -> None:
-        self._host, self._labels, self._patch = host, labels, patch
+    def __init__(self, host: Host, patch: Patch, strategy: str) -> None:
+        self._host, self._patch, self._strategy = host, patch, strategy
         self._left: Attached[int] = Attached("v1_left")
         self._spares: Attached[tuple[Any, _Following]] = Attached("v1_spares")
         self._now: _Following | None = None
@@ -142,7 +138,7 @@ class Verification:
             kept = self._spares.set(proposer, (served.draft, _spare(proposer, served)))
         self._now = kept[1]
         self._now.batch = self._now.positions = None
-        self._host.verified(*self._labels)
+        self._patch.report.verified(self._strategy)
 
     def _same_places(
         self,
@@ -197,7 +193,7 @@ class Verification:
         steps = max(now.proposer.num_speculative_tokens - 1, 1)
         batch = describe(now.source, block_size=now.block_size, draft_steps=steps)
         geometry = positions_geometry(batch, now.limits.max_model_len, now.block_size)
-        self._host.mismatched(logger, Mismatch(*self._labels, batch, geometry, ((step, expected, got),), now.limits))
+        self._patch.report.mismatched(self._strategy, batch, geometry, ((step, expected, got),), now.limits)
 
 
 def _spare(proposer: Any, served: Served) -> _Following:
@@ -238,18 +234,17 @@ def _defined(group: Any, metadata: Any, lengths: torch.Tensor) -> dict[str, torc
     return defined(metadata, lengths.numel(), lengths, builder.kv_cache_spec.block_size, planned)
 
 
-def timed(host: Host, labels: Labels, patch: Patch, update: Method, build: Method) -> tuple[Method, Method]:
+def timed(patch: Patch, strategy: str, update: Method, build: Method) -> tuple[Method, Method]:
     """The two with their host time, from the update of each step to its metadata, as one figure per draft.
 
     Closures, not methods: a draft of 8 tokens passes here 14 times.
     """
-    engine, path, strategy = labels
     records: dict[tuple[bool, int], Callable[[float], None] | None] = {}
     clock, started, spent = time.perf_counter, 0.0, 0.0
 
     def record(ours: bool, steps: int) -> None:
         if (ours, steps) not in records:
-            records[ours, steps] = host.durations(engine, path, strategy if ours else "off", steps)
+            records[ours, steps] = patch.report.durations(strategy if ours else "off", steps)
         if (take := records[ours, steps]) is not None:
             take(spent)
 

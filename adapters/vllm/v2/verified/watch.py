@@ -7,7 +7,6 @@ that every fused draft passes.
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
@@ -16,20 +15,21 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import missing
+from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
+from nsa_plugin.adapters.vllm.reports import logger, report
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.adapters.vllm.v2.step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
+from nsa_plugin.adapters.vllm.v2.step import PATH, Hooks, RunsStep, Step, Uncovered
 from nsa_plugin.adapters.vllm.v2.switch import BEGIN
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.step_update import PAD_SLOT
-
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
@@ -48,7 +48,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
     """What sees every draft, if the settings ask for anything that takes it."""
-    if not host.verify and host.instrument(_recorded, ENGINE, PATH, "graph", 1) is _recorded:
+    if not host.verify and report(host, PATH).instrument(_recorded, "graph", 1) is _recorded:
         return None
     return Watch(host, live)
 
@@ -59,8 +59,9 @@ class Preparation:
     def __init__(self, host: Host, speculator: Any, staged: Staged) -> None:
         self._host, self._speculator, self._staged = host, speculator, staged
         self._steps = speculator.num_speculative_steps - 1
-        self._ours = host.instrument(staged.prepare, ENGINE, PATH, "copy", self._steps)
-        self._native = host.instrument(staged.prepare_natively, ENGINE, PATH, "off", self._steps)
+        self._said = report(host, PATH)
+        self._ours = self._said.instrument(staged.prepare, "copy", self._steps)
+        self._native = self._said.instrument(staged.prepare_natively, "off", self._steps)
         self._left, self._handed_back = 1, False
 
     def __call__(self, draft: Draft) -> None:
@@ -92,15 +93,19 @@ class Preparation:
 
     def _verify(self, draft: Draft) -> None:
         """Compare what is there with vLLM's own values; on a difference, put those there and report."""
-        self._host.verified(ENGINE, PATH, "copy")
+        self._said.verified("copy")
         if values := tuple(found for found in self._staged.differences(draft) if differing(*found[1:])):
             self._staged.prepare_natively(draft)
-            self._host.mismatched(logger, self._mismatch(draft, values))
+            self._said.mismatched("copy", *self._described(draft), values, self._limits)
 
     def _report(self, error: Exception, strategy: str) -> None:
-        self._host.fell_back(logger, Fallback(ENGINE, PATH, "replay", strategy, error))
+        self._said.fell_back("replay", strategy, error)
 
-    def _mismatch(self, draft: Draft, values: tuple[Any, ...]) -> Mismatch:
+    @property
+    def _limits(self) -> DraftLimits:
+        return DraftLimits(self._speculator.max_model_len, PastEnd.CLAMP, PAD_SLOT)
+
+    def _described(self, draft: Draft) -> tuple[BatchDescriptor, Geometry]:
         speculator, first = self._speculator, self._staged.groups[0]
         builder = first.group.get_metadata_builder()
         batch = describe_draft(
@@ -110,10 +115,8 @@ class Preparation:
             draft.steps,
             first.group.kv_cache_group_id,
         )
-        longest = speculator.max_model_len
-        geometry = positions_geometry(batch, longest, first.block_size, getattr(builder, "topk_tokens", None))
-        limits = DraftLimits(longest, PastEnd.CLAMP, PAD_SLOT)
-        return Mismatch(ENGINE, PATH, "copy", batch, geometry, values, limits)
+        topk = getattr(builder, "topk_tokens", None)
+        return batch, positions_geometry(batch, speculator.max_model_len, first.block_size, topk)
 
 
 class _Speculator:
@@ -148,7 +151,7 @@ class Watch:
     """
 
     def __init__(self, host: Host, live: Callable[[], bool]) -> None:
-        self._host, self._live = host, live
+        self._host, self._live, self._said = host, live, report(host, PATH)
         self.verified = host.verify > 0
         self._known: Attached[_Speculator] = Attached("watched")
         self._draft: Draft | None = None
@@ -204,7 +207,7 @@ class Watch:
                 staged = self._staged(known, speculator, metadata, num_reqs)
             except Exception as error:
                 if not isinstance(error, Uncovered):
-                    self._host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "copy", error))
+                    self._said.fell_back("capture", "copy", error)
                 if self._draft is None:  # what is captured now stays as it is
                     self.verified = v2_switch.of(self._host, speculator).switchable = False
                     logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
@@ -214,7 +217,7 @@ class Watch:
         if self._draft is None or self._prepared:
             self.count(speculator, num_reqs)
             return Step(speculator, metadata, num_reqs)
-        seconds = self._host.durations(ENGINE, PATH, "graph", self._draft.steps)
+        seconds = self._said.durations("graph", self._draft.steps)
         if seconds is None:
             return Step(speculator, metadata, num_reqs)
         self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs))
@@ -223,7 +226,7 @@ class Watch:
     def count(self, speculator: Any, num_reqs: int) -> None:
         """Count the replays of a graph that computes the metadata of drafts of a size."""
         steps = speculator.num_speculative_steps - 1
-        self._of(speculator).count[num_reqs] = self._host.instrument(_recorded, ENGINE, PATH, "graph", steps)
+        self._of(speculator).count[num_reqs] = self._said.instrument(_recorded, "graph", steps)
 
     def _of(self, speculator: Any) -> _Speculator:
         known = self._known.get(speculator)
@@ -246,7 +249,7 @@ class Watch:
             known.count.pop(num_reqs, None)
             prepare = known.prepare[num_reqs] = Preparation(self._host, speculator, staged)
         if known.arena.size > before:
-            self._host.buffers(ENGINE, PATH, "copy", known.arena.size - before)
+            self._said.buffers("copy", known.arena.size - before)
         if self._draft is not None:
             prepare(self._draft)
         else:  # vLLM warms up what it is about to capture: what it takes is shown to work before it is needed
