@@ -58,7 +58,7 @@ def sharing() -> list[int]:
 
 def is_elastic(speculator: Any) -> bool:
     """Whether ranks that share its draft come and go (elastic expert parallelism): they can't be asked."""
-    return bool(getattr(speculator.vllm_config.parallel_config, "enable_elastic_ep", False))
+    return bool(speculator.vllm_config.parallel_config.enable_elastic_ep)
 
 
 def objection(own: str = "") -> str:

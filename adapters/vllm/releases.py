@@ -1,4 +1,9 @@
-"""Everything that this adapter needs of vLLM, in one table."""
+"""At start, at capture and at every draft: what vLLM's releases call or do differently; and what is needed of each.
+
+Whatever a release does in its own way is a function or a table here, marked with "goes with": the last release that
+needs the older way. To drop a release, search this file for that, and keep the newer way alone. Other files of this
+adapter ask here, and never ask an object of vLLM's what it has.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,11 @@ import dataclasses
 import functools
 import importlib.util
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from nsa_plugin.adapters.probe import Need
 
@@ -39,14 +47,18 @@ SPECULATORS = (
     "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator.TargetDependentARSpeculator",
     "vllm.v1.worker.gpu.spec_decode.autoregressive.speculator.AutoRegressiveSpeculator",
 )
-"""Where the fused draft of Model Runner V2 is; the second, of vLLM 0.28 to 0.31, rebuilds the metadata of its first step."""
+"""Where the fused draft of Model Runner V2 is. The second rebuilds the metadata of its first step; it goes with 0.31."""
 UPDATE = "_update_draft_decode_metadata"
-"""The first one's method that asks every attention group; the second one's loop does it itself."""
+"""The first one's method that asks every attention group. The second one's loop asks them itself: see `asks_groups`."""
+CHOOSE = {SPECULATORS[0]: "_configure_decode_metadata_update", SPECULATORS[1]: "_configure_fused_multi_step_decode"}
+"""By speculator, its method that chooses the fused draft. The second goes with 0.31."""
+BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
+"""A speculator's method that builds the metadata of a step. The second goes with 0.28."""
 
 
 @functools.cache
 def speculator() -> str:
-    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing."""
+    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing. It goes with 0.31."""
     found = importlib.util.find_spec("vllm")
     folders = [] if found is None else [Path(folder).parent for folder in found.submodule_search_locations or ()]
     for path in SPECULATORS:
@@ -54,6 +66,85 @@ def speculator() -> str:
         if any((folder / f"{module}.py").exists() for folder in folders):
             return path
     return SPECULATORS[0]
+
+
+def asks_groups(owner: type) -> bool:
+    """Whether a speculator's loop asks every attention group itself, without `UPDATE`. It goes with 0.31."""
+    return not hasattr(owner, UPDATE)
+
+
+def builds(speculator: Any) -> str:
+    """The one of `BUILDS` that a speculator has. It goes with 0.28."""
+    return next(name for name in BUILDS if hasattr(speculator, name))
+
+
+def captured_steps(speculator: Any, batch_desc: Any) -> int:
+    """Draft tokens that the graph of a size was captured with. Until 0.32 all graphs have the same; it goes with that."""
+    return getattr(batch_desc, "num_speculative_tokens", 0) or int(speculator.num_speculative_steps)
+
+
+def vllms_request_map() -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
+    """vLLM's own kernel for the request map of `tokens` tokens. None goes with 0.31, which computes the map on the host."""
+    try:
+        compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
+    except (ImportError, AttributeError):
+        return None
+    return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
+
+
+def slot_block_sizes(tables: Any) -> torch.Tensor:
+    """Tokens per block of each KV-cache group of `BlockTables`. 0.30 and 0.31 have two kinds of blocks; it goes with 0.31."""
+    sizes: torch.Tensor = getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor)
+    return sizes
+
+
+def slots_enabled(tables: Any) -> torch.Tensor:
+    """Which KV-cache groups of `BlockTables` have slots: bool [groups]. All of them do in 0.28; it goes with that."""
+    enabled: torch.Tensor | None = getattr(tables, "slot_mapping_enabled", None)
+    return torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled
+
+
+def ones_of(decode: Any) -> tuple[str, ...]:
+    """Fields of the indexer's decode metadata that hold the query length of each request. One of them goes with 0.28."""
+    names = ("decode_lens", "per_req_decode_lens")
+    return tuple(name for name in names if getattr(decode, name, None) is not None)
+
+
+def indexer_table(metadata: Any) -> torch.Tensor:
+    """The block table that the indexer's rows are made of.
+
+    Until 0.31 the metadata has no such field: the rebuild of a draft's first step has copied the rows. It goes with 0.31.
+    """
+    table: torch.Tensor = getattr(metadata, "block_table", metadata.decode.block_table)
+    return table
+
+
+def states_per_block(spec: Any) -> int:
+    """Entries of an indexer's KV-cache block, as DeepGEMM counts them. The other name goes with 0.28."""
+    return int(spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size)
+
+
+def build_group(group: Any, batch: Any, draft_index: int) -> Any:
+    """What vLLM itself builds for an attention group in a draft step. Asking the builder, not the group, goes with 0.31."""
+    if hasattr(group, "build_metadata_for_drafting"):
+        return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+    return group.get_metadata_builder().build_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+
+
+def maps_blocks(group: Any) -> bool:
+    """Whether the block table of an attention group is mapped to kernel blocks for every build. No group's goes with 0.31."""
+    return getattr(group, "kernel_block_size", None) is not None
+
+
+def table_block_size(group: Any) -> int:
+    """Tokens per entry of the block table that an attention group's builder gets."""
+    return int(group.kernel_block_size if maps_blocks(group) else group.get_metadata_builder().kv_cache_spec.block_size)
+
+
+def mapped_table(group: Any) -> torch.Tensor | None:
+    """Where the block table of an attention group is mapped to; None if it is not. That it has no such place goes with 0.31."""
+    table: torch.Tensor | None = getattr(group, "kernel_block_table", None)
+    return table
 
 
 SLOTS = Need(
@@ -116,7 +207,7 @@ def uncovered_builder(builder: Any) -> str:
 
 
 def uncovered_speculator(speculator: Any) -> str:
-    """Empty, or why the step of a fused draft is left to vLLM."""
+    """Empty, or why the step of a fused draft is left to vLLM. That it may have no `pcp_manager` goes with 0.28."""
     tables = speculator.block_tables
     if tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:
         return "context parallelism is not covered"
@@ -180,4 +271,4 @@ V1_NEEDS: tuple[Need, ...] = (
          "build the metadata of a group"),
     Need("vllm.v1.spec_decode.utils.PADDING_SLOT_ID", (), "the slot of tokens that are not stored"),
 )  # fmt: skip
-"""What Model Runner V1's draft needs; what keeping one builder's metadata needs is in `v1_metadata.KEPT`."""
+"""What Model Runner V1's draft needs; what keeping one builder's metadata needs is in `v1.kept.KEPT`."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.vllm.releases import mapped_table
+
 ROWS: Mapping[str, int] = {
     "req_id_per_token": 0, "seq_lens": 0, "slot_mapping": 0, "decode_lens": 0, "per_req_decode_lens": 0, "indices": 0,
     "positions": 0, "global_seq_lens": 0, "query_start_loc": 1,
@@ -44,8 +46,7 @@ def spare_group(group: Any, rows: int) -> Any:
     }
     made = copy.copy(group)
     made.metadata_builders = [shadow(builder, **own)]
-    table = getattr(group, "kernel_block_table", None)  # vLLM 0.32 and later
-    if table is not None:
+    if (table := mapped_table(group)) is not None:
         made.kernel_block_table = table.clone()
     return made
 

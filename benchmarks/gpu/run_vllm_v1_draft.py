@@ -44,7 +44,7 @@ from nsa_plugin.settings import Settings
 
 require("vllm")
 
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as V1Patch
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.rigs.vllm.v1_draft import V1Draft, caches_cleared, differing
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -68,7 +68,7 @@ def batches(tokens: int, number: int, seed: int) -> Iterator[tuple[list[int], li
 @contextmanager
 def plugin(verify: int = 0) -> Iterator[Host]:
     """The plugin's patch of the proposer. It verifies every `verify`-th draft."""
-    host, patch = Host(Settings(verify=verify)), V1Patch()
+    host, patch = Host(Settings(verify=verify)), v1_patches()
     patch.install(host)
     try:
         yield host

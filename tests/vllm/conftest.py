@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from nsa_plugin.adapters.patches import PatchSet
     from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
     from nsa_plugin.host import Host
     from tests.vllm.drafts import Step
 
@@ -70,14 +70,14 @@ def expected() -> list[Step]:
 @pytest.fixture
 def install_v1() -> Iterator[Callable[[], Host]]:
     """Patches Model Runner V1's proposer; undoes it after the test."""
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
+    from nsa_plugin.adapters.vllm.ledger import v1_patches
     from nsa_plugin.host import Host
 
-    patches: list[V1Draft] = []
+    patches: list[PatchSet] = []
 
     def install() -> Host:
         host = Host()
-        patches.append(V1Draft())
+        patches.append(v1_patches())
         patches[-1].install(host)
         return host
 

@@ -39,7 +39,7 @@ def drafts(
         seen += draft.propose(lengths, [min(count, tokens) for count in rejected], first_block)
     assert not draft.fused
     assert isinstance(draft.speculator.attn_groups, list) and draft.speculator.block_tables is draft.tables
-    assert not any(name in vars(draft.speculator) for name in v2_copy.BUILDS)
+    assert not any(name in vars(draft.speculator) for name in releases.BUILDS)
     return seen
 
 

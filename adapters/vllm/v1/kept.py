@@ -19,14 +19,7 @@ import torch
 from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHINFER_SPARSE, FLASHMLA_SPARSE, INDEXER, InPlace, unknown_fields
-from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, uncovered_builder
-
-
-def build_group(group: Any, batch: Any, draft_index: int) -> Any:
-    """What vLLM itself builds for an attention group in a draft step; until 0.31 its builder is asked, not the group."""
-    if hasattr(group, "build_metadata_for_drafting"):
-        return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
-    return group.get_metadata_builder().build_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, maps_blocks, ones_of, uncovered_builder
 
 
 @dataclass(frozen=True)
@@ -98,8 +91,7 @@ def keeper_of(group: Any) -> tuple[Keeper | None, str]:
         return None, f"{kind.__name__}: {REBUILT.get(kind.__name__, 'not examined')}"
     if problems := missing(keeper.needs):
         return None, f"{kind.__name__}: {'; '.join(problems)}"
-    maps_blocks = hasattr(group, "map_to_kernel_block_table")
-    if maps_blocks and group.kernel_block_size is not None:
+    if maps_blocks(group):
         return None, f"{kind.__name__}: its block table is mapped to kernel blocks anew for every build"
     problem = keeper.refused(builder) or unknown_fields(keeper.fields)
     return (None, f"{kind.__name__}: {problem}") if problem else (keeper, "")
@@ -145,8 +137,6 @@ def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | N
         return None
     if decode.global_seq_lens is not None or decode.block_table.shape != batch.block_table.shape:
         return None
-    per_request = getattr(decode, "per_req_decode_lens", None)  # which vLLM 0.28 does not have
-    ones = ("decode_lens",) if per_request is None else ("decode_lens", "per_req_decode_lens")
     steps = []
     for seq_lens in batch.seq_lens:
         step = copy.copy(built)
@@ -155,7 +145,7 @@ def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | N
             decode,
             seq_lens=seq_lens.unsqueeze(-1),
             block_table=batch.block_table,
-            **dict.fromkeys(ones, batch.ones),
+            **dict.fromkeys(ones_of(decode), batch.ones),
             indices=None if decode.indices is None else batch.request_map,
         )
         steps.append(step)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, KeptSteps, build_group, keeper_of
+from nsa_plugin.adapters.vllm.releases import build_group
+from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, KeptSteps, keeper_of
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, bind_draft_steps, check_source
 from nsa_plugin.core.errors import reject

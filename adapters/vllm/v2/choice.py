@@ -19,11 +19,6 @@ from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.updates import PATH, Hooks, Served, served
 
-CHOOSE = {
-    releases.SPECULATORS[0]: "_configure_decode_metadata_update",
-    releases.SPECULATORS[1]: "_configure_fused_multi_step_decode",
-}
-"""By speculator, its method that decides."""
 SAYS = "supports_draft_decode_metadata_update"
 ELASTIC = "elastic expert parallelism is not covered: ranks that share the draft come and go, and can't be asked"
 """An objection that all ranks have, since they have the same setting: none asks another."""
@@ -31,12 +26,19 @@ ELASTIC = "elastic expert parallelism is not covered: ranks that share the draft
 
 def needs(speculator: str) -> tuple[Need, ...]:
     """What it takes of the speculator at a dotted path."""
-    return (Need(f"{speculator}.{CHOOSE[speculator]}", (), "choose the fused draft on all ranks or none", hooked=True),)
+    return (
+        Need(
+            f"{speculator}.{releases.CHOOSE[speculator]}",
+            (),
+            "choose the fused draft on all ranks or none",
+            hooked=True,
+        ),
+    )
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """The replacement of the method of `owner` that decides; it passes its calls on, after what is ours if it is `live`."""
-    name = CHOOSE[releases.speculator()]
+    name = releases.CHOOSE[releases.speculator()]
     original = getattr(owner, name)
 
     @functools.wraps(original)

@@ -187,7 +187,7 @@ def hooks(
     it does so, on or off.
     """
     generate, said = getattr(owner, GENERATE), report(host, PATH)
-    asks_groups = not hasattr(owner, UPDATE)
+    asks_groups = releases.asks_groups(owner)
     update = _update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
 
@@ -264,26 +264,23 @@ def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: A
 
 def slot_groups(tables: Any) -> SlotGroups:
     """The block tables of vLLM's `BlockTables`, one per KV-cache group, and its slot mappings. Copies no tensor."""
-    enabled = getattr(tables, "slot_mapping_enabled", None)  # vLLM 0.28 maps every group's slots
     return SlotGroups(
         [table.gpu for table in tables.block_tables],
         tables.block_table_ptrs,
         tables.block_table_strides,
-        getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor),  # of vLLM until 0.31
-        torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled,
+        releases.slot_block_sizes(tables),
+        releases.slots_enabled(tables),
         tables.slot_mappings,
     )
 
 
 def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
     decode = metadata.decode
-    ones = [decode.decode_lens, getattr(decode, "per_req_decode_lens", None)]
-    source = getattr(metadata, "block_table", decode.block_table)  # without it the first step's rebuild has copied it
     return IndexerRows(
         decode.seq_lens.view(-1),
-        tuple(lens for lens in ones if lens is not None),
+        tuple(getattr(decode, name) for name in releases.ones_of(decode)),
         decode.indices,
-        source[:num_reqs],
+        releases.indexer_table(metadata)[:num_reqs],
         decode.block_table,
     )
 

@@ -173,7 +173,7 @@ def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
 def _alone(speculator: Any) -> bool:
     """Whether no other rank shares the draft of this one."""
     parallel = speculator.vllm_config.parallel_config
-    if agreement.is_elastic(speculator) or getattr(parallel, "data_parallel_size", 1) > 1:
+    if agreement.is_elastic(speculator) or parallel.data_parallel_size > 1:
         return False
     try:
         return len(agreement.sharing()) == 1

@@ -27,8 +27,6 @@ from nsa_plugin.adapters.vllm.v2.step import DeferredSlots, Hooks, Step, Uncover
 
 PATH = "draft steps that are not fused"
 LOOP = "_multi_step_decode"
-BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
-"""What the loop asks for the metadata of a step; the second in vLLM 0.28."""
 UNVERIFIED = "NSA_PLUGIN_VERIFY does not cover it"
 KEPT_BATCHES = 128
 """Batch sizes, and places of their metadata, whose bound steps are kept."""
@@ -99,7 +97,7 @@ class Steps:
         fell_back: Callable[[Exception], None],
     ) -> None:
         self._speculator, self._num_rows, self._bind, self._fell_back = speculator, num_rows, bind, fell_back
-        self._name = next(name for name in BUILDS if hasattr(speculator, name))
+        self._name = releases.builds(speculator)
         self._build = getattr(speculator, self._name)
         self._before = {name: vars(speculator)[name] for name in (self._name,) if name in vars(speculator)}
         self._groups = speculator.attn_groups

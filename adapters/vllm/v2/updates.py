@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 from nsa_plugin.adapters.vllm.reports import report
@@ -18,7 +18,6 @@ from nsa_plugin.adapters.vllm.reports import report
 PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
 Hooks = Mapping[str, Callable[..., Any]]
-RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Served:
 _served: dict[type, Served] = {}
 
 
+def has_own(owner: type) -> bool:
+    """Whether a class of builders has an update in place: vLLM's, or another plugin's that came first."""
+    return METHOD in vars(owner)
+
+
 def served(builder: Any) -> Served | None:
     """What serves a builder; None for one of another class, even a subclass, which may build metadata of its own."""
     found = _served.get(type(builder))
@@ -49,15 +53,13 @@ def served(builder: Any) -> Served | None:
 
 
 def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own."""
-    if METHOD in vars(owner):
-        return {}
+    """Replacements of the methods of `owner`, the builder of a row, by name."""
     _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
     return MappingProxyType({METHOD: UPDATES[row.changes](host)})
 
 
 def _update_request_map(host: Host) -> Callable[..., None]:
-    on_device = _vllms_request_map() or request_map
+    on_device = releases.vllms_request_map() or request_map
     failed = False
 
     def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
@@ -78,15 +80,6 @@ def _update_request_map(host: Host) -> Callable[..., None]:
     # Not merely True: functools.wraps copies attributes to whatever wraps this function and may do more.
     update_draft_decode_metadata.only_the_request_map = update_draft_decode_metadata  # type: ignore[attr-defined]
     return update_draft_decode_metadata
-
-
-def _vllms_request_map() -> RequestMap | None:
-    """vLLM's own kernel for the request map; None in releases that compute it on the host (0.28 to 0.31)."""
-    try:
-        compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
-    except (ImportError, AttributeError):
-        return None
-    return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
 
 
 def update_indexer(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.adapter import v2_parts
+from nsa_plugin.adapters.vllm.ledger import v2_essential
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
@@ -140,7 +140,7 @@ class VllmEngine(Engine):
         """Each need in turn, and an installation that breaks off."""
         absent = [
             Obstacle(need.path.rpartition(".")[2], without(need.path))
-            for need in dict.fromkeys(need for part in v2_parts() for need in part.needs)
+            for need in dict.fromkeys(need for part in v2_essential() for need in part.needs)
         ]
         broken = mock.patch.object(v2_choice, "hooks", side_effect=RuntimeError("planted"))
         return [*absent, Obstacle("the update can't be made", broken, probed=False)]
@@ -148,7 +148,7 @@ class VllmEngine(Engine):
     @contextlib.contextmanager
     def plant(self, working: int) -> Iterator[Fault]:
         """In the one-kernel step, and in the function that the builder's update calls; vLLM's own builders keep it."""
-        fault, real = Fault(working), v2_builder._vllms_request_map() or v2_builder.request_map
+        fault, real = Fault(working), releases.vllms_request_map() or v2_builder.request_map
 
         def failing(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
             out.fill_(POISON)
@@ -162,7 +162,7 @@ class VllmEngine(Engine):
             run(step)
 
         with (
-            mock.patch.object(v2_builder, "_vllms_request_map", lambda: failing),
+            mock.patch.object(releases, "vllms_request_map", lambda: failing),
             mock.patch.object(v2_step.Step, "run", failing_step),
         ):
             yield fault

@@ -22,8 +22,8 @@ from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
+from nsa_plugin.adapters.vllm.releases import build_group
 from nsa_plugin.adapters.vllm.shadows import defined, shadow, spare_group
-from nsa_plugin.adapters.vllm.v1.kept import build_group
 from nsa_plugin.core.draft_steps import DraftLimits
 
 if TYPE_CHECKING:

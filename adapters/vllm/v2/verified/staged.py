@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group
+from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group, table_block_size
 from nsa_plugin.adapters.vllm.shadows import live_blocks
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
@@ -108,10 +108,7 @@ class StagedGroup:
     @property
     def block_size(self) -> int:
         """Tokens per entry of its block table."""
-        size: int = (
-            getattr(self.group, "kernel_block_size", None) or self.group.get_metadata_builder().kv_cache_spec.block_size
-        )
-        return size
+        return table_block_size(self.group)
 
 
 class Staged:

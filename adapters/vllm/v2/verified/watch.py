@@ -178,7 +178,7 @@ class Watch:
                 return original(speculator, *arguments, **kwargs)
             tokens = num_speculative_steps
             if captured:  # a graph runs the steps that it was captured with, however many are wanted
-                tokens = getattr(batch_desc, "num_speculative_tokens", 0) or speculator.num_speculative_steps
+                tokens = releases.captured_steps(speculator, batch_desc)
             draft = self._draft = Draft(num_reqs, batch_desc, seq_lens_cpu_upper_bound, tokens - 1, skip_attn)
             self._prepared, self._measured = False, None
             try:
