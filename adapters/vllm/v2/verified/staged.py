@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.rebuilds import live_blocks
 from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group
-from nsa_plugin.adapters.vllm.shadows import live_blocks
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.core.api import Impl
