@@ -109,9 +109,7 @@ def v1(third_party: ThirdParty) -> Iterator[Callable[[], Host]]:
     patch.undo()
 
 
-def test_a_fused_draft_uses_what_is_provided(
-    install: Install, third_party: ThirdParty, expected: list[Step]
-) -> None:
+def test_a_fused_draft_uses_what_is_provided(install: Install, third_party: ThirdParty, expected: list[Step]) -> None:
     host, _ = install("auto", third_party)
     draft = Draft(*LAYOUT, TOKENS)
     assert draft.fused
