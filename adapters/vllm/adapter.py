@@ -1,4 +1,4 @@
-"""At start: the vLLM adapter's probe, install and undo. What is patched, and why, is in `nsa_plugin.adapters.vllm.ledger`."""
+"""Runs at start: probe, install and undo of the vLLM adapter. What is patched, and why, is in `ledger`."""
 
 from __future__ import annotations
 

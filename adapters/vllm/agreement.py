@@ -1,4 +1,4 @@
-"""All ranks that share a draft choose the fused one, or none does.
+"""Runs at start, when vLLM has made a draft: all ranks that share the draft choose the fused one, or none does.
 
 vLLM warms a captured draft up by running it: the whole draft with all its collectives if it is fused, else one step. A
 rank that chose alone would leave the others waiting, at the first captured size. The choice itself comes from the

@@ -1,4 +1,4 @@
-"""Draft attention backends whose metadata vLLM 0.33.0 rebuilds for each draft step, and why this adapter leaves them alone.
+"""Runs where asked what is left alone: draft attention backends whose metadata vLLM 0.33.0 rebuilds at each step, and why.
 
 Read in vLLM's sources: what each builder's `build` derives, and which drafts of a DSA model can have it. A draft is
 either the model's own MTP layer (sparse MLA and an indexer), or an Eagle model with dense MLA or grouped-query attention.

@@ -1,4 +1,4 @@
-"""At capture and at every draft: DeepGEMM's schedule for the DSA indexer, which follows from the lengths of each step."""
+"""Runs at capture and at every draft: DeepGEMM's schedule for the DSA indexer, from the lengths of each step."""
 
 from __future__ import annotations
 

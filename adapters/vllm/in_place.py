@@ -1,4 +1,4 @@
-"""The builders that get an update in place for Model Runner V2's fused draft: one row each.
+"""Runs at start and at capture: the builders that get an update in place for Model Runner V2's fused draft, a row each.
 
 A row says what the decode metadata of one token per request is made of. A field that is not in it may change from step to
 step, so that a builder whose metadata has more is left to vLLM. All rows were read in vLLM's sources (`build` and what it

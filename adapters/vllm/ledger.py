@@ -1,4 +1,4 @@
-"""At start: every attribute of vLLM that this adapter replaces, a row each, with the reason and until when.
+"""Runs at start: every attribute of vLLM that this adapter replaces, a row each, with the reason and until when.
 
 A `Part` is a class of vLLM: its rows, what makes the replacements, and what those take for granted. Parts are patched when
 vLLM imports their modules. Nothing is patched that is not here.
@@ -17,11 +17,11 @@ from nsa_plugin.adapters.vllm.in_place import Changes, InPlace
 from nsa_plugin.adapters.vllm.reports import logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
+from nsa_plugin.adapters.vllm.v2 import fused as v2_fused
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
-from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
 
 V2, V1 = "Model Runner V2", "Model Runner V1"
 NOT_PROPOSED = "not proposed"
@@ -61,7 +61,7 @@ def v2_essential() -> tuple[Part, ...]:
             essential=True,
         ),
         Part(
-            v2_step.PATH, speculator, (*releases.step_needs(speculator), *v2_switch.needs(speculator)), v2_watch.hooks,
+            v2_step.PATH, speculator, (*releases.step_needs(speculator), *v2_switch.needs(speculator)), v2_fused.hooks,
             _step_rows(speculator), essential=True,
         ),
     )  # fmt: skip

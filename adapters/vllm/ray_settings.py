@@ -1,4 +1,4 @@
-"""Settings on their way to Ray's workers, which get some variables of the driver's environment only."""
+"""Runs at start: settings on their way to Ray's workers, which get only some variables of the driver's environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""At start, at capture and at every draft: what vLLM's releases call or do differently; and what is needed of each.
+"""Runs at start and at capture: what the adapter needs of vLLM, and what vLLM's releases do differently.
 
 Whatever a release does in its own way is a function or a table here, marked with "goes with": the last release that
 needs the older way. To drop a release, search this file for that, and keep the newer way alone. Other files of this

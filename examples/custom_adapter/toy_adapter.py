@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
 from nsa_plugin.adapters.base import Adapter, Host, PathPlan, Strategy
+from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.probe import Need, missing, untested, warn_if_untested, warn_of_untested
 from nsa_plugin.adapters.reporting import PathReport, Stage
 
@@ -111,6 +112,14 @@ class ToyAdapter:
             self.undo()
             raise
         return []
+
+    def ledger(self) -> list[LedgerRow]:
+        """The two methods that `install` replaces."""
+        gone_when = "the toy engine computes the metadata of all steps at once"
+        return [
+            LedgerRow(need.path, f"To {need.why}.", "not proposed", gone_when, runs)
+            for need, runs in zip(NEEDS, ("at capture", "at every replay"), strict=False)
+        ]
 
     def undo(self) -> None:
         """Put everything back."""

@@ -1,4 +1,4 @@
-"""What the draft metadata of Model Runner V1 keeps from step to step, builder by builder.
+"""Runs at every draft: what the draft metadata of Model Runner V1 keeps from step to step, builder by builder.
 
 A draft step has one query token per request, whatever came before. For the builders in `KEPT`, all that then changes
 from step to step are the sequence lengths, and the indexer's DeepGEMM schedule that follows from them; all that changes

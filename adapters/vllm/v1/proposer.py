@@ -1,4 +1,4 @@
-"""At every draft: Model Runner V1's positions, slots and lengths of all steps in one launch, its metadata kept.
+"""Runs at every draft: Model Runner V1's positions, slots and lengths of all steps in one launch, its metadata kept.
 
 Why vLLM's two methods are replaced, and until when, is in `nsa_plugin.adapters.vllm.ledger`.
 """
@@ -141,7 +141,7 @@ class Patch:
                 if problem := self._unsupported(proposer):
                     self.report.left_alone(problem)
                 else:
-                    served.draft = DraftSteps(proposer)
+                    served.draft = DraftSteps(proposer, self._host, self.report, STRATEGY)
                     self.report.using(STRATEGY)
             except Exception as error:
                 self.report.fell_back("capture", STRATEGY, error)

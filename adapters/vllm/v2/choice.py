@@ -1,4 +1,4 @@
-"""Whether a draft of Model Runner V2 is fused because of this adapter's updates in place: by all ranks, or by none.
+"""Runs at start, when vLLM has made a draft: all ranks fuse it because of our updates in place, or none does.
 
 vLLM decides at `DraftModelSpeculator.set_attn`, right after it has made the draft's attention groups: it fuses if every
 one's builder says that its metadata can be updated in place. A builder of ours says so only then, only in the draft's

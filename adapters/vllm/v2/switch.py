@@ -1,4 +1,4 @@
-"""A fused draft of Model Runner V2 while the plugin is off, or undone: drafted by vLLM's own unfused loop.
+"""Runs at every draft: a fused draft is drafted by vLLM's own unfused loop while the plugin is off, or undone.
 
 Runs at the beginning of every fused draft. What a captured draft computes, it computes at every replay: vLLM has no values
 of its own for it, as it never rebuilds the metadata of a fused draft. So a draft that is switched off leaves its graph

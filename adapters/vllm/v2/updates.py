@@ -1,4 +1,4 @@
-"""A builder's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step."""
+"""Runs at capture, and at drafts that no graph replays: captured metadata of a builder is updated in place at each step."""
 
 from __future__ import annotations
 
