@@ -1,8 +1,8 @@
 """Runs at start and at capture: what the adapter needs of vLLM, and what vLLM's releases do differently.
 
-Whatever a release does in its own way is a function or a table here, marked with "goes with": the last release that
-needs the older way. To drop a release, search this file for that, and keep the newer way alone. Other files of this
-adapter ask here, and never ask an object of vLLM's what it has.
+Whatever some releases do in another way is a function or a table here. "X goes with N" marks the older way, X, and the
+last release that needs it, N. To drop a release, search for its number and take the older ways out. The rest of the adapter
+asks here, and asks no object of vLLM's what it has.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SPECULATORS = (
     "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator.TargetDependentARSpeculator",
     "vllm.v1.worker.gpu.spec_decode.autoregressive.speculator.AutoRegressiveSpeculator",
 )
-"""Where the fused draft of Model Runner V2 is. The second rebuilds the metadata of its first step; it goes with 0.31."""
+"""Where the fused draft of Model Runner V2 is. The second, which rebuilds the metadata of its first step, goes with 0.31."""
 UPDATE = "_update_draft_decode_metadata"
 """The first one's method that asks every attention group. The second one's loop asks them itself: see `asks_groups`."""
 CHOOSE = {SPECULATORS[0]: "_configure_decode_metadata_update", SPECULATORS[1]: "_configure_fused_multi_step_decode"}
@@ -58,7 +58,7 @@ BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
 
 @functools.cache
 def speculator() -> str:
-    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing. It goes with 0.31."""
+    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing. The choice goes with 0.31."""
     found = importlib.util.find_spec("vllm")
     folders = [] if found is None else [Path(folder).parent for folder in found.submodule_search_locations or ()]
     for path in SPECULATORS:
@@ -69,22 +69,25 @@ def speculator() -> str:
 
 
 def asks_groups(owner: type) -> bool:
-    """Whether a speculator's loop asks every attention group itself, without `UPDATE`. It goes with 0.31."""
+    """Whether a speculator's loop asks every attention group itself, without `UPDATE`. That goes with 0.31."""
     return not hasattr(owner, UPDATE)
 
 
 def builds(speculator: Any) -> str:
-    """The one of `BUILDS` that a speculator has. It goes with 0.28."""
+    """The one of `BUILDS` that a speculator has. The choice goes with 0.28."""
     return next(name for name in BUILDS if hasattr(speculator, name))
 
 
 def captured_steps(speculator: Any, batch_desc: Any) -> int:
-    """Draft tokens that the graph of a size was captured with. Until 0.32 all graphs have the same; it goes with that."""
+    """Draft tokens that the graph of a size was captured with. The same for all graphs: that goes with 0.32."""
     return getattr(batch_desc, "num_speculative_tokens", 0) or int(speculator.num_speculative_steps)
 
 
 def vllms_request_map() -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
-    """vLLM's own kernel for the request map of `tokens` tokens. None goes with 0.31, which computes the map on the host."""
+    """vLLM's own kernel for the request map, called with `query_start_loc`, `out` and the number of tokens.
+
+    None where vLLM computes the map on the host: that goes with 0.31.
+    """
     try:
         compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
     except (ImportError, AttributeError):
@@ -93,19 +96,19 @@ def vllms_request_map() -> Callable[[torch.Tensor, torch.Tensor, int], None] | N
 
 
 def slot_block_sizes(tables: Any) -> torch.Tensor:
-    """Tokens per block of each KV-cache group of `BlockTables`. 0.30 and 0.31 have two kinds of blocks; it goes with 0.31."""
+    """Tokens per block of each KV-cache group of `BlockTables`. A tensor of kernel blocks beside it goes with 0.31."""
     sizes: torch.Tensor = getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor)
     return sizes
 
 
 def slots_enabled(tables: Any) -> torch.Tensor:
-    """Which KV-cache groups of `BlockTables` have slots: bool [groups]. All of them do in 0.28; it goes with that."""
+    """Which KV-cache groups of `BlockTables` have slots: bool [groups]. That all of them do goes with 0.28."""
     enabled: torch.Tensor | None = getattr(tables, "slot_mapping_enabled", None)
     return torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled
 
 
 def ones_of(decode: Any) -> tuple[str, ...]:
-    """Fields of the indexer's decode metadata that hold the query length of each request. One of them goes with 0.28."""
+    """Fields of the indexer's decode metadata that hold the query length of each request. A single one goes with 0.28."""
     names = ("decode_lens", "per_req_decode_lens")
     return tuple(name for name in names if getattr(decode, name, None) is not None)
 
@@ -113,14 +116,14 @@ def ones_of(decode: Any) -> tuple[str, ...]:
 def indexer_table(metadata: Any) -> torch.Tensor:
     """The block table that the indexer's rows are made of.
 
-    Until 0.31 the metadata has no such field: the rebuild of a draft's first step has copied the rows. It goes with 0.31.
+    Metadata without that field, of which the rebuild of a draft's first step has copied the rows, goes with 0.31.
     """
     table: torch.Tensor = getattr(metadata, "block_table", metadata.decode.block_table)
     return table
 
 
 def states_per_block(spec: Any) -> int:
-    """Entries of an indexer's KV-cache block, as DeepGEMM counts them. The other name goes with 0.28."""
+    """Entries of an indexer's KV-cache block, as DeepGEMM counts them. The name `storage_block_size` goes with 0.28."""
     return int(spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size)
 
 
@@ -132,7 +135,7 @@ def build_group(group: Any, batch: Any, draft_index: int) -> Any:
 
 
 def maps_blocks(group: Any) -> bool:
-    """Whether the block table of an attention group is mapped to kernel blocks for every build. No group's goes with 0.31."""
+    """Whether an attention group maps its block table to kernel blocks at every build. A group that can't goes with 0.31."""
     return getattr(group, "kernel_block_size", None) is not None
 
 
@@ -142,7 +145,7 @@ def table_block_size(group: Any) -> int:
 
 
 def mapped_table(group: Any) -> torch.Tensor | None:
-    """Where the block table of an attention group is mapped to; None if it is not. That it has no such place goes with 0.31."""
+    """Where an attention group maps its block table to; None if it does not. A group that can't goes with 0.31."""
     table: torch.Tensor | None = getattr(group, "kernel_block_table", None)
     return table
 
@@ -207,7 +210,7 @@ def uncovered_builder(builder: Any) -> str:
 
 
 def uncovered_speculator(speculator: Any) -> str:
-    """Empty, or why the step of a fused draft is left to vLLM. That it may have no `pcp_manager` goes with 0.28."""
+    """Empty, or why the step of a fused draft is left to vLLM. A speculator without `pcp_manager` goes with 0.28."""
     tables = speculator.block_tables
     if tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:
         return "context parallelism is not covered"

@@ -116,9 +116,10 @@ class ToyAdapter:
     def ledger(self) -> list[LedgerRow]:
         """The two methods that `install` replaces."""
         gone_when = "the toy engine computes the metadata of all steps at once"
+        why = "A captured size gets a plan.", "The plan writes the metadata of all steps."
         return [
-            LedgerRow(need.path, f"To {need.why}.", "not proposed", gone_when, runs)
-            for need, runs in zip(NEEDS, ("at capture", "at every replay"), strict=False)
+            LedgerRow("toy_engine.Forward.capture", why[0], "not proposed", gone_when, "at capture"),
+            LedgerRow("toy_engine.Forward.prepare", why[1], "not proposed", gone_when, "at every replay"),
         ]
 
     def undo(self) -> None:

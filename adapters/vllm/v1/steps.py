@@ -44,8 +44,8 @@ class _Bound:
 class DraftSteps:
     """The draft steps of one proposer.
 
-    The first step's positions and slots are computed right into the proposer's buffers, which CUDA graphs read; those
-    of the others, and the lengths of all, into rows of this object's own.
+    The first step's positions and slots are computed right into the proposer's buffers, which CUDA graphs read. Those of
+    the other steps, and the lengths of all steps, go into rows of this object's own.
     """
 
     def __init__(self, proposer: Any, host: Host, report: PathReport, strategy: str) -> None:
@@ -89,7 +89,7 @@ class DraftSteps:
     def advance(
         self, num_steps: int, positions: torch.Tensor, batch: Any, batch_size: int, num_rows: int, block_size: int
     ) -> torch.Tensor:
-        """Move the batch on by one token: what vLLM's method does, with `seq_lens` in a place of its own at each step."""
+        """Move the batch on by one token, as vLLM's method does. `seq_lens` has a place of its own at each step."""
         current = self._current
         if current is None:
             table = BlockTable(batch.block_table_tensor, block_size)
@@ -110,7 +110,7 @@ class DraftSteps:
         return current.targets[0]
 
     def settle(self, batch: Any) -> None:
-        """Bring the host's bound of the lengths up to date, which no kept metadata reads."""
+        """Bring the host's upper bound of the lengths up to date. No kept metadata reads it."""
         if self._owed and batch.seq_lens_cpu_upper_bound is not None:
             batch.seq_lens_cpu_upper_bound += self._owed
         self._owed = 0

@@ -1,9 +1,9 @@
 """Runs at every draft that vLLM does not fuse: understood groups keep their metadata from step to step.
 
-`_multi_step_decode` rebuilds the metadata of every attention group for each step, then replays a graph of one step. It is
-what vLLM does as soon as one group can't update its metadata in place. Here the first step's rebuild stays; in later
-steps one launch writes what changes into the buffers that it went to, which are those that the graph reads, and only the
-groups that are not understood are rebuilt.
+vLLM takes `_multi_step_decode` as soon as one group can't update its metadata in place. That loop rebuilds the metadata of
+every attention group for each step, then replays a graph of one step. Here the rebuild of the first step stays. In later
+steps one launch writes what changes into the buffers of that rebuild, which the graph reads. Only groups that are not
+understood are rebuilt.
 
 Positions and lengths of later steps need no precomputation: the graph of a step advances them in the runner's buffers.
 """
@@ -30,7 +30,7 @@ PATH = "draft steps that are not fused"
 LOOP = "_multi_step_decode"
 UNVERIFIED = "NSA_PLUGIN_VERIFY does not cover it"
 KEPT_BATCHES = 128
-"""Batch sizes, and places of their metadata, whose bound steps are kept."""
+"""How many bound steps are kept: one for each batch size and place of its metadata."""
 
 
 def needs(speculator: str) -> tuple[Need, ...]:
@@ -48,7 +48,7 @@ def needs(speculator: str) -> tuple[Need, ...]:
 
 
 class KeptStep(Step):
-    """The later steps of a draft, from what vLLM built for the first one, which has written all that stays the same."""
+    """The later steps of a draft. vLLM's rebuild of the first step has written all that stays the same."""
 
     kind_of_group = staticmethod(in_place.kind_of_group)
     _first = False
@@ -162,7 +162,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         said.fell_back("replay", "copy", error)
 
     def bind(speculator: Any, metadata: Any, num_rows: int) -> KeptStep | None:
-        """The steps for metadata in these places, bound when they are new; none of groups that vLLM has replaced."""
+        """The steps for metadata in these places, bound when the places are new. New attention groups start afresh."""
         try:
             known = kept.get(speculator)
             if known is None or known.groups is not speculator.attn_groups:

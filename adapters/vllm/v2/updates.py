@@ -22,7 +22,7 @@ Hooks = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Served:
-    """A class of builders that has an update in place of this adapter's.
+    """A class of builders to which this adapter gives an update in place.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ def _update_request_map(host: Host) -> Callable[..., None]:
                 report(host, PATH).fell_back("capture", "graph", error)
         request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
 
-    # Not merely True: functools.wraps copies attributes to whatever wraps this function and may do more.
+    # The function itself, not True: functools.wraps copies attributes to wrappers, which may do more.
     update_draft_decode_metadata.only_the_request_map = update_draft_decode_metadata  # type: ignore[attr-defined]
     return update_draft_decode_metadata
 
@@ -104,9 +104,9 @@ def update_nothing(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> No
 
 
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
-    """The same in plain torch: request of each of the first `tokens` tokens, into `out` [>= tokens].
+    """The request map in plain torch: the request of each of the first `tokens` tokens, into `out` [>= tokens].
 
-    `query_start_loc` [requests + 1] is ascending; tokens past its end belong to the last request.
+    `query_start_loc` [requests + 1] is ascending. Tokens past its end belong to the last request.
     """
     token = torch.arange(tokens, dtype=query_start_loc.dtype, device=query_start_loc.device)
     request = torch.searchsorted(query_start_loc[1:], token, right=True)
@@ -118,4 +118,4 @@ UPDATES: dict[Changes, Callable[[Host], Callable[..., None]]] = {
     "lengths and schedule": lambda host: update_indexer,
     "nothing": lambda host: update_nothing,
 }
-"""By what changes: makes the update in place. What a later vLLM passes besides the metadata has nobody to go to."""
+"""By what changes: what makes the update in place. The updates ignore what a later vLLM passes besides the metadata."""
