@@ -80,15 +80,15 @@ def test_an_essential_part_that_can_not_be_patched_takes_back_the_others(
     """What is known when the set is installed is returned; what comes out later is a warning."""
     first, other, last = write(), write(), write()
     broken = write("walk" if fault == "lacks something" else "run")
-    how: dict[str, Any] = {
-        "lacks something": {},
-        "fails": {"make": lambda *arguments: 1 / 0},
-        "makes something else": {"make": lambda *arguments: {"run": print, "stop": print}},
-    }[fault]
+    make: dict[str, Any] = {
+        "lacks something": made,
+        "fails": lambda *arguments: 1 / 0,
+        "makes something else": lambda *arguments: {"run": print, "stop": print},
+    }
     run(first)
     if not late:
         importlib.import_module(broken.partition(".")[0])
-    parts = [part(other, essential=False), part(first), part(broken, **how), part(last)]
+    parts = [part(other, essential=False), part(first), part(broken, make=make[fault]), part(last)]
     patches = PatchSet("the engine's runner", parts, logger)
     with caplog.at_level(logging.WARNING, logger.name):
         problems = patches.install(Host())
