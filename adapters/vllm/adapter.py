@@ -31,8 +31,8 @@ from typing import Any
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.patches import Patches
 from nsa_plugin.adapters.probe import Need, installed_version, missing, untested, warn_if_untested, warn_of_untested
-from nsa_plugin.adapters.vllm import backends, in_place, releases
-from nsa_plugin.adapters.vllm.in_place import InPlace
+from nsa_plugin.adapters.vllm import builders, releases
+from nsa_plugin.adapters.vllm.builders import BuilderRow
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.reports import ENGINE, logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
@@ -57,14 +57,14 @@ class Part:
 def v2_parts() -> tuple[Part, ...]:
     """All of them are patched, or none. Imports nothing."""
     speculator = releases.speculator()
-    builders = (_part(row, releases.NEEDS) for row in in_place.ESSENTIAL)
+    essential = (_part(row, releases.NEEDS) for row in builders.ESSENTIAL)
     module = speculator.rpartition(".")[0]
     choice = Part(module, speculator, v2_choice.needs(speculator), v2_choice.hooks)
     needs = (*releases.step_needs(speculator), *v2_switch.needs(speculator))
-    return (*builders, choice, Part(module, speculator, needs, v2_watch.hooks))
+    return (*essential, choice, Part(module, speculator, needs, v2_watch.hooks))
 
 
-def _part(row: InPlace, needs: tuple[Need, ...] = ()) -> Part:
+def _part(row: BuilderRow, needs: tuple[Need, ...] = ()) -> Part:
     return Part(row.module, row.builder, (*needs, *row.needs), functools.partial(v2_builder.hooks, row))
 
 
@@ -113,7 +113,7 @@ class VllmAdapter:
             if problems:
                 self._leave_v2_alone()
                 return problems
-            for row in in_place.MORE:
+            for row in builders.MORE:
                 path = f"draft decode with {row.backend}"
                 patch = functools.partial(self._patch_more, host, path, _part(row))
                 self._watches.append(WhenImported(row.module, patch))
@@ -159,7 +159,8 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
+        left = ((name, row.left_alone) for row in builders.REBUILT for name in row.backends)
+        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in left]
 
     def _patch_more(self, host: Host, path: str, part: Part) -> None:
         """Patch what other parts do without; what this vLLM lacks concerns this path alone."""

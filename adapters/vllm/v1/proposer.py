@@ -7,9 +7,9 @@ to keep metadata across draft steps and was closed; a report of the stale reques
   on by one token. They are known from the start: here the first step computes those of all, and the others copy theirs
   to where captured graphs read them.
 - `build_per_group_and_layer_attn_metadata`, once per draft step, rebuilds the metadata of every attention group. Here
-  the groups in `v1_metadata.KEPT` keep theirs. Of the others, vLLM's rebuild is made right: `propose` leaves the batch's
-  request map of the step before the first (`_token_to_req_indices_cache`, vLLM 0.31 to 0.33) in place, so that sparse
-  attention reads the block table of request 0 for every request; and the same for computed tokens.
+  the groups whose row of `builders` has a `Keeper` keep theirs. Of the others, vLLM's rebuild is made right: `propose`
+  leaves the batch's request map of the step before the first (`_token_to_req_indices_cache`, vLLM 0.31 to 0.33) in place,
+  so that sparse attention reads the block table of request 0 for every request; and the same for computed tokens.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.patches import Patches
 from nsa_plugin.adapters.probe import missing, warn_of_untested
 from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.adapters.vllm.builders import PARALLELISM, refusal
 from nsa_plugin.adapters.vllm.lazy import WhenImported
 from nsa_plugin.adapters.vllm.reports import logger, report
-from nsa_plugin.adapters.vllm.v1.kept import keeper_of
-from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 
 PATH = "draft decode (Model Runner V1)"
@@ -217,13 +217,8 @@ def unsupported(proposer: Any) -> str:
     ):
         if getattr(proposer, name, False):
             return f"{meaning} is not covered"
-    parallel = proposer.vllm_config.parallel_config
-    for name, meaning in (
-        ("decode_context_parallel_size", "decode context parallelism"),
-        ("prefill_context_parallel_size", "prefill context parallelism"),
-    ):
-        if getattr(parallel, name, 1) > 1:
-            return f"{meaning} is not covered"
+    if problem := refusal(PARALLELISM, proposer.vllm_config.parallel_config):
+        return problem
     reasons = [reason for keeper, reason in map(keeper_of, proposer.draft_attn_groups) if keeper is None]
     if len(reasons) == len(proposer.draft_attn_groups):
         return "vLLM rebuilds every attention group: " + "; ".join(reasons)
