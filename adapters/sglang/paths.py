@@ -16,11 +16,12 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host, Strategy
 from nsa_plugin.adapters.reporting import Stage
-from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
+from nsa_plugin.adapters.sglang.compare import native_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.adapters.sglang.releases import lacking, names
 from nsa_plugin.adapters.sglang.reports import path, report
+from nsa_plugin.adapters.verification import SpareBuffers
 
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")
 """What captured graphs of each backend may still run, by mode and batch size, after an undo too: its buffers must outlive

@@ -11,10 +11,11 @@ import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
 from nsa_plugin.adapters.sglang import derived
-from nsa_plugin.adapters.sglang.compare import SpareBuffers, differing_values, native_replay, shadow
+from nsa_plugin.adapters.sglang.compare import differing_values, native_replay, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.releases import names
 from nsa_plugin.adapters.sglang.reports import MODES, report
+from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import StepMetadata
 
@@ -102,7 +103,7 @@ class Preparation:
             self._enabled,
         )
         self._observe = self._report.observer(strategy, self._static)
-        self._spare = None if spares is None else spares.like(self._used[0])
+        self._spare = None if spares is None else spare_metadata(self._used[0], spares)
         self.size = sum({view.data_ptr(): view.numel() * 4 for step in consumers for view in _views(step)}.values())
         self._choose()
 
@@ -210,7 +211,10 @@ class Preparation:
         steps = len(self._backends)
         ours = self._replay_recorded if self.recorded else self._replay_before
         call = self._report.instrument(ours, self.strategy, steps)
-        self.replay = call if self._spare is None else self._verified(call)
+        if self._spare is not None:
+            self._verification = Verification(self._report, self.strategy, self._host.verify)
+            call = self._verification.after(call, self._verify)
+        self.replay = call
         self.replay_natively = self._report.instrument(self._natively, "off", steps)
 
     def _replay_recorded(self, batch: Any) -> None:
@@ -230,26 +234,14 @@ class Preparation:
     def _natively(self, batch: Any) -> None:
         native_replay(self._backends, batch, self._native_mode)
 
-    def _verified(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        every, left = self._host.verify, 1
-
-        def verified(batch: Any) -> None:
-            nonlocal left
-            call(batch)
-            left -= 1
-            if not left:
-                left = every
-                self._verify(batch)
-
-        return verified
-
     def _verify(self, batch: Any) -> None:
-        """Compare what is there with sglang's own values; on a difference, put those there and report."""
+        """Compare what is there with sglang's own values."""
         live = self._describe(batch)
-        self._report.verified(self.strategy)
-        if values := tuple(self._differences(batch, live)):
-            native_replay(self._backends, batch, self._native_mode)
-            self._report.mismatched(self.strategy, live, self._geometry, values)
+        self._verification.settle(
+            self._differences(batch, live),
+            lambda: native_replay(self._backends, batch, self._native_mode),
+            lambda: (live, self._geometry, None),
+        )
 
     def _differences(
         self, batch: Any, live: BatchDescriptor
@@ -264,7 +256,8 @@ class Preparation:
                 seen.seq_lens = batch.seq_lens[: self._batch_size] + offset
                 if batch.seq_lens_cpu is not None:
                     seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
-                native_replay([shadow(self._backends[0], self._spare, self._batch_size)], seen, self._native_mode)
+                held = {self._batch_size: self._spare}
+                native_replay([shadow(self._backends[0], decode_cuda_graph_metadata=held)], seen, self._native_mode)
                 computed = offset
             if values := differing_values(self._spare, metadata, live, self._geometry):
                 yield index, *values
