@@ -8,7 +8,7 @@ from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.probe import installed_version, missing, untested
-from nsa_plugin.adapters.vllm import backends, ledger, releases
+from nsa_plugin.adapters.vllm import builders, ledger, releases
 from nsa_plugin.adapters.vllm.reports import ENGINE, logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
@@ -97,7 +97,8 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
+        left = ((name, row.left_alone) for row in builders.REBUILT for name in row.backends)
+        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in left]
 
 
 def _plan_v2(host: Host) -> tuple[str, str]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import Part, PatchSet
 from nsa_plugin.adapters.probe import warn_if_untested
-from nsa_plugin.adapters.vllm import in_place, releases
-from nsa_plugin.adapters.vllm.in_place import Changes, InPlace
+from nsa_plugin.adapters.vllm import builders, releases
+from nsa_plugin.adapters.vllm.builders import BuilderRow, Changes
 from nsa_plugin.adapters.vllm.reports import logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
@@ -32,7 +32,7 @@ UPDATE_IN_PLACE = (
     "Without this method vLLM rebuilds the metadata of every group, and replays a graph, for each draft step. With it the "
     "whole draft is one CUDA graph. "
 )
-IN_PLACE: Mapping[Changes, str] = {
+IN_PLACE: Mapping[Changes | None, str] = {
     "request map": "The method recomputes the request map of the captured metadata. All else in it is a view of the runner's "
     "persistent buffers, a constant of the captured size, or depends on shapes alone.",
     "lengths and schedule": "The method recomputes lengths and DeepGEMM's schedule.",
@@ -47,8 +47,8 @@ def v2_essential() -> tuple[Part, ...]:
     """The fused draft of Model Runner V2: all of it is patched, or nothing. Imports nothing."""
     speculator = releases.speculator()
     return (
-        _builder(in_place.FLASHMLA_SPARSE, FLASHMLA_PULL, "vLLM's builder has the method"),
-        _builder(in_place.INDEXER, "vLLM 0.32 has it", "support of vLLM 0.31 is dropped"),
+        _builder(builders.FLASHMLA_SPARSE, FLASHMLA_PULL, "vLLM's builder has the method"),
+        _builder(builders.INDEXER, "vLLM 0.32 has it", "support of vLLM 0.31 is dropped"),
         Part(
             v2_updates.PATH, speculator, v2_choice.needs(speculator), v2_choice.hooks,
             (_row(
@@ -69,7 +69,7 @@ def v2_essential() -> tuple[Part, ...]:
 
 def v2_more() -> tuple[Part, ...]:
     """Further builders of the fused draft, each for itself. Imports nothing."""
-    return tuple(_builder(row, NOT_PROPOSED, "vLLM's builder has the method") for row in in_place.MORE)
+    return tuple(_builder(row, NOT_PROPOSED, "vLLM's builder has the method") for row in builders.MORE)
 
 
 def v2_not_fused() -> Part:
@@ -126,8 +126,8 @@ def _row(target: str, why: str, gone_when: str, runs: str, upstream: str = NOT_P
     return LedgerRow(target, why, upstream, gone_when, runs)
 
 
-def _builder(row: InPlace, upstream: str, gone_when: str) -> Part:
-    essential = row in in_place.ESSENTIAL
+def _builder(row: BuilderRow, upstream: str, gone_when: str) -> Part:
+    essential = row in builders.ESSENTIAL
     needs = (*releases.NEEDS, *row.needs) if essential else row.needs
     why = UPDATE_IN_PLACE + IN_PLACE[row.changes]
     return Part(

@@ -7,13 +7,12 @@ asks here, and asks no object of vLLM's what it has.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -32,16 +31,6 @@ NEEDS: tuple[Need, ...] = (
 
 INDEXER_MODULE = "vllm.v1.attention.backends.mla.indexer"
 INDEXER = f"{INDEXER_MODULE}.DeepseekV32IndexerMetadataBuilder"
-INDEXER_NEEDS: tuple[Need, ...] = (
-    Need(f"{INDEXER}._prepare_decode_tensors", ("seq_lens", "block_table", "decode_lens"),
-         "the lengths and rows of decode tokens, as the update takes them to be"),
-    Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
-         ("seq_lens", "num_decodes", "num_decode_tokens", "num_prefills", "decode"), "the lengths that a draft moves on"),
-    Need(f"{INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata",
-         ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "indices"), "what of the indexer follows from them"),
-    Need(f"{INDEXER_MODULE}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
-         "DeepGEMM's schedule, which stays a call of its own"),
-)  # fmt: skip
 
 SPECULATORS = (
     "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator.TargetDependentARSpeculator",
@@ -186,27 +175,10 @@ WATCH_NEEDS: tuple[Need, ...] = (
 )  # fmt: skip
 """What it takes to verify and measure Model Runner V2's drafts; without it they are served all the same."""
 
-INDEXER_FIELDS = frozenset(
-    ("block_table", "seq_lens", "decode_lens", "requires_padding", "schedule_metadata", "global_seq_lens",
-     "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")
-)  # fmt: skip
-"""Fields of the indexer's decode metadata that are understood: with any other its own update runs."""
-
 
 def groups_of(speculator: Any) -> list[Any]:
     """The attention groups of a draft, of all its KV-cache groups."""
     return [group for same_cache in speculator.attn_groups for group in same_cache]
-
-
-def uncovered_builder(builder: Any) -> str:
-    """Empty, or which parallelism of a metadata builder is not covered."""
-    for name, meaning in (
-        ("dcp_world_size", "decode context parallelism"),
-        ("pcp_world_size", "prefill context parallelism"),
-    ):
-        if getattr(builder, name, 1) > 1:
-            return f"{meaning} is not covered"
-    return ""
 
 
 def uncovered_speculator(speculator: Any) -> str:
@@ -225,39 +197,6 @@ def not_vllms(function: Any) -> str:
     return f"{getattr(function, '__qualname__', function)} was patched by {written_in}"
 
 
-Kind = Literal["request map", "indexer", "nothing", "other"]
-"""What a draft step has to write for an attention group; "other" is not understood."""
-
-
-def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Kind:
-    """What a group's own update in place writes, judged by whose method it is.
-
-    `metadata` is what the group's builder made for `num_reqs` requests of one token each.
-    """
-    update = getattr(type(builder), "update_draft_decode_metadata", None)
-    if getattr(metadata, "num_decode_tokens", None) != num_reqs:
-        return "other"
-    if update is not None and getattr(update, "only_the_request_map", None) is update:
-        return "request map"
-    if update is not pkgutil.resolve_name(INDEXER).update_draft_decode_metadata:
-        return "other"
-    return "indexer" if is_plain_indexer(builder, metadata, num_reqs) else "other"
-
-
-def is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
-    """Whether an indexer's metadata are those of `num_reqs` requests of one token each, with no field that is not known."""
-    decode = metadata.decode
-    return bool(
-        builder.dcp_world_size == 1
-        and builder.compress_ratio == 1
-        and metadata.num_prefills == 0
-        and metadata.num_decodes == num_reqs
-        and decode is not None
-        and frozenset(field.name for field in dataclasses.fields(decode)) <= INDEXER_FIELDS
-        and decode.seq_lens.numel() == num_reqs
-    )
-
-
 V1_MODULE = "vllm.v1.spec_decode.llm_base_proposer"
 V1_PROPOSER = f"{V1_MODULE}.SpecDecodeBaseProposer"
 V1_NEEDS: tuple[Need, ...] = (
@@ -274,4 +213,4 @@ V1_NEEDS: tuple[Need, ...] = (
          "build the metadata of a group"),
     Need("vllm.v1.spec_decode.utils.PADDING_SLOT_ID", (), "the slot of tokens that are not stored"),
 )  # fmt: skip
-"""What Model Runner V1's draft needs; what keeping one builder's metadata needs is in `v1.kept.KEPT`."""
+"""What Model Runner V1's draft needs; what keeping one builder's metadata needs is in its row of `builders`."""

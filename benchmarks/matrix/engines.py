@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.matrix.builders import BACKENDS, unexamined
+from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
-from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
+from nsa_plugin.adapters.vllm.builders import ESSENTIAL
 
 TESTS = Path(__file__).parents[2] / "tests"
 
@@ -43,6 +45,7 @@ class Engine:
     pinned : distributions whose version comes from the release's own metadata
     bare : distributions that are installed, as the engine itself, without their dependencies
     path : folders for PYTHONPATH
+    unexamined : what the source in a wheel has that nobody has looked at, by dotted path
     variables : environment variables
     """
 
@@ -53,6 +56,7 @@ class Engine:
     pinned: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
     path: tuple[Path, ...] = ()
+    unexamined: Callable[[Wheel], list[str]] = lambda wheel: []
     variables: tuple[tuple[str, str], ...] = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
@@ -84,6 +88,7 @@ ENGINES = {
         ),
         strategies=("graph",),
         requirements=TESTS / "vllm" / "requirements.txt",
+        unexamined=lambda wheel: unexamined(wheel.sources(BACKENDS)),
         variables=(
             ("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""), ("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_PLUGINS", ""),
             ("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -96,6 +96,8 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
         for path, problems in found.items()
     }
     row["paths"] = cells
+    if unexamined := engine.unexamined(source):
+        row["unexamined"] = unexamined
     if all(found.values()):
         return row
     python = prepare(engine, environment, wheel)
@@ -122,6 +124,7 @@ def differences(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         head = f"{row['engine']} {row['release']}"
         lines += [f"{head}: {problem}" for problem in row.get("problems", [])]
+        lines += [f"{head}: not examined: {path}" for path in row.get("unexamined", [])]
         if "why static" in row:
             lines.append(f"{head}: the kit did not run: {row['why static']}")
         for path, strategies in row["paths"].items():

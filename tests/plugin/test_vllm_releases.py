@@ -13,11 +13,11 @@ ROOM = Path(__file__).resolve().parents[2] / "adapters" / "vllm"
 FILES = {str(path.relative_to(ROOM)): ast.parse(path.read_text()) for path in sorted(ROOM.rglob("*.py"))}
 RELEASES = "releases.py"
 NOT_RELEASES = {
-    ("in_place.py", "refused"): "settings that not every builder has",
-    ("in_place.py", "_hisparse"): "a setting that not every builder has",
-    ("in_place.py", "kind_of_group"): "metadata of builders that are not known",
-    ("v1/kept.py", "_sparse_refused"): "a setting that not every builder has",
-    ("v1/kept.py", "_keep_sparse"): "one builder of several has extra metadata for fp8 caches, and those a decode part",
+    ("builders.py", "_above_one"): "settings that not every builder has",
+    ("builders.py", "_by_update"): "builders without an update in place",
+    ("builders.py", "_has_hisparse"): "a setting that not every builder has",
+    ("builders.py", "changes_of"): "metadata of builders that are not known",
+    ("v1/kept.py", "keep_sparse"): "one builder of several has extra metadata for fp8 caches, and those a decode part",
     ("v1/verified/watch.py", "_defined"): "an indexer has a schedule, other builders have none",
     ("v2/unfused.py", "places"): "metadata of some builders have a decode part",
     ("v2/verified/watch.py", "_described"): "sparse attention has a top-k, dense attention has none",
@@ -63,7 +63,7 @@ def test_what_a_release_does_differently_is_marked_with_the_release_that_it_goes
     assert marks <= {release.rpartition(".")[0] for release in releases.TESTED}, "a release that is no longer tested"
 
 
-OF_BUILDERS = {"not_vllms", "uncovered_builder", "kind_of_group"}
+OF_BUILDERS = {"not_vllms"}
 """Functions of that file that ask something else."""
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
+from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE
 from nsa_plugin.adapters.vllm.releases import vllms_request_map
 from nsa_plugin.adapters.vllm.v2.updates import request_map
 from nsa_plugin.host import Host

@@ -20,9 +20,9 @@ from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1 import kept as v1_metadata
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
-from nsa_plugin.adapters.vllm.v1.kept import KeptSteps, keeper_of
+from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH
-from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.v1_draft import (
     ATTENTION,

@@ -16,9 +16,9 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.adapters.vllm.builders import PARALLELISM, refusal
 from nsa_plugin.adapters.vllm.reports import logger, report
-from nsa_plugin.adapters.vllm.v1.kept import keeper_of
-from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 
 PATH = "draft decode (Model Runner V1)"
@@ -176,13 +176,8 @@ def unsupported(proposer: Any) -> str:
     ):
         if getattr(proposer, name):
             return f"{meaning} is not covered"
-    parallel = proposer.vllm_config.parallel_config
-    for name, meaning in (
-        ("decode_context_parallel_size", "decode context parallelism"),
-        ("prefill_context_parallel_size", "prefill context parallelism"),
-    ):
-        if getattr(parallel, name) > 1:
-            return f"{meaning} is not covered"
+    if problem := refusal(PARALLELISM, proposer.vllm_config.parallel_config):
+        return problem
     reasons = [reason for keeper, reason in map(keeper_of, proposer.draft_attn_groups) if keeper is None]
     if len(reasons) == len(proposer.draft_attn_groups):
         return "vLLM rebuilds every attention group: " + "; ".join(reasons)

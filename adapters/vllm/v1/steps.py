@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.reporting import PathReport
+from nsa_plugin.adapters.vllm.builders import NOT_EXAMINED, row_of
 from nsa_plugin.adapters.vllm.describe import describe
-from nsa_plugin.adapters.vllm.releases import build_group
-from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, KeptSteps, keeper_of
+from nsa_plugin.adapters.vllm.releases import build_group, maps_blocks
+from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, Keeper, KeptSteps
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, check_source
 from nsa_plugin.core.errors import reject
@@ -23,6 +25,21 @@ KEPT_BATCHES = 128
 """Batch shapes whose metadata a proposer keeps; the oldest goes first."""
 ROUND = 32
 """Rows are allocated in multiples of this, so that every step's lengths start at a multiple of 128 bytes."""
+
+
+def keeper_of(group: Any) -> tuple[Keeper | None, str]:
+    """The keeper of an attention group, or None and why vLLM rebuilds its metadata at each draft step."""
+    builder = group.get_metadata_builder()
+    name, row = type(builder).__name__, row_of(builder)
+    keeper = row.keeper
+    if keeper is None:
+        return None, f"{name}: {row.left_alone or NOT_EXAMINED}"
+    if problems := missing(keeper.needs):
+        return None, f"{name}: {'; '.join(problems)}"
+    if maps_blocks(group):
+        return None, f"{name}: its block table is mapped to kernel blocks anew for every build"
+    problem = row.uncovered(builder)
+    return (None, f"{name}: {problem}") if problem else (keeper, "")
 
 
 @dataclass

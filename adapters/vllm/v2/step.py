@@ -21,6 +21,7 @@ import torch
 
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.adapters.vllm.builders import Replaced, changes_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
@@ -57,7 +58,7 @@ class Step:
     """
 
     strategy = "graph"
-    kind_of_group = staticmethod(releases.kind_of_group)
+    instead_of: Replaced = "update"
     _first = True
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int, host: Host) -> None:
@@ -68,11 +69,11 @@ class Step:
         request_maps, indexers, understood = [], [], False
         for group in releases.groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = self.kind_of_group(builder, own, num_reqs)
+            kind = changes_of(builder, own, num_reqs, self.instead_of)
             understood |= kind != "other"
             if kind == "request map":
                 request_maps.append(own.req_id_per_token)
-            elif kind == "indexer":
+            elif kind == "lengths and schedule":
                 indexers.append(_indexer_rows(own, num_reqs))
                 self._schedules.append(self.schedule(builder, own.decode))
                 self._captured.append((own.decode, own.decode.schedule_metadata))

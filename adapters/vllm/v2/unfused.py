@@ -20,7 +20,7 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import in_place, releases
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
@@ -50,7 +50,7 @@ def needs(speculator: str) -> tuple[Need, ...]:
 class KeptStep(Step):
     """The later steps of a draft. vLLM's rebuild of the first step has written all that stays the same."""
 
-    kind_of_group = staticmethod(in_place.kind_of_group)
+    instead_of = "rebuild"
     _first = False
 
     def run_others(self) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE, BuilderRow, Changes
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 from nsa_plugin.adapters.vllm.reports import report
 
 PATH = "draft decode"
@@ -26,14 +26,14 @@ class Served:
 
     Attributes
     ----------
-    row : InPlace
+    row : BuilderRow
     path : str
         For the log.
     live : callable
         Whether the update was not undone.
     """
 
-    row: InPlace
+    row: BuilderRow
     path: str
     live: Callable[[], bool]
 
@@ -52,8 +52,10 @@ def served(builder: Any) -> Served | None:
     return found if found is not None and found.live() else None
 
 
-def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+def hooks(row: BuilderRow, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     """Replacements of the methods of `owner`, the builder of a row, by name."""
+    if row.changes is None:
+        raise ValueError(f"{row.builder}: expected a row that says what changes, got one that is left to vLLM")
     _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
     return MappingProxyType({METHOD: UPDATES[row.changes](host)})
 
