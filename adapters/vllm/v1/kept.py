@@ -1,4 +1,4 @@
-"""Runs at the first draft step of each batch shape: how Model Runner V1's draft keeps metadata from step to step.
+"""Runs at every draft: what Model Runner V1 builds for the first draft step of a batch shape is kept for all later ones.
 
 A draft step has one query token per request, whatever came before. For the rows of `builders` that have a `Keeper`, all
 that then changes from step to step are the sequence lengths, and the indexer's DeepGEMM schedule that follows from them;
