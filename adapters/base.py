@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import StepMetadata
@@ -117,6 +118,9 @@ class Adapter(Protocol):
 
         Does nothing if it is installed already.
         """
+
+    def ledger(self) -> Sequence[LedgerRow]:
+        """Every attribute that `install` replaces in the installed engine, a row each."""
 
     def undo(self) -> None:
         """Put back every attribute that `install` or a later capture replaced, by identity."""

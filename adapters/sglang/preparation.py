@@ -11,9 +11,10 @@ import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
 from nsa_plugin.adapters.sglang import derived
-from nsa_plugin.adapters.sglang.compare import differing_values, native_replay, spare_metadata
+from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
-from nsa_plugin.adapters.sglang.releases import names
+from nsa_plugin.adapters.sglang.own_path import native_replay
+from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor
@@ -67,7 +68,7 @@ class Preparation:
         first, mode = backends[0], MODES[native_mode.name]
         self.strategy = self.bound_as = strategy
         self.recorded = self._failed = False
-        self._dispatch = f"set_{names().prefix}_prefill_impl"
+        self._dispatch = f"set_{generation().prefix}_prefill_impl"
         self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
         self._batch_size = batch.batch_size
         self._stores = tuple(backend.decode_cuda_graph_metadata for backend in backends)

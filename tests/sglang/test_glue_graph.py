@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import compare, glue, paths, preparation
-from nsa_plugin.adapters.sglang.releases import lacking
+from nsa_plugin.adapters.sglang import hooked, ledger, own_path, preparation
+from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, lacking
 from nsa_plugin.core.plan import ReplayPlan
 from tests.sglang.conftest import Install
 from tests.sglang.test_switch import Runner
@@ -58,9 +58,9 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
-    monkeypatch.setattr(paths, "capturing", lambda: Graph.capturing is not None)
+    monkeypatch.setattr(hooked, "capturing", lambda: Graph.capturing is not None)
     monkeypatch.setattr(ReplayPlan, "run", launched(ReplayPlan.run))
-    monkeypatch.setattr(preparation, "native_replay", launched(compare.native_replay))
+    monkeypatch.setattr(preparation, "native_replay", launched(own_path.native_replay))
 
 
 class Forwarding:
@@ -136,5 +136,5 @@ def test_every_promise_holds_under_the_glue_graph(
 
 
 def test_releases_without_a_glue_graph_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glue, "lacking", lambda part: "no such module")
-    assert glue.GlueGraphs().hooks() == {}
+    monkeypatch.setattr(ledger, "lacking", lambda part: "no such module" if "glue graph" in part else "")
+    assert [row.target for row in ledger.rows() if GLUE_GRAPH in row.target] == []

@@ -1,4 +1,4 @@
-"""sglang's `HookRegistry`, its hooks put on and taken off again."""
+"""At start and at undo: hooks are put on by sglang's `HookRegistry`, and taken off again."""
 
 from __future__ import annotations
 
