@@ -12,8 +12,10 @@ import torch
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.metadata import StepMetadata
 from nsa_plugin.core.plan import PlanStrategy
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
@@ -103,6 +105,14 @@ class Host(Protocol):
         UnavailableError
             `enabled` is given and a plugin's implementation does not take it.
         """
+
+    def step_update(
+        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    ) -> StepUpdate:
+        """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one; raises as that."""
+
+    def draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
+        """As `bind_draft_steps`, with the implementation that a plugin provides, else the built-in one."""
 
 
 class Adapter(Protocol):

@@ -182,7 +182,7 @@ class Patch:
                 if problem := self._unsupported(proposer):
                     self.report.left_alone(problem)
                 else:
-                    served.draft = DraftSteps(proposer)
+                    served.draft = DraftSteps(proposer, self._host, self.report, STRATEGY)
                     self.report.using(STRATEGY)
             except Exception as error:
                 self.report.fell_back("capture", STRATEGY, error)

@@ -23,6 +23,7 @@ from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import in_place, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
 from nsa_plugin.adapters.vllm.v2.step import DeferredSlots, Hooks, Step, Uncovered, as_captured
 
 PATH = "draft steps that are not fused"
@@ -116,6 +117,11 @@ class Steps:
         delattr(self._speculator, self._name)
         vars(self._speculator).update(self._before)
 
+    @property
+    def kept(self) -> bool:
+        """Whether later steps kept the metadata of the first."""
+        return self._slots.step is not None
+
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """The metadata of the step that begins now."""
         step = self._step
@@ -148,6 +154,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
     It passes its calls on to the original when it is not `live`.
     """
     loop, said = getattr(owner, LOOP), report(host, PATH)
+    observed = ObservedDrafts(said)
     kept: Attached[Bound] = Attached("kept_steps")
     failed = False
 
@@ -166,7 +173,8 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
             if key not in known.steps:
                 if len(known.steps) >= KEPT_BATCHES:
                     del known.steps[next(iter(known.steps))]
-                known.steps[key] = KeptStep(speculator, metadata, num_rows)
+                known.steps[key] = KeptStep(speculator, metadata, num_rows, host)
+                observed.bound(speculator, num_rows, "copy")
         except Uncovered as reason:
             said.left_alone(str(reason))
             return None
@@ -187,8 +195,13 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         if problem := UNVERIFIED if host.verify else releases.uncovered_speculator(speculator):
             said.left_alone(problem)
             return original()
-        with Steps(speculator, batch_desc.num_reqs or num_reqs, bind, fell_back):
-            return original()
+        num_rows = batch_desc.num_reqs or num_reqs
+        steps = Steps(speculator, num_rows, bind, fell_back)
+        with steps:
+            drafted = original()
+        if steps.kept:
+            observed.drafted(speculator, num_rows, num_reqs)
+        return drafted
 
     return MappingProxyType({LOOP: multi_step_decode})
 

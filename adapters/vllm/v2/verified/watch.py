@@ -9,40 +9,22 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.verification import Described, Verification
-from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
+from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.reports import logger, report
-from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.adapters.vllm.v2.step import PATH, Hooks, RunsStep, Step, Uncovered
-from nsa_plugin.adapters.vllm.v2.switch import BEGIN
+from nsa_plugin.adapters.vllm.v2.step import PATH, RunsStep, Step, Uncovered
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.step_update import PAD_SLOT
-
-
-def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Those of `v2_step` and `v2_switch`; if drafts are verified or measured, with what sees each of them around."""
-    made, begin = watch(host, live), getattr(owner, BEGIN)
-    if made is not None and (problems := missing(releases.WATCH_NEEDS)):
-        logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
-        made = None
-    if made is not None:
-        begin = functools.wraps(begin)(made.begin(begin))
-    steps = (
-        v2_step.hooks(host, owner, live) if made is None else v2_step.hooks(host, owner, live, made.step, made.prepared)
-    )
-    return MappingProxyType({**steps, BEGIN: v2_switch.begin(host, live, begin)})
 
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
@@ -98,8 +80,8 @@ class PreparedDraft:
 
     def _described(self, draft: Draft) -> Described:
         speculator, first = self._speculator, self._staged.groups[0]
-        tables, group = speculator.block_tables, first.group.kv_cache_group_id
-        batch = describe_draft(speculator.input_buffers, tables, draft.num_reqs, draft.steps, group)
+        buffers, tables, group = speculator.input_buffers, speculator.block_tables, first.group.kv_cache_group_id
+        batch = describe_draft(DraftBatch(buffers, tables, draft.num_reqs, draft.steps, group))
         longest = speculator.max_model_len
         topk = getattr(first.group.get_metadata_builder(), "topk_tokens", None)
         geometry = positions_geometry(batch, longest, first.block_size, topk)
@@ -203,11 +185,11 @@ class Watch:
                 return staged
         if self._draft is None or self._prepared:
             self.count(speculator, num_reqs)
-            return Step(speculator, metadata, num_reqs)
+            return Step(speculator, metadata, num_reqs, self._host)
         seconds = self._said.durations("graph", self._draft.steps)
         if seconds is None:
-            return Step(speculator, metadata, num_reqs)
-        self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs))
+            return Step(speculator, metadata, num_reqs, self._host)
+        self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs, self._host))
         return self._measured
 
     def count(self, speculator: Any, num_reqs: int) -> None:
@@ -223,7 +205,8 @@ class Watch:
 
     def _staged(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         before = known.arena.size
-        staged = Staged(speculator, metadata, num_reqs, known.arena, lambda groups: known.rebuild(speculator, groups))
+        rebuild = functools.partial(known.rebuild, speculator)
+        staged = Staged(speculator, metadata, num_reqs, known.arena, rebuild, self._host)
         step = staged.recorded(metadata)
         if self._prepared:
             return step
