@@ -95,9 +95,6 @@ def test_every_promise_holds_under_the_glue_graph(
     from sglang.srt.model_executor.runner.metadata_glue_graph import MetadataGlueGraph
 
     host, _ = install(strategy, verify=verify)
-    runner = Runner("TARGET_VERIFY", monkeypatch)
-    runner.capture(2)
-    graph, key = MetadataGlueGraph("cpu"), ("verify", 2)
     verified: list[int] = []
     verify_once = preparation.Preparation._verify
     turn = 0
@@ -107,6 +104,9 @@ def test_every_promise_holds_under_the_glue_graph(
         verify_once(self, batch)
 
     monkeypatch.setattr(preparation.Preparation, "_verify", verifying)
+    runner = Runner("TARGET_VERIFY", monkeypatch)
+    runner.capture(2)
+    graph, key = MetadataGlueGraph("cpu"), ("verify", 2)
     owner = Forwarding(runner.owner) if wrapped else runner.owner
     static = runner.graphs[2][0]
 
