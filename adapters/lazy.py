@@ -1,4 +1,4 @@
-"""Run something right after a module is imported, whenever that is.
+"""When an engine imports a module: something is run right after that import, whenever it comes.
 
 Other threads import at any time. So one finder is put at the front of `sys.meta_path`, as part of a new list, and stays
 there: a thread that walks along the old list still meets all finders of that list. What is watched is data of this module.

@@ -1,4 +1,4 @@
-"""Attributes of an engine's classes that are replaced: complete or not at all, and put back by identity."""
+"""At start and at undo: attributes of an engine's classes are replaced, complete or not at all, and put back by identity."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ _INHERITED = object()
 
 
 class Patches:
-    """Replaces attributes of classes, and undoes it.
+    """Replaces attributes of classes, and puts them back.
 
     Attributes
     ----------
     live : bool
-        False once undone: a replacement that somebody has wrapped in the meantime is still called, and then only passes
-        its calls on.
+        False after `undo`. A replacement that somebody has wrapped is still called then, and only passes its calls on.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -38,12 +37,12 @@ class Patches:
         return bool(self._replaced)
 
     def set(self, owner: type, name: str, value: Any) -> None:
-        """Give `owner` the attribute `name`, whether it has one of its own, inherits one, or has none."""
+        """Give `owner` the attribute `name`. It may have one of its own, inherit one, or have none."""
         self._replaced.append((owner, name, vars(owner).get(name, _INHERITED), value))
         setattr(owner, name, value)
 
     def undo(self) -> None:
-        """Put everything back, last first. What somebody else has replaced since stays theirs, and is named."""
+        """Put everything back, last first. What somebody else has replaced since stays, and a warning names it."""
         self.live = False
         replaced, self._replaced = self._replaced, []
         for owner, name, original, value in reversed(replaced):

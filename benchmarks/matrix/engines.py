@@ -62,14 +62,14 @@ class Engine:
 
 SGLANG = tuple(
     Needs(
-        names.module,
+        generation.module,
         {
-            "draft decode": names.needs(), "target verify": names.needs(),
-            "draft extend": (*names.needs(), *names.needs("draft extend")),
+            "draft decode": generation.needs(), "target verify": generation.needs(),
+            "draft extend": (*generation.needs(), *generation.needs("draft extend")),
         },
-        {"graph": names.needs("graph")},
+        {"graph": generation.needs("graph")},
     )
-    for names in sglang.GENERATIONS
+    for generation in sglang.GENERATIONS
 )  # fmt: skip
 ENGINES = {
     "sglang": Engine(

@@ -24,6 +24,14 @@ NEEDS = (
          "the buffers that captured graphs read"),
 )  # fmt: skip
 
+LEDGER = tuple(
+    LedgerRow(f"toy_engine.Forward.{name}", why, "not proposed", "the engine computes all steps at once", runs)
+    for name, why, runs in (
+        ("capture", "A plan is made for the captured size.", "at each capture"),
+        ("prepare", "One launch writes the metadata of all steps.", "before each replay"),
+    )
+)
+
 
 class Prepared:
     """One captured size of a forward, prepared by a plan of nsa-plugin."""
@@ -103,24 +111,21 @@ class ToyAdapter:
         warn_if_untested(logger, ENGINE, TESTED, _engine().__version__)
         warn_of_untested(logger, NEEDS)
         self._host, forward = host, _engine().Forward
-        originals = {name: vars(forward)[name] for name in ("capture", "prepare")}
+        replacements = {"capture": self._capture, "prepare": self._prepare}
+        names = [row.target.rpartition(".")[2] for row in self.ledger()]
+        originals = {name: vars(forward)[name] for name in names}
         try:
-            for name, replacement in (("capture", self._capture), ("prepare", self._prepare)):
+            for name in names:
                 self._originals[name] = originals[name]
-                _replace(forward, name, replacement)
+                _replace(forward, name, replacements[name])
         except Exception:
             self.undo()
             raise
         return []
 
-    def ledger(self) -> list[LedgerRow]:
-        """The two methods that `install` replaces."""
-        gone_when = "the toy engine computes the metadata of all steps at once"
-        why = "A captured size gets a plan.", "The plan writes the metadata of all steps."
-        return [
-            LedgerRow("toy_engine.Forward.capture", why[0], "not proposed", gone_when, "at capture"),
-            LedgerRow("toy_engine.Forward.prepare", why[1], "not proposed", gone_when, "at every replay"),
-        ]
+    def ledger(self) -> Sequence[LedgerRow]:
+        """Every attribute that `install` replaces, a row each."""
+        return LEDGER
 
     def undo(self) -> None:
         """Put everything back."""

@@ -11,7 +11,8 @@ import torch
 
 from nsa_plugin import ForwardMode, hookimpl, repro
 from nsa_plugin.adapters.sglang import preparation, reports
-from nsa_plugin.adapters.sglang.compare import differences, native_replay
+from nsa_plugin.adapters.sglang.compare import differences
+from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.rigs.sglang import backends as kit
@@ -304,7 +305,7 @@ def test_what_was_captured_while_off_takes_a_new_capture_and_the_switch_says_so(
 def test_a_failed_path_stays_with_sglang_when_the_switch_goes_on(install: Install) -> None:
     host, _ = install("share", Sometimes(99, "cu_seqlens_k"))
     owner, backends = made("DECODE")
-    (captured,) = next(iter(host.manager.adapters()["sglang"]._paths[0]._prepared.values())).values()  # type: ignore[attr-defined]
+    (captured,) = next(iter(host.manager.adapters()["sglang"]._backends[0]._prepared.values())).values()  # type: ignore[attr-defined]
     captured.fail()
     assert not captured.look_at_switch() and captured.native
     live = replays("DECODE", CONFIG.width)[0]
