@@ -146,7 +146,7 @@ class PatchSet:
         self._problems = []
         for part in self._parts:
             if self._problems:
-                self.undo()  # again: a watch may have joined after another thread had taken back the set
+                self.undo()  # again: another thread may have taken back the set before the last watch was in the list
                 break
             patch = functools.partial(self._patch, host, part)
             self._watches.append(WhenImported(part.module, patch, self._logger))
@@ -179,7 +179,7 @@ class PatchSet:
         patches = Patches(self._logger)
         self._patches.append((part, patches))
         problems = self._replace(host, part, patches)
-        if problems:
+        if problems or not self._started:  # another thread may have taken back the set meanwhile
             patches.undo()
         if not part.essential:
             if problems:

@@ -53,8 +53,8 @@ def v2_essential() -> tuple[Part, ...]:
             v2_updates.PATH, speculator, v2_choice.needs(speculator), v2_choice.hooks,
             (_row(
                 f"{speculator}.{releases.CHOOSE[speculator]}",
-                "It chooses the fused draft. All ranks that share a draft choose alike: the builders above say that they can "
-                "be updated in place if every rank agrees.",
+                "It chooses the fused draft if every builder says that it can be updated in place. Builders that this adapter "
+                "updates say so here, and only if all ranks that share the draft agree.",
                 "vLLM fuses the drafts of these builders by itself",
                 "at start, when vLLM has made the draft's attention groups",
             ),),
@@ -112,7 +112,7 @@ def v1_proposals() -> Part:
 def v2_patches(fused: bool = True) -> PatchSet:
     """What is patched of Model Runner V2: all of it, or only the drafts that are not fused."""
     parts = (*v2_essential(), *v2_more()) if fused else ()
-    # The set asks after each essential part, and the warning is one.
+    # The set calls it after each essential part; one warning is enough.
     used = functools.cache(lambda: warn_if_untested(logger, "vllm", releases.TESTED))
     return PatchSet(V2, (*parts, v2_not_fused()), logger, used)
 

@@ -108,6 +108,19 @@ def test_an_essential_part_that_can_not_be_patched_takes_back_the_others(
     assert [run(owner) for owner in (first, other, last)] == ["own"] * 3
 
 
+def test_a_part_that_is_patched_while_the_set_is_taken_back_goes_with_it(write: Callable[..., str]) -> None:
+    """As by another thread, in the middle of an import."""
+    owner = write()
+
+    def make(host: Any, found: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., str]]:
+        patches.undo()
+        return made(host, found, live)
+
+    patches = PatchSet("engine", [part(owner, make=make)], logger)
+    assert patches.install(Host()) == []
+    assert run(owner) == "own"
+
+
 def test_another_part_that_can_not_be_patched_concerns_its_own_path_alone(
     write: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
