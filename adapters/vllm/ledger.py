@@ -155,7 +155,7 @@ def _step_rows(speculator: str) -> tuple[LedgerRow, ...]:
             one_launch,
             AT_CAPTURE,
         ),
-        *((asked,) if speculator == releases.SPECULATORS[0] else ()),
+        *((asked,) if releases.has_update(speculator) else ()),
         _row(
             f"{speculator}.{v2_switch.BEGIN}",
             "It begins every fused draft. While the plugin is off the draft is drafted unfused, by vLLM alone. If the settings "

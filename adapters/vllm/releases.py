@@ -57,9 +57,27 @@ def speculator() -> str:
     return SPECULATORS[0]
 
 
+def has_update(speculator: str) -> bool:
+    """Whether the speculator at a dotted path has `UPDATE`. That it may not goes with 0.31."""
+    return speculator == SPECULATORS[0]
+
+
 def asks_groups(owner: type) -> bool:
-    """Whether a speculator's loop asks every attention group itself, without `UPDATE`. That goes with 0.31."""
+    """Whether the loop of a speculator asks every attention group itself, without `UPDATE`. That goes with 0.31."""
     return not hasattr(owner, UPDATE)
+
+
+class EveryGroup:
+    """Stands for all attention groups of a speculator whose loop asks each of them itself. It goes with 0.31."""
+
+    def __init__(self, update: Callable[..., None]) -> None:
+        self.update_draft_decode_metadata = update
+
+
+def update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any, *args: Any, **kwargs: Any) -> None:
+    """What a loop that asks every attention group does for the metadata of a step. It goes with 0.31."""
+    for group in (group for same_cache in groups for group in same_cache):
+        group.update_draft_decode_metadata(attn_metadata, *args, **kwargs)
 
 
 def builds(speculator: Any) -> str:
@@ -155,7 +173,7 @@ def step_needs(speculator: str) -> tuple[Need, ...]:
         Need(f"{speculator}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
              "know when a fused draft begins and ends", hooked=True,
              known=("slot_mappings", "num_tokens_across_dp", "cudagraph_runtime_mode", "num_speculative_steps")),
-        *((update,) if speculator == SPECULATORS[0] else ()),
+        *((update,) if has_update(speculator) else ()),
         SLOTS,
     )  # fmt: skip
 

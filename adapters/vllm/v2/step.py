@@ -176,13 +176,6 @@ class DeferredSlots:
             self.tables.compute_slot_mappings(*args, **kwargs)
 
 
-class EveryGroup:
-    """Stands for the attention groups of a speculator whose loop asks each of them to update its metadata."""
-
-    def __init__(self, update: Callable[..., None]) -> None:
-        self.update_draft_decode_metadata = update
-
-
 def hooks(
     host: Host,
     owner: type,
@@ -193,7 +186,7 @@ def hooks(
     """Replacements of the methods of `owner`, one of `releases.SPECULATORS`, that make and update the steps of a draft."""
     generate, said = getattr(owner, GENERATE), report(host, PATH)
     asks_groups = releases.asks_groups(owner)
-    update = _update_groups if asks_groups else getattr(owner, UPDATE)
+    update = releases.update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
 
     def uncovered(speculator: Any) -> str:
@@ -240,7 +233,7 @@ def hooks(
         tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)
         if asks_groups:
-            ask = EveryGroup(
+            ask = releases.EveryGroup(
                 lambda metadata, *more, **named: update_draft_decode_metadata(
                     speculator, metadata, num_reqs, groups, *more, **named
                 )
@@ -266,12 +259,6 @@ def hooks(
 
     hooked = {} if asks_groups else {UPDATE: update_draft_decode_metadata}
     return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
-
-
-def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any, *args: Any, **kwargs: Any) -> None:
-    """What the loop of vLLM 0.28 to 0.31 does for the metadata of a step."""
-    for group in (group for same_cache in groups for group in same_cache):
-        group.update_draft_decode_metadata(attn_metadata, *args, **kwargs)
 
 
 def slot_groups(tables: Any) -> SlotGroups:
