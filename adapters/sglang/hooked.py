@@ -23,9 +23,9 @@ from nsa_plugin.adapters.sglang.reports import path, report
 from nsa_plugin.adapters.verification import SpareBuffers
 
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")
-"""What captured graphs may still run, after an undo too, for each backend by mode and batch size.
+"""Preparations that captured graphs may still run, for each backend by mode and batch size; an undo keeps them.
 
-Its buffers must outlive those graphs. It goes when sglang has captured that size anew over new buffers."""
+The graphs read their buffers. A preparation goes when sglang has captured its size anew over new buffers."""
 
 
 def capturing() -> bool:

@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from types import SimpleNamespace
@@ -161,6 +162,15 @@ def test_the_arguments_of_the_older_methods_are_batches() -> None:
     assert torch.equal(captured.seq_lens_cpu, lengths) and live.seq_lens_cpu == "cpu" and live.seq_lens_sum == 11
     draft = SimpleNamespace()
     assert releases.nsa_draft_batch(draft) is releases.nsa_draft_batch(draft, bs=2) is draft
+
+
+def test_top_k_plans_count_as_written_where_sglang_cant_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "sglang.kernels.ops.attention.dsv4.topk"
+    monkeypatch.setitem(sys.modules, name, module := types.ModuleType(name))
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert releases.topk_plan_is_written(on_a_gpu)
+    vars(module)["topk_v2_plan_is_written"] = lambda lengths: lengths is not on_a_gpu
+    assert not releases.topk_plan_is_written(on_a_gpu) and releases.topk_plan_is_written(torch.ones(2))
 
 
 @pytest.fixture
