@@ -21,9 +21,10 @@ from nsa_plugin.adapters.vllm import builders_left_alone
 from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, MODULE
 from nsa_plugin.adapters.vllm.v1.kept import Keeper, keep_indexer, keep_sparse
 
-Changes = Literal["request map", "lengths and schedule", "nothing"]
+Changes = Literal["request map", "lengths and schedule", "nothing", "other"]
 """What a builder derives from the lengths or from the batch, and so has to be recomputed at each draft step. All else in
-its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone."""
+its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone. "other" is not
+understood: vLLM's own code does it."""
 Replaced = Literal["update", "rebuild"]
 """What of vLLM's own would run at a draft step without this adapter: a builder's update in place, or its `build`."""
 MLA = "vllm.v1.attention.backends.mla"
@@ -86,9 +87,9 @@ class BuilderRow:
         vLLM gives another backend's name to this one.
     builder : str
         Dotted path of the class; exactly that class, since a subclass may build more.
-    changes : Changes or None
+    changes : Changes
         What this adapter writes at each step of Model Runner V2's drafts: in place where vLLM fuses the draft, into the
-        first step's metadata where it does not. None: vLLM's own code does it.
+        first step's metadata where it does not.
     fields : mapping of str to frozenset of str
         By dotted path of a dataclass, all of its fields that are known. A field that is not named may change from step to
         step, so that metadata with more fields are left to vLLM.
@@ -99,7 +100,7 @@ class BuilderRow:
     keeper : Keeper or None
         How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
     left_alone : str
-        Why this adapter does nothing for it; empty if `changes` says what it does.
+        Why this adapter does nothing for it, where `changes` is "other".
     vllm_updates : bool
         Whether the newest tested vLLM itself updates it in place. `changes` then is for earlier releases, and for drafts
         that are not fused.
@@ -107,7 +108,7 @@ class BuilderRow:
 
     backends: tuple[str, ...]
     builder: str
-    changes: Changes | None = None
+    changes: Changes = "other"
     fields: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -276,8 +277,8 @@ def row_of(builder: Any) -> BuilderRow:
     return ROWS.get(path, BuilderRow((), path, left_alone=NOT_EXAMINED))
 
 
-def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced) -> Changes | Literal["other"]:
-    """What changes from step to step in the metadata of an attention group; "other" is not understood.
+def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced) -> Changes:
+    """What changes from step to step in the metadata of an attention group.
 
     The answer depends on what would run without this adapter, so the question has two forms:
 
@@ -298,25 +299,25 @@ def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced)
     if getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
     changes = _by_update(builder) if instead_of == "update" else _by_row(builder)
-    if changes is None or metadata.num_prefills:
+    if changes == "other" or metadata.num_prefills:
         return "other"
     if changes == "lengths and schedule" and not _is_plain_indexer(builder, metadata, num_reqs):
         return "other"
     return changes
 
 
-def _by_update(builder: Any) -> Changes | None:
+def _by_update(builder: Any) -> Changes:
     update = getattr(type(builder), "update_draft_decode_metadata", None)
     if update is not None and getattr(update, "only_the_request_map", None) is update:
         return "request map"
     if update is pkgutil.resolve_name(INDEXER.builder).update_draft_decode_metadata:
         return "lengths and schedule"
-    return None
+    return "other"
 
 
-def _by_row(builder: Any) -> Changes | None:
+def _by_row(builder: Any) -> Changes:
     row = row_of(builder)
-    return None if row.refused(builder) else row.changes
+    return "other" if row.refused(builder) else row.changes
 
 
 def _is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:

@@ -49,8 +49,8 @@ def served(builder: Any) -> Served | None:
 
 
 def hooks(row: BuilderRow, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, the builder of a row, by name; none if vLLM itself updates it in place."""
-    if row.changes is None or METHOD in vars(owner):
+    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own."""
+    if METHOD in vars(owner):
         return {}
     _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
     return MappingProxyType({METHOD: UPDATES[row.changes](host)})
