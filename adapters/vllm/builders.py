@@ -1,8 +1,7 @@
-"""The table of vLLM's metadata builders: what is known of each, one row per class.
+"""Runs at start, at capture and where asked: the table of vLLM's metadata builders, one row per class.
 
-Read when vLLM is probed and patched, when a draft is captured or bound, and by `doctor`. Every row was read in vLLM's
-sources: `build` and what it calls, and what the attention implementation reads. Rows that are served are replayed with
-frozen metadata in `tests/vllm`. A builder without a row is left to vLLM.
+Every row was read in vLLM's sources: `build` and what it calls, and what the attention implementation reads. Rows that are
+served are replayed with frozen metadata in `tests/vllm`. A builder without a row is left to vLLM.
 
 A draft is either the model's own MTP layer (sparse MLA and an indexer), or an Eagle model with dense MLA or grouped-query
 attention. In all of them a draft step has one query token per request.
@@ -61,6 +60,10 @@ def _has_hisparse(builder: Any) -> bool:
     return bool(getattr(builder, "use_hisparse", False)) or getattr(settings, "hisparse_config", None) is not None
 
 
+def _is_non_causal(builder: Any) -> bool:
+    return bool(getattr(builder, "non_causal_multi_token_decode", False))
+
+
 PARALLELISM = (
     Refusal("decode context parallelism is not covered", _above_one("dcp_world_size", "decode_context_parallel_size")),
     Refusal("prefill context parallelism is not covered", _above_one("pcp_world_size", "prefill_context_parallel_size")),
@@ -72,7 +75,7 @@ COMPRESSED = Refusal(
 )
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
-    lambda builder: bool(getattr(builder, "non_causal_multi_token_decode", False)),
+    _is_non_causal,
 )
 
 

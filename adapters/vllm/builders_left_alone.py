@@ -1,4 +1,4 @@
-"""The rows of `builders` that this adapter leaves alone: builder, backends that have it, and why.
+"""Runs at start: the rows of `builders` that this adapter leaves alone: builder, backends that have it, and why.
 
 As of vLLM 0.33.0. Data for `builders.LEFT_ALONE`; nothing else reads it.
 """

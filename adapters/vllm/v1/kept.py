@@ -1,4 +1,4 @@
-"""How Model Runner V1's draft keeps metadata from step to step; runs at the first draft step of each batch shape.
+"""Runs at every draft: how Model Runner V1's draft keeps metadata from step to step.
 
 A draft step has one query token per request, whatever came before. For the rows of `builders` that have a `Keeper`, all
 that then changes from step to step are the sequence lengths, and the indexer's DeepGEMM schedule that follows from them;
