@@ -1,8 +1,7 @@
-"""Runs at start and at capture: the table of vLLM's metadata builders, what is known of each, one row per class.
+"""Runs at start, at capture and where asked: the table of vLLM's metadata builders, one row per class.
 
-Read when vLLM is probed and patched, when a draft is captured or bound, and by `doctor`. Every row was read in vLLM's
-sources: `build` and what it calls, and what the attention implementation reads. Rows that are served are replayed with
-frozen metadata in `tests/vllm`. A builder without a row is left to vLLM.
+Every row was read in vLLM's sources: `build` and what it calls, and what the attention implementation reads. Rows that are
+served are replayed with frozen metadata in `tests/vllm`. A builder without a row is left to vLLM.
 
 A draft is either the model's own MTP layer (sparse MLA and an indexer), or an Eagle model with dense MLA or grouped-query
 attention. In all of them a draft step has one query token per request.
@@ -21,9 +20,10 @@ from nsa_plugin.adapters.vllm import builders_left_alone
 from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, MODULE
 from nsa_plugin.adapters.vllm.v1.kept import Keeper, keep_indexer, keep_sparse
 
-Changes = Literal["request map", "lengths and schedule", "nothing"]
+Changes = Literal["request map", "lengths and schedule", "nothing", "other"]
 """What a builder derives from the lengths or from the batch, and so has to be recomputed at each draft step. All else in
-its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone."""
+its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone. "other" is not
+understood: vLLM's own code does it."""
 Replaced = Literal["update", "rebuild"]
 """What of vLLM's own would run at a draft step without this adapter: a builder's update in place, or its `build`."""
 MLA = "vllm.v1.attention.backends.mla"
@@ -60,6 +60,10 @@ def _has_hisparse(builder: Any) -> bool:
     return bool(getattr(builder, "use_hisparse", False)) or getattr(settings, "hisparse_config", None) is not None
 
 
+def _is_non_causal(builder: Any) -> bool:
+    return bool(getattr(builder, "non_causal_multi_token_decode", False))
+
+
 PARALLELISM = (
     Refusal("decode context parallelism is not covered", _above_one("dcp_world_size", "decode_context_parallel_size")),
     Refusal("prefill context parallelism is not covered", _above_one("pcp_world_size", "prefill_context_parallel_size")),
@@ -71,7 +75,7 @@ COMPRESSED = Refusal(
 )
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
-    lambda builder: bool(getattr(builder, "non_causal_multi_token_decode", False)),
+    _is_non_causal,
 )
 
 
@@ -86,9 +90,9 @@ class BuilderRow:
         vLLM gives another backend's name to this one.
     builder : str
         Dotted path of the class; exactly that class, since a subclass may build more.
-    changes : Changes or None
+    changes : Changes
         What this adapter writes at each step of Model Runner V2's drafts: in place where vLLM fuses the draft, into the
-        first step's metadata where it does not. None: vLLM's own code does it.
+        first step's metadata where it does not.
     fields : mapping of str to frozenset of str
         By dotted path of a dataclass, all of its fields that are known. A field that is not named may change from step to
         step, so that metadata with more fields are left to vLLM.
@@ -99,7 +103,7 @@ class BuilderRow:
     keeper : Keeper or None
         How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
     left_alone : str
-        Why this adapter does nothing for it; empty if `changes` says what it does.
+        Why this adapter does nothing for it, where `changes` is "other".
     vllm_updates : bool
         Whether the newest tested vLLM itself updates it in place. `changes` then is for earlier releases, and for drafts
         that are not fused.
@@ -107,7 +111,7 @@ class BuilderRow:
 
     backends: tuple[str, ...]
     builder: str
-    changes: Changes | None = None
+    changes: Changes = "other"
     fields: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -276,8 +280,8 @@ def row_of(builder: Any) -> BuilderRow:
     return ROWS.get(path, BuilderRow((), path, left_alone=NOT_EXAMINED))
 
 
-def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced) -> Changes | Literal["other"]:
-    """What changes from step to step in the metadata of an attention group; "other" is not understood.
+def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced) -> Changes:
+    """What changes from step to step in the metadata of an attention group.
 
     The answer depends on what would run without this adapter, so the question has two forms:
 
@@ -298,25 +302,25 @@ def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced)
     if getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
     changes = _by_update(builder) if instead_of == "update" else _by_row(builder)
-    if changes is None or metadata.num_prefills:
+    if changes == "other" or metadata.num_prefills:
         return "other"
     if changes == "lengths and schedule" and not _is_plain_indexer(builder, metadata, num_reqs):
         return "other"
     return changes
 
 
-def _by_update(builder: Any) -> Changes | None:
+def _by_update(builder: Any) -> Changes:
     update = getattr(type(builder), "update_draft_decode_metadata", None)
     if update is not None and getattr(update, "only_the_request_map", None) is update:
         return "request map"
     if update is pkgutil.resolve_name(INDEXER.builder).update_draft_decode_metadata:
         return "lengths and schedule"
-    return None
+    return "other"
 
 
-def _by_row(builder: Any) -> Changes | None:
+def _by_row(builder: Any) -> Changes:
     row = row_of(builder)
-    return None if row.refused(builder) else row.changes
+    return "other" if row.refused(builder) else row.changes
 
 
 def _is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
