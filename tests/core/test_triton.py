@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_plugin import fast_copy, precompute
-from nsa_plugin.core import triton_impl
+from nsa_plugin.core import triton_binding
 from tests.batches import Case, assert_equal_live, cases, poisoned
 
 pytest.importorskip("triton")
@@ -39,15 +39,15 @@ def test_copy_kernel_equals_the_source(case: Case, count: int, stride: int) -> N
 def test_large_batches_and_several_tiles(case: Case, block: int) -> None:
     """Small blocks make every loop of the kernels run several times."""
     batch, geometry = case.batch, case.geometry
-    saved = triton_impl.BLOCK, triton_impl.TILE, triton_impl.TILE_OF_SEVERAL_ROWS
-    triton_impl.BLOCK, triton_impl.TILE, triton_impl.TILE_OF_SEVERAL_ROWS = 2**block, 16, 16
+    saved = triton_binding.BLOCK, triton_binding.TILE, triton_binding.TILE_OF_SEVERAL_ROWS
+    triton_binding.BLOCK, triton_binding.TILE, triton_binding.TILE_OF_SEVERAL_ROWS = 2**block, 16, 16
     try:
         want = precompute(batch, geometry, impl="reference")
         got = precompute(batch, geometry, impl="triton", out=poisoned(batch, geometry)[0])
         copies = [made.steps[0] for made in poisoned(batch, geometry, len(want.steps))]
         fast_copy(got, copies, impl="triton")
     finally:
-        triton_impl.BLOCK, triton_impl.TILE, triton_impl.TILE_OF_SEVERAL_ROWS = saved
+        triton_binding.BLOCK, triton_binding.TILE, triton_binding.TILE_OF_SEVERAL_ROWS = saved
     for index in range(len(want.steps)):
         assert_equal_live(want, got.step(index), index)
         assert_equal_live(want, copies[index], index)

@@ -24,9 +24,8 @@ from nsa_plugin.adapters.base import Fallback, Host
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.core.api import Impl
+from nsa_plugin.core.api import best_impl
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
-from nsa_plugin.core.triton_impl import is_available
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 ENGINE = "vllm"
@@ -84,7 +83,7 @@ class Step:
         buffers = speculator.input_buffers
         rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
         # On a CPU too where Triton interprets, as vLLM's own kernels then do.
-        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
+        impl = best_impl(rows.seq_lens.device)
         self._update = StepUpdate(rows, slot_groups(speculator.block_tables), request_maps, indexers, impl=impl)
 
     def run(self) -> None:

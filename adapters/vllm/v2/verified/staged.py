@@ -23,10 +23,9 @@ from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group
 from nsa_plugin.adapters.vllm.shadows import live_blocks
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
-from nsa_plugin.core.api import Impl
+from nsa_plugin.core.api import best_impl
 from nsa_plugin.core.metadata import same_buffer
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
-from nsa_plugin.core.triton_impl import is_available
 
 
 class Arena:
@@ -167,7 +166,7 @@ class Staged:
                 self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
         if not self.groups:
             raise Uncovered("no attention group that this update knows")
-        impl: Impl = "reference" if is_available(buffers.seq_lens.device) else "triton"
+        impl = best_impl(buffers.seq_lens.device)
         shared = slot_groups(tables)
         self._updates = []
         for step in range(self._steps):

@@ -26,8 +26,8 @@ from nsa_plugin.adapters.vllm.v2.step import ENGINE, PATH, Hooks, RunsStep, Step
 from nsa_plugin.adapters.vllm.v2.switch import BEGIN
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
+from nsa_plugin.core.batch import PAD_SLOT
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
-from nsa_plugin.core.step_update import PAD_SLOT
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 
