@@ -73,7 +73,13 @@ FillDraftSteps = Callable[[torch.Tensor, torch.Tensor, BlockTable, int, int], No
 """`fill(positions, seq_lens, table, batch_size, num_rows)`, see `bind_draft_steps`."""
 
 
-def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: Impl = "auto") -> FillDraftSteps:
+BindDraftSteps = Callable[[Sequence[DraftStep], DraftLimits], FillDraftSteps | None]
+"""Provides a `fill` bound to these destinations, or None for the built-in one."""
+
+
+def bind_draft_steps(
+    steps: Sequence[DraftStep], limits: DraftLimits, *, impl: Impl = "auto", bind: BindDraftSteps | None = None
+) -> FillDraftSteps:
     """Bind the destinations of consecutive draft steps to a function that fills all of them.
 
     Parameters
@@ -83,6 +89,8 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: I
     limits : DraftLimits
     impl : "auto", "reference" or "triton"
         As in `precompute`. With Triton `fill` is one launch.
+    bind : BindDraftSteps, optional
+        Provides an implementation. `impl` is used without it, or where it returns None.
 
     Returns
     -------
@@ -100,8 +108,9 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: I
         `impl` can't run here.
     """
     _check(steps, limits)
-    device = steps[0].positions.device
-    if resolve_impl(impl, device) == "triton":
+    if bind is not None and (provided := bind(steps, limits)) is not None:
+        return provided
+    if resolve_impl(impl, steps[0].positions.device) == "triton":
         return triton_binding.bind_draft_steps(steps, limits)
     return lambda *batch: reference.draft_steps(steps, limits, *batch)
 

@@ -9,7 +9,7 @@ The definition is `reference.step_update`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,6 +98,14 @@ class IndexerRows:
     table: torch.Tensor
 
 
+BoundStepUpdate = Callable[[bool], None]
+"""Writes what a draft step needs into the buffers that it was bound to; takes whether the step is its draft's first."""
+BindStepUpdate = Callable[
+    [DraftRows, SlotGroups, Sequence[torch.Tensor], Sequence[IndexerRows]], BoundStepUpdate | None
+]
+"""Provides an implementation bound to these buffers, or None for the built-in one."""
+
+
 class StepUpdate:
     """Writes what a draft step needs into the buffers of one captured size. Call `run` at the start of each step.
 
@@ -110,6 +118,8 @@ class StepUpdate:
     indexers : sequence of IndexerRows
     impl : "auto", "reference" or "triton"
         As in `precompute`.
+    bind : BindStepUpdate, optional
+        Provides an implementation. `impl` is used without it, or where it returns None.
 
     Raises
     ------
@@ -133,9 +143,14 @@ class StepUpdate:
         indexers: Sequence[IndexerRows] = (),
         *,
         impl: Impl = "auto",
+        bind: BindStepUpdate | None = None,
     ) -> None:
         _check(rows, slots, request_maps, indexers)
-        if resolve_impl(impl, rows.seq_lens.device) == "triton":
+        provided = None if bind is None else bind(rows, slots, request_maps, indexers)
+        self._launches: Sequence[BoundStepUpdate]
+        if provided is not None:
+            self._launches = [provided]
+        elif resolve_impl(impl, rows.seq_lens.device) == "triton":
             self._launches = triton_binding.bind_step_update(rows, slots, request_maps, indexers)
         else:
             self._launches = [lambda first: reference.step_update(rows, slots, request_maps, indexers, first)]

@@ -14,7 +14,7 @@ from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadat
 
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
-    from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
+    from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
 
 TILE, TILE_OF_SEVERAL_ROWS = 2048, 512
 """Columns of a page table that a program of the metadata and copy kernels handles at a time. The second holds where a
@@ -147,7 +147,7 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDra
 
 def bind_step_update(
     rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
-) -> list[Callable[[bool], None]]:
+) -> list[BoundStepUpdate]:
     """Bind the step-update kernel; returns the launches of a step, each to be called with `first`.
 
     Launch i serves request map i and indexer i; launch 0 writes the slots too.
@@ -158,7 +158,7 @@ def bind_step_update(
     padding_programs = groups * -(-capacity // STEP_UPDATE_BLOCK)
     unused = rows.seq_lens
 
-    def bound(number: int) -> Callable[[bool], None]:
+    def bound(number: int) -> BoundStepUpdate:
         request_map = request_maps[number] if number < len(request_maps) else None
         indexer = indexers[number] if number < len(indexers) else None
         ones = (*indexer.ones, *indexer.ones)[:2] if indexer else (unused, unused)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 
+from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
@@ -105,7 +106,7 @@ def test_every_step_equals_a_full_rebuild(
     assert len(expected) == len(BATCHES) * (tokens - 1)
     host, _ = install()
     if impl == "reference":
-        monkeypatch.setattr(v2_step, "best_impl", lambda device: "reference")
+        monkeypatch.setattr(host_module, "best_impl", lambda device: "reference")
     updates: list[None] = []
     in_graph = len(BATCHES) * (tokens - 1 - FIRST_IS_REBUILT)
     run = v2_step.Step.run
@@ -311,7 +312,7 @@ def test_an_error_when_it_is_bound_leaves_the_in_place_updates(
     def planted(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(v2_step, "StepUpdate", planted)
+    monkeypatch.setattr(host_module, "StepUpdate", planted)
     got = Draft(*LAYOUTS["bf16"], 3)
     assert got.fused
     for want, have in zip(expected, got.propose(*BATCHES[1]), strict=True):
