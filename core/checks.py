@@ -39,6 +39,12 @@ def boolean(name: str, value: object) -> None:
         reject(name, "True or False", repr(value), error=InvalidTypeError)
 
 
+def function(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise unless `value` is callable, or None where it is `optional`."""
+    if not callable(value) and not (optional and value is None):
+        reject(name, "a callable", type(value).__name__, error=InvalidTypeError)
+
+
 def at_least(name: str, value: object, least: int) -> None:
     """Raise unless `value` is an int of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool):

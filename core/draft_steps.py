@@ -15,7 +15,7 @@ import torch
 from nsa_plugin.core import reference, triton_binding
 from nsa_plugin.core.api import Impl, resolve_impl
 from nsa_plugin.core.batch import PAD_SLOT, BlockTable
-from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least, instance, instances
+from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least, function, instance, instances
 from nsa_plugin.core.errors import reject
 
 
@@ -108,6 +108,7 @@ def bind_draft_steps(
         `impl` can't run here.
     """
     _check(steps, limits)
+    function("bind", bind, optional=True)
     if bind is not None and (provided := bind(steps, limits)) is not None:
         return provided
     if resolve_impl(impl, steps[0].positions.device) == "triton":

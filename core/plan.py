@@ -9,8 +9,8 @@ import torch
 
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
-from nsa_plugin.core.checks import instance, instances
-from nsa_plugin.core.errors import InvalidTypeError, reject
+from nsa_plugin.core.checks import function, instance, instances
+from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_shared
 
@@ -106,9 +106,8 @@ class ReplayPlan:
             reject("strategy", "'copy' or 'share'", repr(strategy))
         check_batch(batch, geometry)
         instances("consumers", consumers, StepMetadata)
-        for name, value in (("derive", derive), ("bind", bind)):
-            if not callable(value) and (value is not None or name == "bind"):
-                reject(name, "a callable", type(value).__name__, error=InvalidTypeError)
+        function("derive", derive, optional=True)
+        function("bind", bind)
         self.strategy = strategy
         self.mode = batch.mode
         self.batch_size = batch.batch_size

@@ -17,7 +17,7 @@ import torch
 
 from nsa_plugin.core import reference, triton_binding
 from nsa_plugin.core.api import Impl, resolve_impl
-from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, instance, instances
+from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, function, instance, instances
 from nsa_plugin.core.errors import reject
 
 
@@ -146,6 +146,7 @@ class StepUpdate:
         bind: BindStepUpdate | None = None,
     ) -> None:
         _check(rows, slots, request_maps, indexers)
+        function("bind", bind, optional=True)
         provided = None if bind is None else bind(rows, slots, request_maps, indexers)
         self._launches: Sequence[BoundStepUpdate]
         if provided is not None:

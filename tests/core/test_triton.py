@@ -35,7 +35,7 @@ def test_copy_kernel_equals_the_source(case: Case, count: int, stride: int) -> N
 
 
 @settings(max_examples=5)
-@given(cases(min_batch_size=40, max_batch_size=60, max_width=100, max_steps=4))
+@given(cases(min_batch_size=36, max_batch_size=48, max_width=80, max_steps=4))
 def test_large_batches_and_several_tiles(case: Case) -> None:
     """Blocks of 16 requests and tiles of 16 columns: every loop of the kernels runs several times."""
     batch, geometry = case.batch, case.geometry
