@@ -164,14 +164,14 @@ class Manager:
     def bind_step_update(
         self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
     ) -> BoundStepUpdate | None:
-        """What the first plugin that answers provides for the steps of a draft; None for the built-in implementation."""
+        """The step update of the first plugin that provides one; None for the built-in implementation."""
         found: BoundStepUpdate | None = self._relay.hook.nsa_plugin_bind_step_update(
             rows=rows, slots=slots, request_maps=request_maps, indexers=indexers
         )
         return found
 
     def bind_draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps | None:
-        """What the first plugin that answers provides for all steps of a draft; None for the built-in implementation."""
+        """The `fill` of the first plugin that provides one for these steps; None for the built-in implementation."""
         found: FillDraftSteps | None = self._relay.hook.nsa_plugin_bind_draft_steps(steps=steps, limits=limits)
         return found
 
