@@ -73,7 +73,7 @@ def prepare(engine: Engine, environment: Path, wheel: Path) -> Path:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    subprocess.run([python, *PIP, "install", *arguments], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([python, *PIP, "install", "--no-compile", *arguments], check=True, stderr=subprocess.DEVNULL)
 
 
 def check(name: str, wheel: Path, environment: Path) -> Row:

@@ -130,7 +130,7 @@ def test_the_number_of_repro_files_is_bounded(
     install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(repro.LIMIT_FILES):
-        (tmp_path / f"{repro.PREFIX}-{number}.npz").touch()
+        (tmp_path / f"{repro.FILE_PREFIX}-{number}.npz").touch()
     install("share", Sometimes(1, "cu_seqlens_k"), verify=1, repro_dir=tmp_path)
     owner, _ = made("DECODE")
     owner.init_forward_metadata_out_graph(kit.replay_view(replays("DECODE", CONFIG.width)[0]))

@@ -24,8 +24,8 @@ from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.step import PATH, RunsStep, Step, Uncovered
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
+from nsa_plugin.core.batch import PAD_SLOT
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
-from nsa_plugin.core.step_update import PAD_SLOT
 
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
