@@ -17,18 +17,14 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
-from nsa_plugin.adapters.vllm.v1 import kept as v1_metadata
+from nsa_plugin.adapters.vllm.v1 import kept as v1_kept
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1.kept import keeper_of
 from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE, unsupported
 from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import (
-    V1Draft,
-    assert_same,
-    proposals,
-    reference,
-)
+from nsa_plugin.rigs.vllm.v1_draft import V1Draft, proposals, reference
+from tests.vllm.drafts import assert_same
 
 Install = Callable[[], Host]
 
@@ -80,7 +76,7 @@ def test_a_draft_none_of_whose_groups_is_kept_is_made_right(
 ) -> None:
     draft = V1Draft("auto", 4, 3)
     want = reference(draft)
-    monkeypatch.setattr(v1_metadata, "KEPT", {})
+    monkeypatch.setattr(v1_kept, "KEPT", {})
     install_v1()
     logging.getLogger("vllm").propagate = True
     with caplog.at_level("INFO", "vllm.plugins.nsa_plugin"):
