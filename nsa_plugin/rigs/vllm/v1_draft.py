@@ -23,11 +23,13 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
 
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import ATTENTION, BATCHES, BLOCK_SIZE, INDEXER, tiny_config
 from nsa_plugin.rigs.vllm.stand_ins import without_compiled_flashmla
 from nsa_plugin.settings import Settings
 
+PADDING = "_determine_batch_execution_and_padding"
 HIDDEN = 128
 """Hidden size of the tiny model."""
 ADDRESSES = "addresses that a CUDA graph reads"
@@ -159,12 +161,22 @@ class V1Draft:
         self.seq_lens = torch.zeros(seqs, dtype=torch.int32, device=self.device)
 
     def pad_to(self, sizes: Sequence[int]) -> None:
-        """Pad the rows of each draft step as CUDA graphs of these sizes ask for; larger batches have no graph."""
+        """Pad the rows of each draft step as CUDA graphs of these sizes ask for; larger batches have no graph.
+
+        Raises
+        ------
+        UnavailableError
+            The proposer asks another method for its padding.
+        """
+        if not hasattr(self.proposer, PADDING):
+            raise UnavailableError(
+                f"looked for {type(self.proposer).__name__}.{PADDING}, found none: no padding to set"
+            )
 
         def padded(tokens: int, use_cudagraphs: bool = True) -> tuple[CUDAGraphMode, int, None]:
             return CUDAGraphMode.NONE, min((size for size in sizes if size >= tokens), default=tokens), None
 
-        self.proposer._determine_batch_execution_and_padding = padded
+        setattr(self.proposer, PADDING, padded)
 
     def batch(self, lengths: Sequence[int], first_block: int, queries: Sequence[int]) -> CommonAttentionMetadata:
         """What the model runner hands to the proposer: `queries[i]` tokens of request i, `lengths[i]` with them."""
