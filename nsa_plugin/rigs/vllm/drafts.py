@@ -12,7 +12,7 @@ from nsa_plugin.rigs.models import TINY_DSV32
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 16), "fp8 separate": ("fp8_ds_mla", 64)}
 """Dtype of the KV cache, and attention heads per GPU: FlashMLA-sparse's builder takes other branches for each.
 
-With few heads and an fp8 cache it makes one batch of prefill and decode, with many it keeps them apart."""
+With few heads and an fp8 cache it makes one batch of prefill and decode. With many it keeps them apart."""
 BATCHES: tuple[tuple[list[int], list[int], int], ...] = (
     ([100, 107, 126, 65], [1, 0, 2, 2], 1),
     ([63, 64, 700], [0, 0, 0], 70),

@@ -30,6 +30,7 @@ from nsa_plugin.rigs.vllm.stand_ins import without_compiled_flashmla
 from nsa_plugin.settings import Settings
 
 PADDING = "_determine_batch_execution_and_padding"
+"""The proposer's method that says how many rows a draft step has."""
 HIDDEN = 128
 """Hidden size of the tiny model."""
 ADDRESSES = "addresses that a CUDA graph reads"

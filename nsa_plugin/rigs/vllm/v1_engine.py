@@ -89,7 +89,7 @@ class V1Session(Session):
 
 
 def _as_tensor(name: str, value: Any) -> torch.Tensor:
-    """A field as the kit compares it: what is no tensor by the bytes of its text, type included."""
+    """A field as the kit compares it. What is no tensor becomes the bytes of its text, its type included."""
     if isinstance(value, torch.Tensor):
         return torch.zeros_like(value) if name.endswith(UNWRITTEN) else value
     return torch.tensor(list(f"{type(value).__name__} {value!r}".encode()), dtype=torch.uint8)
