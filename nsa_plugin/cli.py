@@ -110,7 +110,7 @@ def _bench(bench: argparse.ArgumentParser) -> None:
         help=f"sglang's decode kernel: {', '.join(DECODE_KERNELS)} (default: %(default)s)",
     )  # fmt: skip
     bench.add_argument(
-        "--seed-wheel", type=_path,
+        "--original-wheel", type=_path,
         help="sglang 0.5.6.post2's wheel, whose loop none and sglang are compared with (default: fetched with pip)",
     )  # fmt: skip
     bench.add_argument("--seed", type=_seed, help="of the random inputs (default: a fresh one, named in the results)")

@@ -35,12 +35,13 @@ from typing import Any
 import torch
 
 from nsa_plugin.bench.run import where
-from nsa_plugin.rigs.installed import require
+from nsa_plugin.rigs.requirements import require
 
 require("vllm")
 
+from nsa_plugin.rigs.vllm.drafts import LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Sizes
-from nsa_plugin.rigs.vllm.v2_replay import IN_PLACE, LAYOUTS, ONE_KERNEL, STOCK, Batch, Comparison, ReplayedDraft, ways
+from nsa_plugin.rigs.vllm.v2_replay import IN_PLACE, ONE_KERNEL, STOCK, Batch, Comparison, ReplayedDraft, ways
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import pkgutil
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,25 +13,32 @@ from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
 
-FIXTURES = {"sglang": "nsa_plugin.rigs.sglang.engine:SglangEngine", "vllm": "nsa_plugin.rigs.vllm.v2_engine:VllmEngine"}
+FIXTURES = {
+    "sglang": ("nsa_plugin.rigs.sglang.engine.SglangEngine",),
+    "vllm": ("nsa_plugin.rigs.vllm.v2_engine.V2Engine", "nsa_plugin.rigs.vllm.v1_engine.V1Engine"),
+}
+"""What the kit runs on, for each engine: vLLM has two model runners."""
 
 
 def main(name: str) -> dict[str, Any]:
     """Problems by line of the contract, wrong values by path and strategy, and versions."""
-    module, _, kind = FIXTURES[name].partition(":")
-    engine = getattr(import_module(module), kind)()
-    logging.getLogger(engine.logger).propagate = False
-    kit = Conformance(engine)
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {line: [] for line in LINES}
     skipped: dict[str, str] = {}
-    for line in LINES:
-        try:
-            lines[line] = kit.problems(line)
-        except Skipped as reason:
-            skipped[line] = str(reason)
     values: dict[str, dict[str, list[str]]] = {}
-    if not lines["coverage"]:
-        for run in kit.runs:
+    for fixture in FIXTURES[name]:
+        engine = pkgutil.resolve_name(fixture)()
+        logging.getLogger(engine.logger).propagate = False
+        kit = Conformance(engine)
+        covered = True
+        for line in LINES:
+            try:
+                problems = kit.problems(line)
+            except Skipped as reason:
+                skipped[line] = "; ".join(dict.fromkeys(filter(None, (skipped.get(line), str(reason)))))
+                continue
+            lines[line] += [f"{type(engine).__name__}: {problem}" for problem in problems]
+            covered &= line != "coverage" or not problems
+        for run in kit.runs if covered else ():
             cell = values.setdefault(run.case.path, {}).setdefault(run.strategy, [])
             cell += [f"{run.case.name}: {problem}" for problem in (*run.wrong, *run.moved)]
     return {"lines": lines, "skipped": skipped, "values": values, "environment": _environment(name)}

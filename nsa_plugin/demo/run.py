@@ -14,7 +14,8 @@ from rich.table import Table
 
 from nsa_plugin.demo.embedded import OPERATIONS, Harness, Original
 from nsa_plugin.demo.sglang_engine import SglangHarness
-from nsa_plugin.rigs.sglang.backends import installed_sglang
+from nsa_plugin.rigs.requirements import require
+from nsa_plugin.rigs.sglang.backends import stand_ins
 from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, sizes_of
 
 INDEX_TOPK = 2048
@@ -85,7 +86,8 @@ def _play(
     with contextlib.ExitStack() as stack:
         contest: Contest
         if engine == "sglang":
-            stack.enter_context(installed_sglang())
+            require("sglang")
+            stack.enter_context(stand_ins())
             contest = SglangHarness(sizes, INDEX_TOPK if device.type == "cuda" else 256, num_steps, slots.table)
         else:
             contest = Harness(sizes, INDEX_TOPK, num_steps, slots.table)

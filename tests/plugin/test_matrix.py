@@ -15,6 +15,7 @@ from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 
 SOURCE = {
     "toy/__init__.py": "",
@@ -143,6 +144,26 @@ def test_the_table() -> None:
         "| toy 2.0 | faithful: graph, share; differs: copy | torch 3, 2026-01-02 |",
         "| toy 1.0 | unsupported: no `C.d` | source only, 2026-01-01 |",
     ]
+
+
+def test_a_path_that_a_release_was_not_tried_on_is_said_to_be_not_run() -> None:
+    rows = [
+        ROWS[0],
+        ROWS[1] | {"paths": {**ROWS[1]["paths"], "draft (another runner)": {"copy": "faithful"}}},
+        ROWS[1] | {"engine": "other"},
+    ]
+    assert render.table(rows).splitlines()[2:] == [
+        "| toy 2.0 | faithful: graph, share; differs: copy | faithful: copy | torch 3, 2026-01-02 |",
+        "| toy 1.0 | unsupported: no `C.d` | not run | source only, 2026-01-01 |",
+        "| other 2.0 | faithful: graph, share; differs: copy | – | torch 3, 2026-01-02 |",
+    ]
+
+
+def test_every_path_of_a_kit_is_probed() -> None:
+    """What the kit of an engine finds out has a cell to go into."""
+    needs = {name: [set(of.paths) for of in engine.needs] for name, engine in ENGINES.items()}
+    assert needs["vllm"] == [{"draft decode", v1_proposer.PATH}]
+    assert all(paths == {"draft decode", "target verify", "draft extend"} for paths in needs["sglang"])
 
 
 def test_a_canary_names_every_difference() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 LOOK = """
 import importlib, importlib.metadata as m
-for name in ("nsa_plugin.core.kernels.metadata", "nsa_plugin.adapters.sglang.adapter", "nsa_plugin.demo.run", "nsa_plugin.rigs.seed",
+for name in ("nsa_plugin.core.kernels.metadata", "nsa_plugin.adapters.sglang.adapter", "nsa_plugin.demo.run", "nsa_plugin.rigs.sglang.original_loop",
              "nsa_plugin.testing.conformance", "nsa_plugin.doctor.run"):
     try:
         importlib.import_module(name)
@@ -28,7 +28,7 @@ points = {(p.group, p.name): p for p in m.distribution("nsa-plugin").entry_point
 for key in (("sglang.srt.plugins", "nsa_plugin"), ("vllm.general_plugins", "nsa_plugin"), ("console_scripts", "nsa-plugin")):
     points[key].load()
 import nsa_plugin
-from nsa_plugin.rigs.installed import TINY_DSV32
+from nsa_plugin.rigs.models import TINY_DSV32
 assert (TINY_DSV32 / "config.json").is_file()
 print(nsa_plugin.__file__)
 """

@@ -31,6 +31,10 @@ OUTSIDE = {
 }
 """Third-party packages that each room may import; engines are asked for separately."""
 ENGINES = {"sglang", "vllm", "sgl_kernel", "deep_gemm"}
+KIT_ADAPTERS = {"nsa_plugin.adapters.base"}
+"""All that the kit for third parties may import of the adapters' room."""
+DRIVE_RIGS = ("nsa_plugin.demo.", "nsa_plugin.bench.", "nsa_plugin.rigs.")
+"""Modules of the package that may import rigs; so may `tests` and `benchmarks`, which are not in it."""
 DRIVE_ENGINES = ("nsa_plugin.rigs.vllm.",)
 """Modules that drive real engine parts, and are imported only where the engine is installed."""
 
@@ -92,6 +96,30 @@ def test_a_room_imports_only_what_it_may() -> None:
         for name in FILES
         for target in imported(name, inside=True) & FILES.keys() - {"nsa_plugin"}
         if room_of(target) not in may[room_of(name)]
+    ]
+    assert not wrong
+
+
+def test_the_kit_for_third_parties_needs_no_engine_and_no_rig() -> None:
+    kit = [name for name in FILES if name.startswith("nsa_plugin.testing")]
+    wrong = [
+        f"{name} imports {target}"
+        for name in kit
+        for target in imported(name, inside=True)
+        if target in ENGINES
+        or target.startswith("nsa_plugin.rigs")
+        or (room_of(target) == "adapters" and target not in KIT_ADAPTERS)
+    ]
+    assert len(kit) > 5 and not wrong
+
+
+def test_only_demo_and_benchmark_of_the_package_drive_rigs() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name in FILES
+        if not name.startswith(DRIVE_RIGS)
+        for target in imported(name, inside=True)
+        if target.startswith("nsa_plugin.rigs.")
     ]
     assert not wrong
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import types
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +25,12 @@ import torch
 from nsa_plugin import hookimpl
 from nsa_plugin.adapters.sglang import refusals, releases
 from nsa_plugin.adapters.sglang.reports import MODES
+from nsa_plugin.cli import main
 from nsa_plugin.core import api
+from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import same_buffer
 from nsa_plugin.rigs.sglang import backends as kit
+from nsa_plugin.rigs.sglang import original_loop
 from tests.sglang.batches import CONFIG, TABLE, batch, replays
 from tests.sglang.conftest import Install
 
@@ -41,7 +46,7 @@ def made(mode: str, lengths: torch.dtype = torch.int64) -> tuple[Any, list[Any]]
 
 
 def replay(owner: Any, live: Any) -> None:
-    kit.before_replay(owner, live, kit.replay_view(live))
+    kit.preparation(owner, live)()
 
 
 def wrong(mode: str, live: Any, backends: list[Any]) -> list[str]:
@@ -143,6 +148,42 @@ def test_the_strategy_says_what_it_can_be(install: Install, caplog: pytest.LogCa
         assert plans["draft decode"].why == plans["target verify"].why == why
     else:
         assert "strategy graph" in line and plans["draft decode"].strategy == "graph"
+
+
+@pytest.mark.parametrize("mode", ["decode", "verify", "extend"])
+def test_the_benchmark_compares_every_strategy(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or it says what the release lacks."""
+
+    def offline(folder: Path) -> Path:
+        raise UnavailableError("no network in this test")
+
+    monkeypatch.setattr(original_loop, "fetch_wheel", offline)
+    cell = [
+        "bench",
+        "--engine",
+        "sglang",
+        "--mode",
+        mode,
+        "--bs",
+        "2",
+        "--ctx",
+        "300",
+        "--steps",
+        "3",
+        "--width",
+        "512",
+    ]
+    status = main([*cell, "--json", str(tmp_path / "b.json")])
+    if mode == "extend" and (problem := releases.lacking("draft extend")):
+        assert status == 2 and f"--mode extend: {problem}" in capsys.readouterr().err
+        return
+    assert status == 0
+    (measured,) = json.loads((tmp_path / "b.json").read_text())["cells"]
+    wrong = {name: row["differs"] for name, row in measured["contenders"].items()}
+    shipped: dict[str, list[str]] = {"sglang shipped": []} if mode == "decode" else {}
+    assert wrong == {"sglang loop": [], **shipped, "copy": [], "share": []}
 
 
 def test_the_arguments_of_the_older_methods_are_batches() -> None:

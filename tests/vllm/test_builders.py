@@ -31,8 +31,8 @@ from nsa_plugin.adapters.vllm.builders import BuilderRow
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.v2_draft import DRAFT, Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from tests.vllm.drafts import POISONED, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]

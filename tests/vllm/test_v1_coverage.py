@@ -23,12 +23,8 @@ from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE, unsupported
 from nsa_plugin.adapters.vllm.v1.steps import keeper_of
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import (
-    V1Draft,
-    assert_same,
-    proposals,
-    reference,
-)
+from nsa_plugin.rigs.vllm.v1_draft import V1Draft, proposals, reference
+from tests.vllm.drafts import assert_same
 
 Install = Callable[[], Host]
 

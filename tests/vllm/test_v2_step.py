@@ -24,12 +24,12 @@ from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.builders import INDEXER, INDEXER_DECODE, changes_of
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
-from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 from tests.vllm.drafts import FIRST_IS_REBUILT, POISONED, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -227,7 +227,7 @@ def count(layout: str, tokens: int) -> list[Counter[str]]:
         for method in ("_build_uniform_attn_metadata", "_build_draft_attn_metadata", v2_step.UPDATE):
             if hasattr(speculator, method):
                 patch.setattr(speculator, method, watched(getattr(speculator, method)))
-        patch.setattr(v2_copy.KeptStep, "run", watched(v2_copy.KeptStep.run))
+        patch.setattr(v2_unfused.KeptStep, "run", watched(v2_unfused.KeptStep.run))
         if FIRST_IS_REBUILT:
             patch.setattr(v2_step.Step, "run", watched(v2_step.Step.run))
             for group in (group for groups in speculator.attn_groups for group in groups):

@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,6 @@ from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.adapters.sglang.describe import describe, geometry
 from nsa_plugin.adapters.sglang.releases import GENERATIONS, NSA, generation
 from nsa_plugin.core.batch import ForwardMode
-from nsa_plugin.rigs.installed import require
 
 
 @dataclass(frozen=True)
@@ -147,22 +146,22 @@ def capture_arguments(batch: Any) -> dict[str, Any]:
 
 
 def in_graph(owner: Any, batch: Any) -> None:
-    """What they call within the graph that they capture, if anything."""
+    """What they call within the graph that they capture; releases before 0.5.13 call nothing there."""
     if hasattr(owner, "init_forward_metadata_in_graph"):
         owner.init_forward_metadata_in_graph(batch)
 
 
-def before_replay(owner: Any, batch: Any, view: SimpleNamespace) -> None:
-    """What they call before a replay with a live batch; `view` is its `replay_view`."""
+def preparation(owner: Any, batch: Any) -> Callable[[], object]:
+    """The call that they make before each replay with a live batch."""
     if hasattr(owner, "init_forward_metadata_out_graph"):
-        owner.init_forward_metadata_out_graph(view)
-    elif hasattr(owner, "attn_backends"):
-        owner.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
-    else:
-        owner.init_forward_metadata_replay_cuda_graph(
-            batch.batch_size, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_sum, None, batch.forward_mode,
-            batch.spec_info, seq_lens_cpu=batch.seq_lens_cpu,
-        )  # fmt: skip
+        view = replay_view(batch)
+        return lambda: owner.init_forward_metadata_out_graph(view)
+    if hasattr(owner, "attn_backends"):
+        return lambda: owner.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+    return lambda: owner.init_forward_metadata_replay_cuda_graph(
+        batch.batch_size, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_sum, None, batch.forward_mode,
+        batch.spec_info, seq_lens_cpu=batch.seq_lens_cpu,
+    )  # fmt: skip
 
 
 def num_sms() -> int:
@@ -247,20 +246,6 @@ STAND_INS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
     ((f"{ATTENTION}.dsa.dsa_backend_mtp_precompute",), "_is_cuda", True),
 )  # fmt: skip
 """Modules in which something is looked for, newest release first; its name there; what stands in for it."""
-
-
-@contextlib.contextmanager
-def installed_sglang() -> Iterator[None]:
-    """For a command with `--engine sglang`: `stand_ins`, and Triton's interpreter where there is no GPU.
-
-    Raises
-    ------
-    UnavailableError
-        sglang is not installed.
-    """
-    require("sglang")
-    with stand_ins():
-        yield
 
 
 @contextlib.contextmanager

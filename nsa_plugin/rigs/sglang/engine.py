@@ -128,7 +128,7 @@ class SglangSession(Session):
         self._backends = self._owner.attn_backends if draft else [self._owner]
         self._live = [make_batch(case, lengths, rows, device) for lengths, rows in case.batches]
         self._static: dict[int, Any] = {}
-        self._views = [backends.replay_view(live) for live in self._live]
+        self._preparations = [backends.preparation(self._owner, live) for live in self._live]
         self._captured: dict[int, list[Any]] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._batch: Any = None
@@ -175,7 +175,7 @@ class SglangSession(Session):
         static = self._static[self._batch.batch_size]
         static.seq_lens.copy_(self._batch.seq_lens[: self._batch.batch_size])
         static.req_pool_indices.copy_(self._batch.req_pool_indices[: self._batch.batch_size])
-        backends.before_replay(self._owner, self._batch, self._views[round])
+        self._preparations[round]()
 
     def read(self) -> list[Values]:
         """Run the graph; then the defined values of every backend's metadata."""
