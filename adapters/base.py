@@ -94,11 +94,15 @@ class PathPlan:
         The first that would be tried; "off" if the engine's own path stays.
     why : str
         Why not a better one; empty if there is none.
+    gpus : frozenset of str, or None
+        Where an engine chooses this by itself: the major compute capabilities of GPUs ("9" is Hopper); None is everywhere.
+        Empty for what it chooses on other hardware, for other models, or when asked by name.
     """
 
     path: str
     strategy: str
     why: str
+    gpus: frozenset[str] | None = None
 
 
 class Host(Protocol):

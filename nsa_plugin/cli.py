@@ -64,7 +64,14 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="say what is installed, what each path would get, and what is in the way"
     )
-    doctor.add_argument("--json", action="store_true", help="for machines")
+    how = doctor.add_mutually_exclusive_group()
+    how.add_argument("--all", action="store_true", help="defaults, other hardware, other models and patches too")
+    how.add_argument("--patches", action="store_true", help="what is patched in the engines too, and why")
+    how.add_argument("--json", action="store_true", help="everything, for machines")
+    how.add_argument(
+        "--check", action="store_true",
+        help="one line, for init containers; exit status 1 if something that was asked for can't be had",
+    )  # fmt: skip
     verify = commands.add_parser("verify", help="compute the batch of a repro file again, on any machine, and compare")
     verify.add_argument("file", type=_path, help="a file that NSA_PLUGIN_VERIFY left in NSA_PLUGIN_REPRO_DIR")
     return top

@@ -162,7 +162,10 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in backends.LACKING_HOOK]
+        return plans + [
+            PathPlan(f"draft decode with {name}", "off", why, backends.CHOSEN_ON.get(name, frozenset()))
+            for name, why in backends.LACKING_HOOK
+        ]
 
     def _patch_more(self, host: Host, path: str, part: Part) -> None:
         """Patch what other parts do without; what this vLLM lacks concerns this path alone."""

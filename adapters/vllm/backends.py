@@ -42,3 +42,10 @@ LACKING_HOOK: tuple[tuple[str, str], ...] = (
     ("AITER_TRITON_MLA", _AMD), ("ROCM_AITER_MLA_SPARSE", _AMD),
 )  # fmt: skip
 """Those with an update of this adapter's are in `in_place`, unless `InPlace.refused` names what is not covered."""
+
+CHOSEN_ON = {
+    "FLASHINFER_MLA_SPARSE_SM90": frozenset({"9"}),
+    "FLASHMLA": frozenset({"9", "10"}),
+    "FLASH_ATTN_MLA": frozenset({"9"}),
+}
+"""Of those, what vLLM may choose by itself for a DSA model's draft, to the major compute capabilities of the GPUs."""
