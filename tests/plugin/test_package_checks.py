@@ -8,25 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugin.packages import build, source
 
-def test_the_tools_of_the_package_index_find_nothing(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+
+def test_the_tools_of_the_package_index_find_nothing(tmp_path: Path) -> None:
     for tool in ("twine", "check_wheel_contents", "validate_pyproject"):
         pytest.importorskip(tool)
-    source, out = tmp_path / "source", tmp_path / "dist"
-    source.mkdir()
+    project, out = source(tmp_path / "project"), tmp_path / "dist"
     out.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "core", "adapters", "nsa_plugin"):
-        subprocess.run(["cp", "-a", str(pytestconfig.rootpath / name), str(source)], check=True)
-    for kind in ("sdist", "wheel"):
-        build = f"import sys; from setuptools.build_meta import build_{kind} as build; build(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True)
-    made = sorted(map(str, out.iterdir()))
-    wheels = [name for name in made if name.endswith(".whl")]
-    assert len(made) == 2 and len(wheels) == 1
+    made = [str(build(kind, project, out)) for kind in ("sdist", "wheel")]
     for command in (
         ["twine", "check", "--strict", *made],
-        ["check_wheel_contents", *wheels],
-        ["validate_pyproject", str(source / "pyproject.toml")],
+        ["check_wheel_contents", made[1]],
+        ["validate_pyproject", str(project / "pyproject.toml")],
     ):
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
