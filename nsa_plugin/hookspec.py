@@ -13,10 +13,13 @@ import pluggy
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
 
 if TYPE_CHECKING:
-    from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
+    from nsa_plugin.adapters.base import Adapter
+    from nsa_plugin.adapters.reporting import Fallback, Mismatch
 
 PROJECT = "nsa_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -37,7 +40,7 @@ def nsa_plugin_adapters() -> Sequence[Adapter]:
 def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchDescriptor] | None:
     """Provide the function that maps one of the engine's batches onto a `BatchDescriptor`.
 
-    Fires when a plan is made, with a batch of the captured shape. Return None to leave it to the next plugin, at last
+    Fires when something is bound for a captured size, with a batch of that size. Return None to leave it to the next plugin, at last
     to the adapter's own `describe`. The function is called at each replay; it must copy no tensor.
     """
     raise NotImplementedError
@@ -49,7 +52,7 @@ def nsa_plugin_bind_precompute(
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a precompute implementation bound to the buffers `out`.
 
-    Fires when a plan is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
+    Fires when a `ReplayPlan` is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
     bound function is called at each replay; it must write every live entry of `out`, allocate nothing and not sync.
     With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph: it must read the flag on
     the device at each run, and leave `out` as it is where the flag is 0. An implementation without that parameter is
@@ -64,8 +67,33 @@ def nsa_plugin_bind_copy(
 ) -> Callable[[], None] | None:
     """Provide a copy implementation bound to the buffers of `source` and `destinations`.
 
-    Fires when a plan with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
+    Fires when a `ReplayPlan` with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
     built-in implementation. The same duties as for `nsa_plugin_bind_precompute`.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_bind_step_update(
+    rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+) -> Callable[[bool], None] | None:
+    """Provide what updates the metadata of a draft whose engine moves its buffers on from step to step.
+
+    Fires when such a draft is bound (vLLM's Model Runner V2). Return None to leave it to the next plugin, at last to the
+    built-in implementation. The bound function is called at the start of each draft step, or recorded there in a CUDA
+    graph, with whether the step is the first of its draft. It must write what `StepUpdate` writes, allocate nothing and not
+    sync.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps | None:
+    """Provide what computes positions, slots and lengths of all steps of a draft at once.
+
+    Fires when such a draft is bound (vLLM's Model Runner V1). Return None to leave it to the next plugin, at last to the
+    built-in implementation. The bound function is called once per draft, as `bind_draft_steps` says; it must allocate
+    nothing and not sync.
     """
     raise NotImplementedError
 
@@ -76,7 +104,7 @@ def nsa_plugin_observe_replays(
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a function to be called after each replay of a plan.
 
-    Fires when a plan is made. Every plugin that returns a function has it called, outside of any CUDA graph.
+    Fires when something is bound for a captured size. Every plugin that returns a function has it called, outside of any CUDA graph.
     """
     raise NotImplementedError
 
