@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from nsa_plugin.adapters.base import Adapter
+from nsa_plugin.adapters.ledger import LedgerRow
 
-FIELDS = ("target", "why", "upstream", "gone_when", "runs")
+FIELDS = tuple(field.name for field in dataclasses.fields(LedgerRow))
 Ledger = list[Mapping[str, str]]
 """A row for each patch: text for each of `FIELDS`."""
 

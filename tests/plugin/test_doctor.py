@@ -8,12 +8,12 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nsa_plugin.adapters.base import PathPlan
+from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.cli import main
 from nsa_plugin.doctor import checks, loading
 from nsa_plugin.host import BuiltIn
@@ -280,9 +280,7 @@ def test_what_matters_here_comes_first_and_the_rest_with_all(
     assert "NEWER_ATTN" in capsys.readouterr().out, "who does not know leaves nothing out"
 
 
-ROW = SimpleNamespace(
-    target="engine.Backend.prepare", why="computes once", upstream="none", gone_when="the engine does", runs="a test"
-)
+ROW = LedgerRow("engine.Backend.prepare", "computes once", "not proposed", "the engine does so", "every draft")
 
 
 def test_the_ledger_of_patches_is_printed_if_the_adapter_offers_one(
