@@ -136,7 +136,7 @@ class Adapter(Protocol):
         """Put back every attribute that `install` or a later capture replaced, by identity."""
 
     def summary(self) -> str:
-        """What is accelerated and what is left alone, for one log line."""
+        """What is accelerated and what is left to the engine, for one log line."""
 
     def switch(self, on: bool) -> list[str]:
         """Say what goes on as before although the host was switched, one line each with the reason.

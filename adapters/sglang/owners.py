@@ -51,7 +51,7 @@ class MultiStepDraft(Path):
     def wide_table_is_unread(self, backend: Any) -> bool:
         """What sglang's own `init_cuda_graph_state` decides for a decode without speculation.
 
-        Its attention then reads top-k indices and its indexer the real page table; what sglang keeps the wide table for
+        Its attention then reads top-k indices and its indexer the real page table; what sglang keeps the wide page table for
         in a speculative run is its own multi-step preparation, and verify and extend, which other backends do.
         """
         probe: Any = object.__new__(type(backend))

@@ -138,8 +138,8 @@ class VllmAdapter:
         self._served = []
 
     def summary(self) -> str:
-        """What is accelerated and what is left alone, for one log line."""
-        return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
+        """What is accelerated and what is left to the engine, for one log line."""
+        return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left to vLLM"
 
     def switch(self, on: bool) -> list[str]:
         """What goes on as before: drafts of Model Runner V2 that other ranks share, whose metadata CUDA graphs compute."""

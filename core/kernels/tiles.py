@@ -116,7 +116,7 @@ def tiles_of_request(
 
 @triton.jit
 def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns of a tile of the wide table, and which of them may be written.
+    """Columns of a tile of the wide page table, and which of them may be written.
 
     Aligned rows are whole 16-byte words, so the tail of the last live word may be written too.
     """
@@ -128,7 +128,7 @@ def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def pages_of_tile(tile, TILE: tl.constexpr, page_size: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of the real page table that belong to a tile; a tile is one of them where there is no wide table."""
+    """Columns of the real page table that belong to a tile; a tile is one of them where there is no wide page table."""
     if WIDE and page_size <= TILE:
         return (tile * (TILE // page_size)).to(tl.int32) + tl.arange(0, TILE // page_size)
     elif WIDE:  # the pages that start in the tile: one or none

@@ -19,12 +19,11 @@ L2_BYTES = 50 << 20
 WORDS = {
     "copy": "copy: computed once, written to every consumer",
     "share": "share: computed once, one set of buffers",
-    "graph": "graph: share, recorded in the CUDA graph",
+    "graph": "graph: computed once, recorded in the CUDA graph",
     "sglang loop": "own path of sglang, once per draft backend",
     "sglang shipped": "own path of sglang, as shipped",
-    "vllm stock": "own path of vLLM, as shipped",
+    "vllm shipped": "own path of vLLM, as shipped",
     "vllm in place": "fused draft, an update per attention group",
-    "one kernel": "graph: fused draft, one kernel per draft step",
     "no metadata": "fused draft without its metadata",
 }
 """Contender to its legend; the others have their names."""

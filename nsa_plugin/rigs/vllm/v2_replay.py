@@ -31,9 +31,9 @@ from nsa_plugin.testing.watching import WatchedHost
 
 LAYOUTS = {"fp8 64 heads": ("fp8_ds_mla", 64), "fp8 16 heads": ("fp8_ds_mla", 16), "bf16 64 heads": ("auto", 64)}
 """Dtype of the KV cache and attention heads per GPU: each takes other branches of the metadata builders."""
-STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm stock", "metadata kept", "vllm in place", "one kernel"
+STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm shipped", "metadata kept", "vllm in place", "graph"
 STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE)
-"""Methods of the speculator that "one kernel" replaces and "vllm in place" leaves as they are."""
+"""Methods of the speculator that "graph" replaces and "vllm in place" leaves as they are."""
 POISON = 7
 BUFFERS = (
     "req_id_per_token_buffer", "decode_seq_lens_buffer", "decode_lens_buffer", "per_req_decode_lens_buffer",
