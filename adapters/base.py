@@ -32,11 +32,15 @@ class PathPlan:
         The strategy that would be tried first; "off" if the engine's own path stays.
     why : str
         The reason why no better strategy is tried; empty if none is better.
+    gpus : frozenset of str, or None
+        Where an engine chooses this by itself: the major compute capabilities of GPUs ("9" is Hopper); None is everywhere.
+        Empty for what it chooses on other hardware, for other models, or when asked by name.
     """
 
     path: str
     strategy: str
     why: str
+    gpus: frozenset[str] | None = None
 
 
 class Host(Protocol):
@@ -152,7 +156,7 @@ class Adapter(Protocol):
         """Put back every attribute that `install` or a later capture replaced, by identity."""
 
     def summary(self) -> str:
-        """One line for the log: what is accelerated, and what is left alone."""
+        """One line for the log: what is accelerated, and what is left to the engine."""
 
     def switch(self, on: bool) -> list[str]:
         """What goes on as before although the host was switched, a line each with the reason.

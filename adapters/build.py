@@ -8,20 +8,22 @@ from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from nsa_plugin import __version__
+from nsa_plugin import _RELEASE
 
 DIGITS = 12
+WRITTEN = "_version.py"
+"""What building adds to the sources: it names the commit, which equal sources need not share."""
 
 
 def build() -> str:
-    """The version and the hash of the `source`.
+    """The release and the hash of the `source`.
 
     Raises
     ------
     OSError
         The files can't be read.
     """
-    return f"{__version__}+{source()}"
+    return f"{_RELEASE}+{source()}"
 
 
 @functools.cache
@@ -37,7 +39,7 @@ def source() -> str:
 
 
 def source_hash(package: Traversable) -> str:
-    """Hash of the names and contents of all Python files of a package."""
+    """Hash of the names and contents of all Python files of a package, but for `WRITTEN`."""
     found = hashlib.sha256()
     for name, file in sorted(_sources(package, ""), key=lambda source: source[0]):
         content = file.read_bytes()
@@ -49,5 +51,5 @@ def _sources(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversabl
     for entry in folder.iterdir():
         if entry.is_dir():
             yield from _sources(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".py"):
+        elif entry.name.endswith(".py") and prefix + entry.name != WRITTEN:
             yield prefix + entry.name, entry

@@ -213,7 +213,7 @@ def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequ
 
 
 def _layout(steps: Sequence[StepMetadata], geometry: Geometry) -> tuple[bool, bool, bool]:
-    """Whether the steps have a wide table, whether the real table is another one, whether wide rows are 16-byte words."""
+    """Whether the steps have a wide page table, whether the real one is another, whether wide rows are 16-byte words."""
     tables = [step.page_table_1 for step in steps if step.page_table_1 is not None]
     aligned = geometry.table_width % 4 == 0 and all(
         table.data_ptr() % 16 == 0 and table.stride(0) % 4 == 0 and table.stride(1) == 1 for table in tables

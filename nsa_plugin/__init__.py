@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from nsa_plugin.entry import disable, enable
     from nsa_plugin.hookspec import hookimpl
 
-__version__ = "0.1.0"
+_RELEASE = "0.2.0"
+
+try:
+    from nsa_plugin._version import version as __version__  # type: ignore[import-not-found,unused-ignore]
+except ModuleNotFoundError:  # only wheels have it: it names the commit
+    __version__ = _RELEASE
 
 __all__ = [
     "BatchDescriptor",

@@ -113,9 +113,13 @@ def launch(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """Report what is installed and what each path would get."""
-    from nsa_plugin.doctor.run import doctor as run
+    from nsa_plugin.doctor import run
 
-    return run(options.json, Console())
+    if options.json:
+        return run.as_json()
+    if options.check:
+        return run.check()
+    return run.doctor(Console(), everything=options.all, patches=options.patches)
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
+    from nsa_plugin.adapters.base import Adapter
     from nsa_plugin.host import Host
 
 _hosts: dict[str, Host] = {}
@@ -49,6 +51,7 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
 
     try:
         if engine in _hosts:
+            _hosts[engine].introduce()
             return
         settings = Settings.from_environment()
         for speaker in (logger, logging.getLogger("nsa_plugin")):
@@ -76,10 +79,16 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         host.watch_switch_file()
         for variable in settings.beyond(getattr(adapter, "features", frozenset())):
             logger.warning("nsa-plugin: %s can't be had with %s: it is ignored", variable, engine)
-        off = f"; switched off for now: {'; '.join(host.reasons)}" if host.reasons else ""
-        logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, settings.strategy, adapter.summary(), off)
+        host.introduce(functools.partial(_introduce, logger, host, adapter))
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)
+
+
+def _introduce(logger: logging.Logger, host: Host, adapter: Adapter) -> None:
+    from nsa_plugin import __version__
+
+    off = f"; switched off for now: {'; '.join(host.reasons)}" if host.reasons else ""
+    logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, host.settings.strategy, adapter.summary(), off)
 
 
 def _let_speak(logger: logging.Logger, level: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -79,6 +80,8 @@ class Host(Switch):
         self.mismatches: Counter[tuple[str, ...]] = Counter()
         self._monitor = Monitor(self.settings)
         self._said: set[tuple[str, ...]] = set()
+        self._said_in = os.getpid()
+        self._introduction: Callable[[], None] | None = None
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
@@ -246,7 +249,24 @@ class Host(Switch):
         self.manager.fell_back(fallback)
 
     def using(self, logger: logging.Logger, engine: str, path: str, strategy: str) -> None:
-        """Log once that a path of an engine is served with `strategy`."""
+        """Log once per process that a path of an engine is served with `strategy`; first what this plugin is, if nobody has."""
+        self.introduce()
         if (engine, path, strategy) not in self._said:
             self._said.add((engine, path, strategy))
             logger.info("nsa-plugin: %s: strategy %s", path, strategy)
+
+    def introduce(self, how: Callable[[], None] | None = None) -> None:
+        """Call `how`, which logs what was installed, now and once in every process that was forked from this one.
+
+        Such a process may have a log of its own, in which nothing of the parent's is found.
+        """
+        process = os.getpid()
+        if how is not None:
+            self._introduction = how
+        elif process == self._said_in:
+            return
+        else:
+            self._said = set()
+        self._said_in = process
+        if self._introduction is not None:
+            self._introduction()

@@ -91,10 +91,10 @@ class SglangAdapter:
         return rows()
 
     def summary(self) -> str:
-        """What is accelerated and what is left alone, for one log line."""
+        """What is accelerated and what is left to the engine, for one log line."""
         served = ["the multi-step draft", "target verify"] + ([] if self._left_alone else ["draft extend"])
         text = f"sglang {installed_version('sglang')}: metadata of {', '.join(served)} is computed once"
-        return text + (f"; draft extend is left alone: {self._left_alone}" if self._left_alone else "")
+        return text + (f"; draft extend is left to sglang: {self._left_alone}" if self._left_alone else "")
 
     def switch(self, on: bool) -> list[str]:
         """What takes a new capture. Replays look at the host's switch, and so does what graphs have recorded."""

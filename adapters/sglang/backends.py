@@ -51,7 +51,7 @@ class MultiStepDraft(HookedBackend):
         """Whether sglang's own `init_cuda_graph_state` leaves it out for a decode without speculation.
 
         There the attention reads top-k indices, and the indexer the real page table. In a speculative run sglang keeps the
-        wide table for its own multi-step preparation, and for verify and extend, which other backends do.
+        wide page table for its own multi-step preparation, and for verify and extend, which other backends do.
         """
         probe: Any = object.__new__(type(backend))
         vars(probe).update(vars(backend), speculative_num_draft_tokens=None)

@@ -76,8 +76,8 @@ class VllmAdapter:
         return [row for patches in sets for row in patches.ledger()]
 
     def summary(self) -> str:
-        """What is accelerated and what is left alone, for one log line."""
-        return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left alone"
+        """What is accelerated and what is left to the engine, for one log line."""
+        return f"vllm {installed_version('vllm')}: {'; '.join(self._served)}; other backends are left to vLLM"
 
     def switch(self, on: bool) -> list[str]:
         """What goes on as before: drafts of Model Runner V2 that other ranks share, whose metadata CUDA graphs compute."""
@@ -97,8 +97,11 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        left = ((name, row.left_alone) for row in builders.REBUILT for name in row.backends)
-        return plans + [PathPlan(f"draft decode with {name}", "off", why) for name, why in left]
+        return plans + [
+            PathPlan(f"draft decode with {name}", "off", row.left_alone, row.gpus)
+            for row in builders.REBUILT
+            for name in row.backends
+        ]
 
 
 def _plan_v2(host: Host) -> tuple[str, str]:

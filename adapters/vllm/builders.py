@@ -104,6 +104,8 @@ class BuilderRow:
         How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
     left_alone : str
         Why this adapter does nothing for it, where `changes` is "other".
+    gpus : frozenset of str, or None
+        Where vLLM chooses it by itself for a DSA model's draft, as in `PathPlan`; None is everywhere.
     vllm_updates : bool
         Whether the newest tested vLLM itself updates it in place. `changes` then is for earlier releases, and for drafts
         that are not fused.
@@ -117,6 +119,7 @@ class BuilderRow:
     refusals: tuple[Refusal, ...] = ()
     keeper: Keeper | None = None
     left_alone: str = ""
+    gpus: frozenset[str] | None = None
     vllm_updates: bool = False
 
     @property
@@ -263,7 +266,10 @@ MORE = (
 """Further ones that are served, each for itself."""
 
 LEFT_ALONE = (
-    *(BuilderRow(backends, builder, left_alone=why) for builder, backends, why in builders_left_alone.REBUILT),
+    *(
+        BuilderRow(backends, builder, left_alone=why, gpus=builders_left_alone.CHOSEN_ON.get(builder, frozenset()))
+        for builder, backends, why in builders_left_alone.REBUILT
+    ),
     *(BuilderRow(backends, builder, left_alone=why, vllm_updates=True)
       for builder, backends, why in builders_left_alone.UPDATED),
 )  # fmt: skip

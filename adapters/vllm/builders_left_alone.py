@@ -83,3 +83,10 @@ UPDATED: Rows = (
     (f"{BACKENDS}.rocm_octave_attn.RocmOctaveMetadataBuilder", ("ROCM_OCTAVE",), _AMD),
 )  # fmt: skip
 """Those that vLLM itself updates in place in Model Runner V2's fused draft, and rebuilds in Model Runner V1's."""
+
+CHOSEN_ON = {
+    f"{MLA}.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Builder": frozenset({"9"}),
+    f"{MLA}.flashmla.FlashMLAMetadataBuilder": frozenset({"9", "10"}),
+    f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder": frozenset({"9"}),
+}
+"""By builder, the major compute capabilities of GPUs on which vLLM may choose it by itself for a DSA model's draft; no others."""

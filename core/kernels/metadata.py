@@ -178,7 +178,7 @@ def metadata_kernel(
                 rows_per_request, on, RAGGED, BLOCK,
             )
         return
-    # Without the wide table only the first column of each page is read.
+    # Without the wide page table only the first column of each page is read.
     unit: tl.constexpr = 1 if WIDE else page_size
     worker = program - 2 * num_destinations
     num_workers = tl.num_programs(0) - 2 * num_destinations

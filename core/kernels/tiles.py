@@ -116,7 +116,7 @@ def tiles_of_request(
 
 @triton.jit
 def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns of a tile of the wide table, and which of them may be written.
+    """Columns of a tile of the wide page table, and which of them may be written.
 
     Aligned rows are written in 16-byte words: of the last live word the columns that are not live are written too.
     """
@@ -128,7 +128,7 @@ def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def pages_of_tile(tile, TILE: tl.constexpr, page_size: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of the real page table that belong to a tile. Without a wide table, tiles are cut from the real one."""
+    """Columns of the real page table that belong to a tile. Without a wide page table, tiles are cut from the real one."""
     if WIDE and page_size <= TILE:
         return (tile * (TILE // page_size)).to(tl.int32) + tl.arange(0, TILE // page_size)
     elif WIDE:  # at most one page starts in the tile

@@ -30,7 +30,7 @@ from nsa_plugin.trace import load
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
 PATHS = {"decode": "draft decode", "verify": "target verify", "extend": "draft extend"}
 """What a recorded trace calls the modes."""
-OURS = frozenset(("copy", "share", "graph", "vllm in place", "one kernel"))
+OURS = frozenset(("copy", "share", "graph", "vllm in place"))
 """Contenders whose values this package computes: a wrong one is an error."""
 
 

@@ -297,6 +297,7 @@ def test_worker_processes(tmp_path: Path, pytestconfig: pytest.Config) -> None:
 def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["doctor", "--json"]) == 0
     found = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
@@ -316,6 +317,7 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
 def test_the_doctor_says_what_verification_changes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("NSA_PLUGIN_VERIFY", "1000")
     monkeypatch.setenv("NSA_PLUGIN_REPRO_DIR", str(tmp_path))

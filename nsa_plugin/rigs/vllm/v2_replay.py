@@ -29,9 +29,9 @@ from nsa_plugin.rigs.vllm.v2_draft import Draft, DraftModel, Graphs, Sizes, Spec
 from nsa_plugin.settings import Settings
 from nsa_plugin.testing.watching import WatchedHost
 
-STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm stock", "metadata kept", "vllm in place", "one kernel"
+STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm shipped", "metadata kept", "vllm in place", "graph"
 STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE)
-"""Methods of the speculator that "one kernel" replaces and "vllm in place" leaves as they are."""
+"""Methods of the speculator that "graph" replaces and "vllm in place" leaves as they are."""
 POISON = 7
 BUFFERS = (
     "req_id_per_token_buffer", "decode_seq_lens_buffer", "decode_lens_buffer", "per_req_decode_lens_buffer",
