@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from nsa_plugin import _RELEASE
+from nsa_plugin import _RELEASE, __version__
 
 DIGITS = 12
 WRITTEN = "_version.py"
@@ -24,6 +24,11 @@ def build() -> str:
         The files can't be read.
     """
     return f"{_RELEASE}+{source()}"
+
+
+def named() -> str:
+    """`build`, and the commit where a wheel between releases names one. Raises as `build`."""
+    return build() + ("" if __version__ == _RELEASE else f" ({__version__})")
 
 
 @functools.cache

@@ -10,9 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nsa_plugin import _RELEASE, __version__, launch_lines
 from nsa_plugin import __doc__ as about
-from nsa_plugin.adapters.build import build
+from nsa_plugin import launch_lines
+from nsa_plugin.adapters.build import named
 from nsa_plugin.core.errors import NsaPluginError
 
 INTERRUPTED = 130
@@ -137,8 +137,7 @@ class _Version(argparse.Action):
     """Prints the build, whose sources are hashed only then, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
-        commit = "" if __version__ == _RELEASE else f" ({__version__})"
-        print(f"nsa-plugin {build()}{commit}")
+        print(f"nsa-plugin {named()}")
         parser.exit()
 
 

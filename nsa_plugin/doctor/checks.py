@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nsa_plugin import launch_lines, monitoring
 from nsa_plugin.adapters.base import Adapter, PathPlan
-from nsa_plugin.adapters.build import build
+from nsa_plugin.adapters.build import named
 from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.doctor.check import Check, Status
 from nsa_plugin.doctor.loading import LOADING, loading
@@ -51,11 +51,11 @@ def diagnose() -> Report:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gpus = _gpus()
     checks: list[Check] = []
+    settings, understood = Settings(), False
     try:
-        settings = Settings.from_environment()
+        settings, understood = Settings.from_environment(), True
         checks += _settings(settings)
     except SettingError as error:
-        settings = Settings()
         message, _, fix = str(error).partition("; ")
         checks.append(
             Check("setting", f"{PREFIX}*", "fail", message, fix or "write an expected value, or unset the variable")
@@ -69,11 +69,14 @@ def diagnose() -> Report:
         if name in ENGINES and name not in here:
             checks.append(Check("engine", name, "note", "not installed", more=True))
         else:
-            checks += _engine(host, name, adapters.get(name), gpus)
+            found = _engine(host, name, adapters.get(name), gpus)
+            checks += [
+                check for check in found if understood or check.section != "path"
+            ]  # else every path is the engine's
     checks += [*_plugins(host, loaded), *_environment(gpus)]
     shown = [name for name in adapters if name in here or name not in ENGINES] or list(adapters)
-    found = {name: rows for name in shown if (rows := ledger(adapters[name]))}
-    return Report(sorted(checks, key=lambda check: SECTIONS.index(check.section)), found)
+    patches = {name: rows for name in shown if (rows := ledger(adapters[name]))}
+    return Report(sorted(checks, key=lambda check: SECTIONS.index(check.section)), patches)
 
 
 def installed(engine: str) -> bool:
@@ -82,7 +85,7 @@ def installed(engine: str) -> bool:
 
 
 def _environment(gpus: list[str]) -> Iterator[Check]:
-    yield Check("environment", "nsa-plugin", "ok", build())
+    yield Check("environment", "nsa-plugin", "ok", named())
     for index, gpu in enumerate(gpus):
         yield Check("environment", f"GPU {index}", "ok", gpu)
     import torch

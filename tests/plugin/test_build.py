@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsa_plugin import _RELEASE
-from nsa_plugin.adapters.build import DIGITS, WRITTEN, build, source_hash
+from nsa_plugin.adapters.build import DIGITS, WRITTEN, build, named, source_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,3 +58,9 @@ def test_the_command_line_says_which_build_it_is() -> None:
         [sys.executable, "-m", "nsa_plugin", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == f"nsa-plugin {build()}"
+
+
+def test_a_wheel_between_releases_names_its_commit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named() == build()
+    monkeypatch.setattr("nsa_plugin.adapters.build.__version__", "0.0.1.dev7+g0123456")
+    assert named() == f"{build()} (0.0.1.dev7+g0123456)"

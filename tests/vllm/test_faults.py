@@ -254,7 +254,11 @@ def work(expected, loaded):
     if not loaded:
         load()
     from nsa_plugin import entry
+    lines = []
+    logging.getLogger("vllm.plugins.nsa_plugin").addFilter(lambda record: lines.append(record.getMessage()) or True)
     assert drafts(True) == expected
+    said = sum("FlashMLA-sparse joins the fused multi-step draft" in line for line in lines)
+    assert said == int(loaded), "a forked process says it in its own log, once"
     assert list(entry._hosts) == ["vllm"] and not entry._hosts["vllm"].fallbacks
 
 
