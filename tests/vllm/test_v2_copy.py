@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ def test_where_drafts_are_to_be_verified_these_are_left_to_vllm(
 
 def dense() -> Any:
     """FLASHMLA's backend for dense MLA, whose scheduler object is a new one for every build."""
+    sys.modules.setdefault("vllm._flashmla_C", ModuleType("vllm._flashmla_C"))  # compiled, and absent on a CPU
     importable("vllm.third_party.flashmla.flash_mla_interface")
     module = importable("vllm.v1.attention.backends.mla.flashmla")
     made = sys.modules["vllm.third_party.flashmla.flash_mla_interface"].get_mla_metadata
