@@ -1,4 +1,4 @@
-"""Which build of this package runs: the version says too little as long as commits share it."""
+"""For logs and the command line: which build of this package runs. Commits may share a version."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ DIGITS = 12
 
 
 def build() -> str:
-    """Version and `source`. Raises OSError if the files can't be read."""
+    """The version and the hash of the `source`.
+
+    Raises
+    ------
+    OSError
+        The files can't be read.
+    """
     return f"{__version__}+{source()}"
 
 
 @functools.cache
 def source() -> str:
-    """Hash of the installed source files: equal for equal files, wherever and however they are installed.
+    """Hash of the installed source files. Equal files have equal hashes, wherever and however they are installed.
 
     Raises
     ------

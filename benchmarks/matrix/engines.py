@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.matrix.builders import BACKENDS, unexamined
+from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
-from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
+from nsa_plugin.adapters.vllm.builders import ESSENTIAL
 from nsa_plugin.adapters.vllm.v1.proposer import PATH as V1_PATH
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -41,6 +43,7 @@ class Engine:
     pinned : distributions whose version comes from the release's own metadata
     bare : distributions that are installed, as the engine itself, without their dependencies
     path : folders for PYTHONPATH
+    unexamined : what the source in a wheel has that nobody has looked at, by dotted path
     variables : environment variables
     """
 
@@ -50,10 +53,11 @@ class Engine:
     pinned: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
     path: tuple[Path, ...] = ()
+    unexamined: Callable[[Wheel], list[str]] = lambda wheel: []
     variables: tuple[tuple[str, str], ...] = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
-def _sglang(names: sglang.Names) -> Needs:
+def _sglang(names: sglang.Generation) -> Needs:
     """Those of a generation of sglang: what a path needs, and what the strategy `graph` needs beyond."""
     every, extend = names.needs(), (*names.needs(), *names.needs("draft extend"))
     paths = {"draft decode": every, "target verify": every, "draft extend": extend}
@@ -87,6 +91,7 @@ ENGINES = {
             ),
         ),
         requirements=TESTS / "vllm" / "requirements.txt",
+        unexamined=lambda wheel: unexamined(wheel.sources(BACKENDS)),
         variables=(
             ("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""), ("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_PLUGINS", ""),
             ("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -73,7 +73,7 @@ def prepare(engine: Engine, environment: Path, wheel: Path) -> Path:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    subprocess.run([python, *PIP, "install", *arguments], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([python, *PIP, "install", "--no-compile", *arguments], check=True, stderr=subprocess.DEVNULL)
 
 
 def check(name: str, wheel: Path, environment: Path) -> Row:
@@ -98,6 +98,8 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
         for path, strategies in found.items()
     }
     row["paths"] = cells
+    if unexamined := engine.unexamined(source):
+        row["unexamined"] = unexamined
     if all(problems for strategies in found.values() for problems in strategies.values()):
         return row
     python = prepare(engine, environment, wheel)
@@ -124,6 +126,7 @@ def differences(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         head = f"{row['engine']} {row['release']}"
         lines += [f"{head}: {problem}" for problem in row.get("problems", [])]
+        lines += [f"{head}: not examined: {path}" for path in row.get("unexamined", [])]
         if "why static" in row:
             lines.append(f"{head}: the kit did not run: {row['why static']}")
         for path, strategies in row["paths"].items():

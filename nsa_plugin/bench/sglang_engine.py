@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.sglang import paths, releases
+from nsa_plugin.adapters.sglang import refusals, releases
 from nsa_plugin.adapters.sglang.describe import consumer
 from nsa_plugin.bench.cell import Cell, Contender, capture
 from nsa_plugin.bench.embedded import differing_from_reference, original_loop_contender
@@ -58,7 +58,7 @@ class Sglang:
         self.contenders.append(self._loop())
         if cell.mode is ForwardMode.DECODE:
             self.contenders.append(self._prepared(SHIPPED))
-        records = torch.cuda.is_available() and not paths.not_graph()
+        records = torch.cuda.is_available() and not refusals.not_graph()
         for strategy in ("copy", "share", "graph") if records else ("copy", "share"):
             host.settings = Settings(strategy=strategy)
             if problems := adapter.install(host):

@@ -17,7 +17,7 @@ from unittest import mock
 from nsa_plugin import __version__
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.settings import STRATEGIES
-from nsa_plugin.testing import lasting
+from nsa_plugin.testing import lasting, patches
 from nsa_plugin.testing.engine import SITUATIONS, Case, Engine, Fault, Skipped
 from nsa_plugin.testing.watching import (
     WatchedHost,
@@ -348,6 +348,7 @@ LINES: dict[str, Callable[[Conformance], list[str]]] = {
     "probe": probe,
     "install": install,
     "undo": undo,
+    "ledger": patches.ledger,
     "describe": describe,
     "faithful": faithful,
     "addresses": addresses,

@@ -179,7 +179,7 @@ def test_version_and_help_and_settings_do_not_import_torch() -> None:
 
 def test_every_public_name_is_found_and_others_are_not() -> None:
     assert set(nsa_plugin.__all__) <= set(dir(nsa_plugin))
-    named = [name for names in nsa_plugin._ROOMS.values() for name in names]
+    named = [name for names in nsa_plugin._EXPORTS.values() for name in names]
     assert sorted([*named, "__version__"]) == sorted(nsa_plugin.__all__)
     for name in nsa_plugin.__all__:
         assert getattr(nsa_plugin, name) is not None

@@ -176,6 +176,25 @@ def test_a_canary_names_every_difference() -> None:
     ]
 
 
+def test_a_canary_names_metadata_builders_without_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "vllm-9.9-py3-none-any.whl"
+    source = """
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+class NewMetadataBuilder(AttentionMetadataBuilder[int]): ...
+class AbstractMetadataBuilder(AttentionMetadataBuilder, abc.ABC): ...
+def make(base):
+    class Derived(NewMetadataBuilder): ...
+"""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vllm/v1/attention/backends/mla/new.py", source)
+        archive.writestr("vllm/v1/attention/backends/gdn_attn.py", "class GDNAttentionMetadataBuilder(Base): ...")
+        archive.writestr("vllm/elsewhere.py", "class OtherMetadataBuilder(AttentionMetadataBuilder): ...")
+    row = run.check("vllm", path, tmp_path / "no environment")
+    module = "vllm.v1.attention.backends.mla.new"
+    assert row["unexamined"] == [f"{module}.NewMetadataBuilder", f"{module}.make.<locals>.Derived"]
+    assert f"vllm 9.9: not examined: {module}.NewMetadataBuilder" in run.differences([row])
+
+
 def test_committed_results_are_those_of_the_adapters() -> None:
     """What is faithful everywhere is what the adapters call tested."""
     rows = json.loads(run.RESULTS.read_text())

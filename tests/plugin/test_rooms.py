@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -76,6 +77,7 @@ def imports(tree: ast.Module, *, inside: bool) -> Iterator[str]:
             pending += ast.iter_child_nodes(node)
 
 
+@functools.cache
 def imported(name: str, *, inside: bool) -> set[str]:
     """What a module imports: modules of this package by their names, others by their top-level package."""
     found: set[str] = set()

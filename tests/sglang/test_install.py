@@ -89,7 +89,7 @@ def test_what_is_not_covered_is_left_alone_by_name(install: Install, caplog: pyt
     pooled.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
     served = [line for line in caplog.messages if "strategy" in line]
     assert served == ["nsa-plugin: draft decode: strategy graph, without the wide page table, which nothing reads"]
-    from nsa_plugin.adapters.sglang.paths import unsupported
+    from nsa_plugin.adapters.sglang.refusals import unsupported
 
     pooled.attn_backends[0].dsa_index_kpool = 4
     assert unsupported(pooled.attn_backends[0]) == "pooled index keys (index_kpool > 1) are not covered"

@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
 from nsa_plugin import host as host_module
-from nsa_plugin.adapters.vllm import backends, releases
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
@@ -301,7 +301,11 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     assert main(["doctor", "--json"]) == 0
     found = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
     paths = {name.removeprefix("vllm: "): detail for name, detail in found.items() if name.startswith("vllm: ")}
-    left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in backends.LACKING_HOOK}
+    left = {
+        f"draft decode with {name}": f"left to the engine ({row.left_alone})"
+        for row in builders.REBUILT
+        for name in row.backends
+    }
     assert paths.pop("launch line").startswith("vllm serve")
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
     assert paths.pop(f"{v2_unfused.PATH} (Model Runner V2)").startswith("strategy copy")

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.describe import DraftBatch, describe, describe_draft
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import unfused
@@ -98,7 +99,7 @@ def third_party() -> ThirdParty:
 @pytest.fixture
 def v1(third_party: ThirdParty) -> Iterator[Callable[[], Host]]:
     """Patches Model Runner V1's proposer, with the third party's plugin; undoes it after the test."""
-    patch = v1_proposer.V1Draft()
+    patch = v1_patches()
 
     def install() -> Host:
         host = Host()

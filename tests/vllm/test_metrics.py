@@ -10,9 +10,9 @@ import pytest
 
 from nsa_plugin import background, monitoring
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH as V1_PATH
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 from nsa_plugin.adapters.vllm.v2.step import PATH as V2_PATH
 from nsa_plugin.host import Host
@@ -93,7 +93,7 @@ def test_drafts_that_are_prepared_before_they_begin(install: Install, counted: A
 @pytest.mark.parametrize("verify", [0, 1])
 def test_drafts_of_model_runner_v1(counted: Any, monkeypatch: pytest.MonkeyPatch, verify: int) -> None:
     """One figure per draft: all its steps, and no verification."""
-    host, patch = Host(Settings(metrics=PROMETHEUS, verify=verify)), Patch()
+    host, patch = Host(Settings(metrics=PROMETHEUS, verify=verify)), v1_patches()
     patch.install(host)
     try:
         draft = v1_draft.V1Draft("auto", 4, TOKENS)

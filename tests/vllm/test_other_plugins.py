@@ -15,7 +15,6 @@ import pytest
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
-from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
 from nsa_plugin.core.kernels import draft_steps
@@ -45,7 +44,7 @@ class Wrapper:
         setattr(self.owner, name, counted)
 
 
-CHOOSE = v2_choice.CHOOSE[releases.speculator()]
+CHOOSE = releases.CHOOSE[releases.speculator()]
 WRAPPED = [(releases.speculator(), CHOOSE), (releases.BUILDER, v2_updates.METHOD),
            (releases.speculator(), v2_step.GENERATE), (releases.speculator(), v2_step.UPDATE)]  # fmt: skip
 

@@ -128,9 +128,9 @@ def test_after_an_undo_and_a_second_install_a_new_speculator_is_served(
 @pytest.mark.parametrize("off_first", [True, False])
 def test_v1_is_off_from_the_next_draft_on(ours: list[str], off_first: bool) -> None:
     """Whenever it was said, also before the proposer was made."""
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+    from nsa_plugin.adapters.vllm.ledger import v1_patches
 
-    host, patch = Host(), Patch()
+    host, patch = Host(), v1_patches()
     if off_first:
         host.switch(False, "test")
     patch.install(host)
@@ -170,12 +170,12 @@ def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pyt
 @pytest.mark.usefixtures("hopper")
 def test_a_storm_of_switches_over_v1() -> None:
     """Every field of every step is what vLLM's rebuild gives, or what vLLM gives by itself."""
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+    from nsa_plugin.adapters.vllm.ledger import v1_patches
 
     batches = BATCHES[:3]
     stock = v1_draft.proposals(v1_draft.V1Draft("auto", 4, TOKENS), batches)
     right = v1_draft.reference(v1_draft.V1Draft("auto", 4, TOKENS), batches)
-    host, patch = Host(), Patch()
+    host, patch = Host(), v1_patches()
     patch.install(host)
     try:
         with storm(host) as meanwhile:

@@ -16,13 +16,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.mla import flashinfer_mla_sparse
 
 from nsa_plugin import host as host_module
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1 import kept as v1_kept
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
-from nsa_plugin.adapters.vllm.v1.kept import KeptSteps, keeper_of
+from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
-from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import ATTENTION, BATCHES, INDEXER, LAYOUTS
 from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, differing, proposals, reference
@@ -138,7 +138,7 @@ def test_any_batches_one_after_another(hopper: None, batches: list[tuple[list[tu
     draft = V1Draft("fp8_ds_mla", 64, 4)
     made = [([length for length, _ in rows], [count for _, count in rows], block) for rows, block in batches]
     want = reference(draft, made)
-    host, patch = Host(), Patch()
+    host, patch = Host(), v1_patches()
     patch.install(host)
     try:
         assert_same(want, proposals(draft, made))

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from nsa_plugin import repro
+from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.verification import SpareBuffers
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.rebuilds import spare_group
 from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 from nsa_plugin.cli import main
@@ -36,12 +37,12 @@ Install = Callable[..., Host]
 @pytest.fixture
 def install() -> Iterator[Install]:
     """Patches the proposer for a host with settings."""
-    patches: list[Patch] = []
+    patches: list[PatchSet] = []
 
     def installed(**settings: Any) -> Host:
         for patch in patches:
             patch.undo()
-        host, patch = Host(Settings(**settings)), Patch()
+        host, patch = Host(Settings(**settings)), v1_patches()
         patches.append(patch)
         patch.install(host)
         return host

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.config import set_current_vllm_config
 
-from nsa_plugin.adapters.vllm import in_place, releases
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.core import step_update
@@ -19,7 +19,7 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft
 from tests.vllm.drafts import LARGE, POISONED, unequal_steps
-from tests.vllm.test_in_place import importable
+from tests.vllm.test_builders import importable
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -39,7 +39,7 @@ def drafts(
         seen += draft.propose(lengths, [min(count, tokens) for count in rejected], first_block)
     assert not draft.fused
     assert isinstance(draft.speculator.attn_groups, list) and draft.speculator.block_tables is draft.tables
-    assert not any(name in vars(draft.speculator) for name in v2_unfused.BUILDS)
+    assert not any(name in vars(draft.speculator) for name in releases.BUILDS)
     return seen
 
 
@@ -174,7 +174,7 @@ def test_what_no_row_knows_is_left_to_vllm(
 ) -> None:
     expected = drafts("bf16", 3)
     install("copy")
-    monkeypatch.setattr(in_place, "ROWS", {})
+    monkeypatch.setattr(builders, "ROWS", {})
     assert unequal_steps(expected, drafts("bf16", 3)) == set() and not runs
     assert any("strategy off (no attention group that this update knows)" in line for line in log(logging.INFO))
     monkeypatch.setattr(releases, "uncovered_speculator", lambda speculator: "context parallelism is not covered")

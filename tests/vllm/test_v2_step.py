@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.builders import INDEXER, INDEXER_DECODE, changes_of
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
@@ -106,7 +107,7 @@ def test_every_step_equals_a_full_rebuild(
     assert len(expected) == len(BATCHES) * (tokens - 1)
     host, _ = install()
     if impl == "reference":
-        monkeypatch.setattr(v2_step, "is_available", lambda device: "switched off")
+        monkeypatch.setattr(host_module, "best_impl", lambda device: "reference")
     updates: list[None] = []
     in_graph = len(BATCHES) * (tokens - 1 - FIRST_IS_REBUILT)
     run = v2_step.Step.run
@@ -329,9 +330,10 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
     )
     metadata = draft.graphs._metadata["model.layers.2.mtp_block.self_attn.indexer.k_cache"]
     rows = draft.sizes.captured
-    assert releases.kind_of_group(builder, metadata, rows) == "indexer"
+    assert changes_of(builder, metadata, rows, "update") == "lengths and schedule"
     if change == "a field more":
-        monkeypatch.setattr(releases, "INDEXER_FIELDS", releases.INDEXER_FIELDS - {"indices"})
+        known: Any = INDEXER.fields
+        monkeypatch.setitem(known, INDEXER_DECODE, known[INDEXER_DECODE] - {"indices"})
     elif change == "a method of its own":
         own = type("Own", (type(builder),), {"update_draft_decode_metadata": lambda self, metadata: None})
         monkeypatch.setattr(builder, "__class__", own)
@@ -339,7 +341,7 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
         monkeypatch.setattr(builder, "compress_ratio", 4)
     else:
         rows += 1
-    assert releases.kind_of_group(builder, metadata, rows) == "other"
+    assert changes_of(builder, metadata, rows, "update") == "other"
 
 
 def test_context_parallelism_is_left_to_vllm(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

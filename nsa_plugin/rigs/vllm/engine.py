@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.adapter import v2_parts
+from nsa_plugin.adapters.vllm.ledger import v2_essential
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, without
 
@@ -81,7 +81,7 @@ class VllmEngine(Engine):
         """
         absent = [
             Obstacle(need.path.rpartition(".")[2], without(need.path))
-            for need in dict.fromkeys(need for part in v2_parts() for need in part.needs)
+            for need in dict.fromkeys(need for part in v2_essential() for need in part.needs)
         ]
         broken = mock.patch.object(v2_choice, "hooks", side_effect=RuntimeError("planted"))
         return [*absent, Obstacle("the update can't be made", broken, probed=False)]

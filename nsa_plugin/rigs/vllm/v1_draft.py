@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
 
-from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import ATTENTION, BATCHES, BLOCK_SIZE, INDEXER, tiny_config
@@ -252,7 +252,7 @@ class V1Draft:
 @contextmanager
 def patched(**settings: Any) -> Iterator[Host]:
     """Within it this package's patch of the proposer is installed, for a host with these `Settings`."""
-    host, patch = Host(Settings(**settings)), v1_proposer.V1Draft()
+    host, patch = Host(Settings(**settings)), v1_patches()
     patch.install(host)
     try:
         yield host

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.describe import DraftBatch
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
@@ -97,7 +98,7 @@ class V2Engine(VllmEngine):
     @contextlib.contextmanager
     def plant(self, working: int) -> Iterator[Fault]:
         """In the one-kernel step, and in the function that the builder's update calls; vLLM's own builders keep it."""
-        fault, real = Fault(working), v2_updates._vllms_request_map() or v2_updates.request_map
+        fault, real = Fault(working), releases.vllms_request_map() or v2_updates.request_map
 
         def failing(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
             out.fill_(POISON)
@@ -111,7 +112,7 @@ class V2Engine(VllmEngine):
             run(step)
 
         with (
-            mock.patch.object(v2_updates, "_vllms_request_map", lambda: failing),
+            mock.patch.object(releases, "vllms_request_map", lambda: failing),
             mock.patch.object(v2_step.Step, "run", failing_step),
         ):
             yield fault
