@@ -31,7 +31,7 @@ OUTSIDE = {
 }
 """Third-party packages that each room may import; engines are asked for separately."""
 ENGINES = {"sglang", "vllm", "sgl_kernel", "deep_gemm"}
-KIT_ADAPTERS = {"nsa_plugin.adapters.base"}
+KIT_ADAPTERS = {"nsa_plugin.adapters.base", "nsa_plugin.adapters.ledger"}
 """All that the kit for third parties may import of the adapters' room."""
 DRIVE_RIGS = ("nsa_plugin.demo.", "nsa_plugin.bench.", "nsa_plugin.rigs.")
 """Modules of the package that may import rigs; so may `tests` and `benchmarks`, which are not in it."""
