@@ -88,7 +88,7 @@ def counted(draft: V1Draft, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str
 
         patch.setattr(EagleProposer, UPDATE, update, raising=False)
         patch.setattr(EagleProposer, BUILD, build, raising=False)
-        proposals(draft, BATCHES[1:2])
+        proposals(draft, BATCHES[-1:])
     return steps
 
 
