@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -11,8 +11,8 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits
-from nsa_plugin.core.metadata import StepMetadata, equal_in_pieces
-from nsa_plugin.core.plan import PlanStrategy
+from nsa_plugin.core.metadata import equal_in_pieces
+from nsa_plugin.core.plan import Consumers, PlanStrategy
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class Host(Protocol):
         self,
         batch: BatchDescriptor,
         geometry: Geometry,
-        consumers: Sequence[StepMetadata],
+        consumers: Consumers,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
         enabled: torch.Tensor | None = None,

@@ -100,6 +100,9 @@ class BatchDescriptor:
     extend_lens : int32 or int64 tensor [>= batch_size], or None
         DRAFT_EXTEND only: query rows of each request, 0 to `draft_tokens`, laid out one after another.
         None means `draft_tokens` for every request (the static width).
+    query_start_loc : int32 or int64 tensor [>= batch_size + 1], contiguous, or None
+        DRAFT_EXTEND of the static width only: 0, then the running sum of the rows that requests really have. Rows at or
+        past its entry `batch_size` are padding, which only `GroupRows` tell apart. None means that all exist.
     """
 
     mode: ForwardMode
@@ -110,6 +113,7 @@ class BatchDescriptor:
     step_offsets: tuple[int, ...] = ()
     draft_tokens: int = 1
     extend_lens: torch.Tensor | None = None
+    query_start_loc: torch.Tensor | None = None
 
     @property
     def rows_per_request(self) -> int:

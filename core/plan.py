@@ -11,6 +11,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import instance, instances
 from nsa_plugin.core.errors import InvalidTypeError, reject
+from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, check_groups
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_shared
 
@@ -26,11 +27,15 @@ class Bind(Protocol):
     def __call__(
         self,
         batch: BatchDescriptor,
-        out: PrecomputedMetadata,
+        out: PrecomputedMetadata | GroupMetadata,
         destinations: Sequence[StepMetadata],
         *,
         enabled: torch.Tensor | None,
     ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]: ...
+
+
+Consumers = Sequence[StepMetadata] | Sequence[GroupRows]
+"""What a plan fills: the buffers of each step, or of each attention group."""
 
 
 class ReplayPlan:
@@ -41,8 +46,9 @@ class ReplayPlan:
     batch : BatchDescriptor
         A batch of the captured mode and (padded) size; its tensors are only looked at for validation.
     geometry : Geometry
-    consumers : sequence of StepMetadata
-        The buffers that captured kernels read, one set per step.
+    consumers : sequence of StepMetadata, or of GroupRows
+        The buffers that captured kernels read, one set per step; with `share` and a batch that has `query_start_loc`
+        those of any number of attention groups, whose block tables stay those of `batch`.
         `copy`: each has its own; the metadata is computed once and written to all.
         `share`: computed in place. Steps of equal lengths all read `consumers[0]`; others share the page tables.
     strategy : "copy" or "share"
@@ -70,7 +76,7 @@ class ReplayPlan:
         self,
         batch: BatchDescriptor,
         geometry: Geometry,
-        consumers: Sequence[StepMetadata],
+        consumers: Consumers,
         *,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None = None,
@@ -80,7 +86,6 @@ class ReplayPlan:
         if strategy not in ("copy", "share"):
             reject("strategy", "'copy' or 'share'", repr(strategy))
         check_batch(batch, geometry)
-        instances("consumers", consumers, StepMetadata)
         for name, value in (("derive", derive), ("bind", bind)):
             if not callable(value) and (value is not None or name == "bind"):
                 reject(name, "a callable", type(value).__name__, error=InvalidTypeError)
@@ -89,21 +94,16 @@ class ReplayPlan:
         self.batch_size = batch.batch_size
         self._bound = _shape(batch)
         self._derive = derive
-        planes = len(batch.offsets)
-        if len(consumers) not in {1, batch.num_steps} or len(consumers) < planes:
-            reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
-        if strategy == "share" or planes == 1:
-            self.metadata = PrecomputedMetadata(tuple(consumers[:planes]), batch, geometry)
-            copies = consumers[1:] if strategy == "copy" else ()
+        self.metadata: PrecomputedMetadata | GroupMetadata
+        copies: Sequence[StepMetadata] = ()
+        if isinstance(consumers, Sequence) and consumers and isinstance(consumers[0], GroupRows):
+            if strategy != "share":
+                reject("strategy", "'share' for attention groups", repr(strategy))
+            self.metadata = GroupMetadata(instances("consumers", consumers, GroupRows), batch, geometry)
+            check_groups(self.metadata, batch)
         else:
-            tokens = consumers[0].positions is not None
-            self.metadata = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
-            copies = consumers
-        check_buffers(self.metadata, batch, geometry)
-        if strategy == "share" and planes == 1:
-            check_shared(consumers)
-        if copies:
-            check_destinations(self.metadata, copies)
+            steps = instances("consumers", consumers, StepMetadata)
+            self.metadata, copies = _of_steps(batch, geometry, steps, strategy)
         check_enabled(enabled, batch, copies)
         self._precompute, self._copy = bind(batch, self.metadata, copies, enabled=enabled)
 
@@ -118,7 +118,7 @@ class ReplayPlan:
             The batch is of another mode, size or layout (`LAYOUT`) than the plan's. Nothing was written. Its tensors are
             not looked at.
         """
-        size, mode, draft_tokens, step_offsets, static, slots = self._bound
+        size, mode, draft_tokens, step_offsets, static, all_exist, slots = self._bound
         try:
             other = (
                 batch.batch_size != size
@@ -126,6 +126,7 @@ class ReplayPlan:
                 or batch.draft_tokens != draft_tokens
                 or batch.step_offsets != step_offsets
                 or (batch.extend_lens is None) is not static
+                or (batch.query_start_loc is None) is not all_exist
                 or batch.slots.__class__ is not slots
             )
         except AttributeError:
@@ -150,12 +151,35 @@ class ReplayPlan:
         raise AssertionError("the batch is what the plan was made for")
 
 
-LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "slots")
-"""What else of a batch must be as it was bound, besides its mode and size: of `slots` the kind, of `extend_lens` whether there are any."""
+LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "slots")
+"""What else of a batch must be as it was bound, besides its mode and size: of `slots` the kind, of optional tensors whether they are there."""
+
+
+def _of_steps(
+    batch: BatchDescriptor, geometry: Geometry, consumers: Sequence[StepMetadata], strategy: PlanStrategy
+) -> tuple[PrecomputedMetadata, Sequence[StepMetadata]]:
+    """What is computed for these consumers, and to which of them it is copied."""
+    planes = len(batch.offsets)
+    copies: Sequence[StepMetadata] = ()
+    if len(consumers) not in {1, batch.num_steps} or len(consumers) < planes:
+        reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
+    if strategy == "share" or planes == 1:
+        metadata = PrecomputedMetadata(tuple(consumers[:planes]), batch, geometry)
+        copies = consumers[1:] if strategy == "copy" else ()
+    else:
+        tokens = consumers[0].positions is not None
+        metadata = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
+        copies = consumers
+    check_buffers(metadata, batch, geometry)
+    if strategy == "share" and planes == 1:
+        check_shared(consumers)
+    if copies:
+        check_destinations(metadata, copies)
+    return metadata, copies
 
 
 def _shape(batch: BatchDescriptor) -> tuple[Any, ...]:
     return (
         batch.batch_size, batch.mode, batch.draft_tokens, batch.step_offsets, batch.extend_lens is None,
-        type(batch.slots),
+        batch.query_start_loc is None, type(batch.slots),
     )  # fmt: skip

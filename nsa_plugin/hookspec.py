@@ -13,6 +13,7 @@ import pluggy
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 
 if TYPE_CHECKING:
@@ -45,12 +46,16 @@ def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchD
 
 @hookspec(firstresult=True)
 def nsa_plugin_bind_precompute(
-    batch: BatchDescriptor, geometry: Geometry, out: PrecomputedMetadata, enabled: torch.Tensor | None
+    batch: BatchDescriptor,
+    geometry: Geometry,
+    out: PrecomputedMetadata | GroupMetadata,
+    enabled: torch.Tensor | None,
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a precompute implementation bound to the buffers `out`.
 
     Fires when a plan is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
     bound function is called at each replay; it must write every live entry of `out`, allocate nothing and not sync.
+    `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as vLLM's target does.
     With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph: it must read the flag on
     the device at each run, and leave `out` as it is where the flag is 0. An implementation without that parameter is
     not recorded.

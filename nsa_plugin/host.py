@@ -14,8 +14,7 @@ from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
-from nsa_plugin.core.metadata import StepMetadata
-from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
+from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
@@ -172,7 +171,7 @@ class Host(Switch):
         self,
         batch: BatchDescriptor,
         geometry: Geometry,
-        consumers: Sequence[StepMetadata],
+        consumers: Consumers,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
         enabled: torch.Tensor | None = None,

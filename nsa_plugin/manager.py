@@ -14,6 +14,7 @@ from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 
 logger = logging.getLogger("nsa_plugin")
@@ -104,7 +105,7 @@ class Manager:
     def bind(
         self,
         batch: BatchDescriptor,
-        out: PrecomputedMetadata,
+        out: PrecomputedMetadata | GroupMetadata,
         destinations: Sequence[StepMetadata],
         *,
         enabled: torch.Tensor | None = None,
@@ -114,17 +115,19 @@ class Manager:
         Raises `UnavailableError` if `enabled` is given and the plugin that answers does not take it.
         """
         precompute = self._bind_precompute(batch, out, enabled)
+        if precompute is not None and not destinations:
+            return precompute, None
         copy: api.BoundCopy | None = (
             self._relay.hook.nsa_plugin_bind_copy(source=out, destinations=destinations) if destinations else None
         )
-        if precompute is None and copy is None:
+        if isinstance(out, GroupMetadata) or (precompute is None and copy is None):
             return api.bind(batch, out, destinations, enabled=enabled)
         if copy is None and destinations:
             copy = api.bind_copy(out, destinations)
         return api.bind_precompute(batch, out, enabled=enabled) if precompute is None else precompute, copy
 
     def _bind_precompute(
-        self, batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None
+        self, batch: BatchDescriptor, out: PrecomputedMetadata | GroupMetadata, enabled: torch.Tensor | None
     ) -> api.BoundPrecompute | None:
         """What the first plugin that answers provides, asked one by one: pluggy does not say whose answer it passes on."""
         name = "nsa_plugin_bind_precompute"

@@ -122,7 +122,7 @@ def test_a_plan_uses_the_implementations_that_it_is_given() -> None:
     seen: list[str] = []
 
     def bind(
-        batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, enabled: object
+        batch: BatchDescriptor, out: Any, destinations: Sequence[StepMetadata], *, enabled: object
     ) -> Any:
         return (
             lambda live: seen.append(f"precompute {live.batch_size} for {len(out.steps)}"),

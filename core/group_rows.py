@@ -1,0 +1,234 @@
+"""What attention groups keep of query rows, each in buffers of its own: one launch writes it for all groups.
+
+vLLM's target has a group for sparse attention and one for its indexer, or two of each. A captured graph reads their
+planes at fixed addresses: which request a row belongs to, how much it sees, how many rows a request has, and pages by
+row or by request. `GroupRows` are a plan's consumers in place of `StepMetadata` where an engine keeps these planes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry
+from nsa_plugin.core.checks import INT32, TensorChecks, at_least, instance, instances, overlap
+from nsa_plugin.core.errors import InvalidTypeError, reject
+
+BLOCK = 1024
+"""Pages that a program copies at a time."""
+CHUNK = 4096
+"""Pages of a row that one program takes on: longer rows are shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRows:
+    """The planes of one attention group (int32, None or () where it keeps no such thing).
+
+    Of R requests with W = draft_tokens rows each, row t is row j = t % W of request t // W. A row exists below the last
+    entry of `BatchDescriptor.query_start_loc`; the others are padding. Every entry is defined, of page tables the first
+    column, and of existing rows those below the request's length.
+
+    Attributes
+    ----------
+    request_map : contiguous [>= R * W]
+        Request of each row; 0 for padding.
+    lengths : contiguous [>= R * W]
+        Tokens that each row sees: max(seq_lens - W + j + 1, 0).
+    query_lens : one or two contiguous tensors [>= R]
+        Rows of each request.
+    ones : contiguous [>= R * W]
+        1.
+    row_pages, request_pages : [>= R * W, pages] and [>= R, pages], rows of stride 1
+        Page of each page of tokens, by row and by request; 0 for padding.
+    slots : BlockTable
+        Where the pages come from, if it is not the batch's own table.
+    page_stride : int
+        Page i of block b is b * page_stride + i; 0 for blocks without gaps.
+    """
+
+    request_map: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    query_lens: tuple[torch.Tensor, ...] = ()
+    ones: torch.Tensor | None = None
+    row_pages: torch.Tensor | None = None
+    request_pages: torch.Tensor | None = None
+    slots: BlockTable | None = None
+    page_stride: int = 0
+
+    def vectors(self, batch: BatchDescriptor) -> dict[str, tuple[torch.Tensor, int]]:
+        """The vectors that are there, by name, each with the entries that are written."""
+        per_row = {"request_map": self.request_map, "lengths": self.lengths, "ones": self.ones}
+        found = {name: (plane, batch.num_rows) for name, plane in per_row.items() if plane is not None}
+        return found | {f"query_lens[{i}]": (plane, batch.batch_size) for i, plane in enumerate(self.query_lens)}
+
+    def tables(self, batch: BatchDescriptor) -> dict[str, tuple[torch.Tensor, int]]:
+        """The page tables that are there, by name, each with the rows that are written."""
+        sizes = {"row_pages": (self.row_pages, batch.num_rows), "request_pages": (self.request_pages, batch.batch_size)}
+        return {name: (plane, rows) for name, (plane, rows) in sizes.items() if plane is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMetadata:
+    """The planes of all groups, written from one batch.
+
+    Attributes
+    ----------
+    groups : sequence of GroupRows
+    batch : BatchDescriptor
+        DRAFT_EXTEND, over a block table, with `query_start_loc`.
+    geometry : Geometry
+    """
+
+    groups: Sequence[GroupRows]
+    batch: BatchDescriptor
+    geometry: Geometry
+
+    def block_table(self, group: GroupRows) -> BlockTable:
+        """Where the pages of a group come from, for every batch."""
+        slots = group.slots or self.batch.slots
+        assert isinstance(slots, BlockTable)
+        return slots
+
+
+def reference(out: GroupMetadata, batch: BatchDescriptor, enabled: torch.Tensor | None = None) -> None:
+    """The definition of right, in plain torch, without a host sync; writes nothing where `enabled` (int32 [1]) is 0."""
+    bs, rows, width = batch.batch_size, batch.num_rows, batch.draft_tokens
+    assert batch.query_start_loc is not None
+    starts, seq_lens = batch.query_start_loc[: bs + 1].long(), batch.seq_lens[:bs].long()
+    row = torch.arange(rows, device=seq_lens.device)
+    request = row // width
+    exists = row < starts[bs]
+    values = {
+        "request_map": torch.where(exists, request, 0),
+        "lengths": (seq_lens[request] - width + 1 + row % width).clamp(min=0),
+        "ones": torch.ones_like(row),
+    }
+    counts = starts[1:] - starts[:-1]
+    for group in out.groups:
+        for name, (plane, size) in group.vectors(batch).items():
+            _write(plane[:size], values.get(name, counts), enabled)
+        for name, (table, size) in group.tables(batch).items():
+            pages = _pages(out, group, table.shape[1])
+            live = torch.arange(table.shape[1], device=row.device) * out.geometry.page_size < seq_lens[:, None]
+            live[:, 0] = True
+            real = exists[::width]
+            if name == "row_pages":
+                pages, live, real = pages[request], live[request], exists
+            there = table[:size]
+            _write(there, torch.where(live, torch.where(real[:, None], pages, 0), there), enabled)
+
+
+def _pages(out: GroupMetadata, group: GroupRows, width: int) -> torch.Tensor:
+    """Pages [batch_size, width] of each request; columns past its block table hold those of block 0."""
+    slots = out.block_table(group)
+    per_block = slots.block_size // out.geometry.page_size
+    columns = torch.arange(width, device=slots.block_table.device)
+    blocks, last = columns // per_block, slots.block_table.shape[1] - 1
+    numbers = slots.block_table[: out.batch.batch_size, blocks.clamp(max=last)].long() * (blocks <= last)
+    return numbers * (group.page_stride or per_block) + columns % per_block
+
+
+def _write(there: torch.Tensor, values: torch.Tensor, enabled: torch.Tensor | None) -> None:
+    there.copy_(values if enabled is None else torch.where(enabled != 0, values.to(there.dtype), there))
+
+
+def bind_triton(out: GroupMetadata, enabled: torch.Tensor | None) -> Callable[[BatchDescriptor], None]:
+    """The kernel, bound to the buffers of `out`; block tables are those of `out`, too."""
+    from nsa_plugin.core.kernels.group_rows import group_rows_kernel
+
+    records = torch.tensor([_record(out, group) for group in out.groups], dtype=torch.int64)
+    device, num_rows = out.batch.seq_lens.device, out.batch.num_rows
+    records = records.to(device)
+    widths = [table.shape[1] for group in out.groups for table, _ in group.tables(out.batch).values()]
+    grid = (num_rows, len(out.groups), max(1, -(-max(widths, default=0) // CHUNK)))
+    fixed: dict[str, Any] = {"SWITCHED": enabled is not None, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": 4}
+    batch_size, width = out.batch.batch_size, out.batch.draft_tokens
+
+    def launch(batch: BatchDescriptor) -> None:
+        if not num_rows:
+            return
+        seq_lens = batch.seq_lens
+        group_rows_kernel[grid](
+            seq_lens, batch.query_start_loc, records, seq_lens if enabled is None else enabled, seq_lens.stride(0),
+            batch_size, width, records.shape[1], **fixed,
+        )  # fmt: skip
+
+    return launch
+
+
+def _record(out: GroupMetadata, group: GroupRows) -> list[int]:
+    """Addresses and strides of a group, in the order of the kernel's fields; address 0 is a plane that is not there."""
+    page_size = out.geometry.page_size
+    words = [_address(group.request_map), _address(group.lengths), _address(group.ones)]
+    words += [*map(_address, group.query_lens), 0, 0][:2]
+    for table in (group.row_pages, group.request_pages):
+        words += [_address(table), 0 if table is None else table.stride(0), 0 if table is None else table.shape[1]]
+    if not group.tables(out.batch):
+        return [*words, 0, 0, 0, 1, 1, 1, page_size]
+    slots = out.block_table(group)
+    per_block = slots.block_size // page_size
+    blocks = slots.block_table
+    return [
+        *words, blocks.data_ptr(), *blocks.stride(), blocks.shape[1], per_block, group.page_stride or per_block, page_size
+    ]  # fmt: skip
+
+
+def _address(plane: torch.Tensor | None) -> int:
+    return 0 if plane is None else plane.data_ptr()
+
+
+def check_groups(out: GroupMetadata, batch: BatchDescriptor) -> None:
+    """Raise unless `out` can hold what is kept of `batch`, which is well formed."""
+    instance("out", out, GroupMetadata)
+    if not instances("groups", out.groups, GroupRows):
+        reject("groups", "at least one", "none")
+    if batch.mode is not ForwardMode.DRAFT_EXTEND or batch.extend_lens is not None:
+        came = batch.mode.name + (" with extend_lens" if batch.extend_lens is not None else "")
+        reject("batch", "DRAFT_EXTEND with draft_tokens rows of each request", came)
+    if batch.query_start_loc is None:
+        reject("query_start_loc", "a tensor", None, fix="it says which rows are padding", error=InvalidTypeError)
+    written: list[tuple[str, torch.Tensor, tuple[int, ...]]] = []
+    for index, group in enumerate(out.groups):
+        written += _check_group(f"groups[{index}]", group, out, batch)
+    for (name, plane, shape), (other, against, extent) in itertools.combinations(written, 2):
+        if overlap(plane, shape, against, extent):
+            reject(other, f"a buffer apart from {name}", "one that overlaps it")
+
+
+def _check_group(
+    name: str, group: GroupRows, out: GroupMetadata, batch: BatchDescriptor
+) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
+    checks = TensorChecks(batch.seq_lens.device, "seq_lens")
+    if len(instances(f"{name}.query_lens", group.query_lens, torch.Tensor)) > 2:
+        reject(f"{name}.query_lens", "at most two tensors", len(group.query_lens))
+    at_least(f"{name}.page_stride", group.page_stride, 0)
+    if group.slots is not None:
+        _check_slots(f"{name}.slots", instance(f"{name}.slots", group.slots, BlockTable), batch, checks)
+    found: list[tuple[str, torch.Tensor, tuple[int, ...]]] = []
+    for field, (plane, size) in group.vectors(batch).items():
+        checks.vector(f"{name}.{field}", plane, size, contiguous=True)
+        found.append((f"{name}.{field}", plane, (size,)))
+    for field, (table, rows) in group.tables(batch).items():
+        checks.table(f"{name}.{field}", table, rows, 1, contiguous_rows=True)
+        found.append((f"{name}.{field}", table, (rows, table.shape[1])))
+    if group.tables(batch):
+        slots = group.slots or batch.slots
+        if not isinstance(slots, BlockTable):
+            reject(f"{name}.slots", "a BlockTable, or one as the batch's own", type(slots).__name__)
+        checks.tensor(f"{name}: block_table", slots.block_table, 2, INT32)
+        if slots.block_size % out.geometry.page_size:
+            reject(f"{name}: block_size", f"a multiple of the page size, {out.geometry.page_size}", slots.block_size)
+    if not found:
+        reject(name, "at least one plane", "none")
+    return found
+
+
+def _check_slots(name: str, slots: BlockTable, batch: BatchDescriptor, checks: TensorChecks) -> None:
+    checks.tensor(f"{name}.block_table", slots.block_table, 2, INT32)
+    at_least(f"{name}.block_size", slots.block_size, 1)
+    if slots.block_table.shape[0] < batch.batch_size or not slots.block_table.shape[1]:
+        reject(f"{name}.block_table", f"{batch.batch_size} rows or more, of blocks", tuple(slots.block_table.shape))
