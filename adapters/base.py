@@ -3,84 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 
+from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
-from nsa_plugin.core.draft_steps import DraftLimits
-from nsa_plugin.core.metadata import equal_in_pieces
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.plan import Consumers, PlanStrategy
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
-Stage = Literal["capture", "replay"]
-"""When something is handed back to the engine."""
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """Something was handed back to the engine's own path.
-
-    Attributes
-    ----------
-    engine, path : str
-        Whose, and which of the adapter's paths ("draft decode", "target verify", …).
-    stage : "capture" or "replay"
-    strategy : str
-        What failed.
-    error : Exception
-    """
-
-    engine: str
-    path: str
-    stage: Stage
-    strategy: str
-    error: Exception
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """A verification found values other than those that the engine's own path computes.
-
-    Attributes
-    ----------
-    engine, path, strategy : as in `Fallback`
-    batch : BatchDescriptor
-        The live batch.
-    geometry : Geometry
-    values : tuple of (int, mapping, mapping)
-        For each draft step that differs its index, the engine's defined values by field name, and ours.
-    limits : DraftLimits or None
-        For engines that move positions on from step to step: how far. The fields of `values` are then named as the
-        engine names them, a path of attributes.
-    """
-
-    engine: str
-    path: str
-    strategy: str
-    batch: BatchDescriptor
-    geometry: Geometry
-    values: tuple[tuple[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], ...]
-    limits: DraftLimits | None = None
-
-    @property
-    def fields(self) -> list[str]:
-        """Names of the fields that differ in any step."""
-        return sorted({name for _, expected, got in self.values for name in differing(expected, got)})
-
-
-def differing(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of defined values that are not equal, or only there on one side."""
-    return sorted(
-        name
-        for name in expected.keys() | got.keys()
-        if name not in expected or name not in got or not equal_in_pieces(expected[name], got[name])
-    )
 
 
 @dataclass(frozen=True)
@@ -135,10 +71,8 @@ class Host(Protocol):
     def exact_step_lengths(self) -> bool:
         """Whether draft steps shall see the draft tokens before them, whatever the engine's own path does."""
 
-    def describe(
-        self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
-    ) -> Callable[[object], BatchDescriptor]:
-        """The describe function for batches like `batch`: a plugin's, else `default`."""
+    def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
+        """What a path of an engine reports to: counters, metrics, observers, and the engine's own `logger`."""
 
     def plan(
         self,
@@ -154,39 +88,13 @@ class Host(Protocol):
         Raises `UnavailableError` if `enabled` is given and a plugin's implementation does not take it.
         """
 
-    def observer(
-        self, engine: str, path: str, strategy: str, batch: BatchDescriptor
-    ) -> Callable[[BatchDescriptor], None] | None:
-        """What to call after each replay; None if nobody watches. It never raises."""
+    def step_update(
+        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    ) -> StepUpdate:
+        """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one; raises as that."""
 
-    def instrument(
-        self, call: Callable[[Any], None], engine: str, path: str, strategy: str, steps: int
-    ) -> Callable[[Any], None]:
-        """`call`, which prepares one replay, reported about; `call` itself if nothing is. To be used when it is bound.
-
-        `steps` is the number of draft steps that it serves, `strategy` "off" for the engine's own code.
-        """
-
-    def durations(self, engine: str, path: str, strategy: str, steps: int) -> Callable[[float], None] | None:
-        """Where the seconds of a replay go whose preparation is spread over several calls; None if nobody wants them."""
-
-    def ranged(self, call: Callable[P, T], engine: str, path: str, strategy: str) -> Callable[P, T]:
-        """`call`, one of several that prepare a replay, in an NVTX range; `call` itself if nobody wants one."""
-
-    def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
-        """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
-
-    def verified(self, engine: str, path: str, strategy: str) -> None:
-        """Count a verification, whatever it finds; to be called before `mismatched`."""
-
-    def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
-        """Count a mismatch, log it once, write a repro file, switch everything of this process to the engine's path."""
-
-    def fell_back(self, logger: logging.Logger, fallback: Fallback) -> None:
-        """Count a fall-back, log its cause once, tell observers."""
-
-    def using(self, logger: logging.Logger, engine: str, path: str, strategy: str) -> None:
-        """Log once that a path of an engine is served, and how."""
+    def draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
+        """As `bind_draft_steps`, with the implementation that a plugin provides, else the built-in one."""
 
 
 class Adapter(Protocol):

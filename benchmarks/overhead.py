@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
 from nsa_plugin.bench.run import where
@@ -68,8 +70,12 @@ def _v1_draft(host: Host, steps: int) -> tuple[Callable[[Any], None], Callable[[
         pass
 
     proposer = SimpleNamespace(num_speculative_tokens=steps + 1)
-    patch: Any = SimpleNamespace(update=lambda: update, build=lambda: build, serving=lambda proposer: proposer)
-    labels = ("vllm", "draft decode (Model Runner V1)", "copy")
+    patch: Any = SimpleNamespace(
+        update=lambda: update,
+        build=lambda: build,
+        serving=lambda proposer: proposer,
+        report=report(host, v1_proposer.PATH),
+    )
 
     def draft(update: Callable[..., None], build: Callable[..., None]) -> Callable[[Any], None]:
         def call(batch: Any) -> None:
@@ -80,7 +86,7 @@ def _v1_draft(host: Host, steps: int) -> tuple[Callable[[Any], None], Callable[[
 
         return call
 
-    watched = v1_watch.watched(host, labels, patch)
+    watched = v1_watch.watched(host, patch, "copy")
     bare = draft(update, build)
     return bare, bare if watched == (update, build) else draft(*watched)
 

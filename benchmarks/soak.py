@@ -160,7 +160,7 @@ class Sglang:
 
     def differences(self, entry: Round) -> list[str]:
         """Values that differ from sglang's own per-backend code."""
-        from nsa_plugin.adapters.sglang.preparation import MODES
+        from nsa_plugin.adapters.sglang.reports import MODES
 
         static, _, _ = self._captured[len(entry.seq_lens)]
         expected = kit.engine_metadata(self._fresh, static, self._native)

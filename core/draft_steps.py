@@ -69,13 +69,20 @@ FillDraftSteps = Callable[[torch.Tensor, torch.Tensor, BlockTable, int, int], No
 """`fill(positions, seq_lens, table, batch_size, num_rows)`, see `bind_draft_steps`."""
 
 
-def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: Impl = "auto") -> FillDraftSteps:
+BindDraftSteps = Callable[[Sequence[DraftStep], DraftLimits], FillDraftSteps | None]
+"""Provides an implementation bound to these destinations, or None."""
+
+
+def bind_draft_steps(
+    steps: Sequence[DraftStep], limits: DraftLimits, *, impl: Impl = "auto", bind: BindDraftSteps | None = None
+) -> FillDraftSteps:
     """Bind the destinations of consecutive draft steps; the result fills all of them, with Triton in one launch.
 
     The returned `fill(positions, seq_lens, table, batch_size, num_rows)` takes positions (int32 or int64
     [>= batch_size], any stride) and lengths (the same) of the step before the first, and the block table of the batch.
     Step i is step i - 1 moved on by one token. It checks nothing, syncs nothing and allocates nothing with Triton.
-    Sources may be destinations of a single step (an update in place).
+    Sources may be destinations of a single step (an update in place). `bind` is asked first for an implementation; where
+    it returns None, `impl` is used.
 
     Raises
     ------
@@ -85,6 +92,9 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits, *, impl: I
         `impl` can't run here.
     """
     _check(steps, limits)
+    provided = bind(steps, limits) if bind is not None else None
+    if provided is not None:
+        return provided
     device = steps[0].positions.device
     if resolve_impl(impl, device) == "reference":
         return lambda *batch: fill_reference(steps, limits, *batch)

@@ -19,6 +19,8 @@ from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, bool
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.metadata import same_buffer
 
+BoundStepUpdate = Callable[[bool], None]
+"""Writes what a draft step needs into the buffers that it was bound to; told whether the step is the first of its draft."""
 PAD_SLOT = -1
 """Slot of a token that is not to be written to the KV cache."""
 BLOCK = 1024
@@ -100,6 +102,12 @@ class IndexerRows:
     table: torch.Tensor
 
 
+BindStepUpdate = Callable[
+    [DraftRows, SlotGroups, Sequence[torch.Tensor], Sequence[IndexerRows]], BoundStepUpdate | None
+]
+"""Provides an implementation bound to these buffers, or None."""
+
+
 class StepUpdate:
     """Bound to the buffers of one captured size; `run` is called at the start of each draft step.
 
@@ -112,6 +120,8 @@ class StepUpdate:
     indexers : sequence of IndexerRows
     impl : "auto", "reference" or "triton"
         As in `precompute`.
+    bind : callable, optional
+        Asked first for an implementation; where it returns None, `impl` is used.
 
     Raises
     ------
@@ -134,9 +144,13 @@ class StepUpdate:
         indexers: Sequence[IndexerRows] = (),
         *,
         impl: Impl = "auto",
+        bind: BindStepUpdate | None = None,
     ) -> None:
         _check(rows, slots, request_maps, indexers)
-        if resolve_impl(impl, rows.seq_lens.device) == "triton":
+        provided = bind(rows, slots, request_maps, indexers) if bind is not None else None
+        if provided is not None:
+            self._launches = [provided]
+        elif resolve_impl(impl, rows.seq_lens.device) == "triton":
             self._launches = _bind(rows, slots, request_maps, indexers)
         else:
             self._launches = [lambda first: _reference(rows, slots, request_maps, indexers, first)]

@@ -13,11 +13,14 @@ import pluggy
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
 
 if TYPE_CHECKING:
-    from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
+    from nsa_plugin.adapters.base import Adapter
+    from nsa_plugin.adapters.reporting import Fallback, Mismatch
 
 PROJECT = "nsa_plugin"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -71,6 +74,31 @@ def nsa_plugin_bind_copy(
 
     Fires when a plan with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
     built-in implementation. The same duties as for `nsa_plugin_bind_precompute`.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_bind_step_update(
+    rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+) -> Callable[[bool], None] | None:
+    """Provide what updates the metadata of a draft whose engine moves its buffers on from step to step.
+
+    Fires when such a draft is bound (vLLM's Model Runner V2). Return None to leave it to the next plugin, at last to the
+    built-in implementation. The bound function is called at the start of each draft step, or recorded there in a CUDA
+    graph, with whether the step is the first of its draft. It must write what `StepUpdate` writes, allocate nothing and not
+    sync.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def nsa_plugin_bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps | None:
+    """Provide what computes positions, slots and lengths of all steps of a draft at once.
+
+    Fires when such a draft is bound (vLLM's Model Runner V1). Return None to leave it to the next plugin, at last to the
+    built-in implementation. The bound function is called once per draft, as `bind_draft_steps` says; it must allocate
+    nothing and not sync.
     """
     raise NotImplementedError
 

@@ -10,11 +10,16 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from nsa_plugin import repro
-from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch, Strategy
+from nsa_plugin.adapters.base import Adapter, Strategy
+from nsa_plugin.adapters.reporting import Fallback, Mismatch, PathReport
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps
 from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
+from nsa_plugin.core.triton_impl import is_available
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
@@ -94,6 +99,10 @@ class Host(Switch):
     def exact_step_lengths(self) -> bool:
         """Whether draft steps shall see the draft tokens before them."""
         return self.settings.step_lengths == "exact"
+
+    def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
+        """What a path of an engine reports to."""
+        return PathReport(self, engine, path, logger)
 
     def left_as_is(self, on: bool) -> list[str]:
         """What adapters say that goes on as before."""
@@ -186,6 +195,18 @@ class Host(Switch):
             bind=self.manager.bind,
             enabled=enabled,
         ).run
+
+    def step_update(
+        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    ) -> StepUpdate:
+        """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one."""
+        # On a CPU too where Triton interprets, as vLLM's own kernels then do.
+        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
+        return StepUpdate(rows, slots, request_maps, indexers, impl=impl, bind=self.manager.bind_step_update)
+
+    def draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
+        """As `bind_draft_steps`, with the implementation that a plugin provides, else the built-in one."""
+        return bind_draft_steps(steps, limits, bind=self.manager.bind_draft_steps)
 
     def observer(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor

@@ -10,12 +10,15 @@ import pluggy
 import torch
 
 from nsa_plugin import hookspec
-from nsa_plugin.adapters.base import Adapter, Fallback, Mismatch
+from nsa_plugin.adapters.base import Adapter
+from nsa_plugin.adapters.reporting import Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
 
 logger = logging.getLogger("nsa_plugin")
 
@@ -151,6 +154,20 @@ class Manager:
                 )
             return found
         return None
+
+    def bind_step_update(
+        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    ) -> BoundStepUpdate | None:
+        """What the first plugin that answers provides for the steps of a draft; None for the built-in implementation."""
+        found: BoundStepUpdate | None = self._relay.hook.nsa_plugin_bind_step_update(
+            rows=rows, slots=slots, request_maps=request_maps, indexers=indexers
+        )
+        return found
+
+    def bind_draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps | None:
+        """What the first plugin that answers provides for all steps of a draft; None for the built-in implementation."""
+        found: FillDraftSteps | None = self._relay.hook.nsa_plugin_bind_draft_steps(steps=steps, limits=limits)
+        return found
 
     def observers(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 import torch
 
 from nsa_plugin import background
-from nsa_plugin.adapters.base import Stage
 from nsa_plugin.adapters.build import source
+from nsa_plugin.adapters.reporting import Stage
 from nsa_plugin.settings import STRATEGIES, Settings
 
 logger = logging.getLogger("nsa_plugin")

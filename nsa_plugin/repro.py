@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Mismatch, differing
+from nsa_plugin.adapters.reporting import Mismatch, differing
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps

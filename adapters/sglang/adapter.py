@@ -20,7 +20,6 @@ Patches, each to go when sglang itself computes the metadata of a draft once, fr
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +29,7 @@ from nsa_plugin.adapters.sglang import hooking, releases
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.owners import MultiStepDraft, SingleBackend
 from nsa_plugin.adapters.sglang.paths import Path, not_graph, usable
-from nsa_plugin.adapters.sglang.preparation import ENGINE
-
-logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
+from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 
 
 class SglangAdapter:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import differing
+from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.hooking import beneath_hooks
 from nsa_plugin.adapters.sglang.releases import names
+from nsa_plugin.adapters.verification import SpareBuffers
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
 from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
 
@@ -38,13 +39,6 @@ def unhooked(backend: Any, method: str) -> Callable[..., None]:
         return partial(beneath_hooks(getattr(type(backend), method)), backend)
     bound: Callable[..., None] = getattr(backend, method)
     return bound
-
-
-def shadow(backend: Any, metadata: Any, batch_size: int) -> Any:
-    """A backend with the attributes of `backend` that holds `metadata` for `batch_size`: what it writes stays there."""
-    copy: Any = object.__new__(type(backend))
-    vars(copy).update(vars(backend), decode_cuda_graph_metadata={batch_size: metadata})
-    return copy
 
 
 def defined_values(
@@ -105,45 +99,28 @@ def differences(expected: Any, got: Any, backend: Any, batch: Any, mode: Forward
     return compare(expected, got, describe(batch, backend=backend, mode=mode), geometry(backend, expected))
 
 
-class SpareBuffers:
-    """`DSAMetadata` like captured ones, in buffers of its own. Page tables are shared by all that are made."""
+def spare_metadata(metadata: Any, spares: SpareBuffers) -> Any:
+    """A `DSAMetadata` with the shapes and aliases of `metadata`, in spare buffers; all that are made share page tables.
 
-    def __init__(self) -> None:
-        self._tables: dict[str, torch.Tensor] = {}
-        self.size = 0
-        """Bytes allocated so far."""
+    Captures go from the largest batch to the smallest.
+    """
+    copies: dict[tuple[int, int], torch.Tensor] = {}
 
-    def like(self, metadata: Any) -> Any:
-        """One with the shapes and aliases of `metadata`. Captures go from the largest batch to the smallest."""
-        copies: dict[tuple[int, int], torch.Tensor] = {}
+    def copy(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.replace(
+                value,
+                **{field.name: copy(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)},
+            )
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (value.data_ptr(), value.numel())
+        if key not in copies:
+            is_table = name.endswith(("page_table", "page_table_1"))
+            copies[key] = spares.shared(name, value) if is_table else spares.own(value)
+        return copies[key].view(value.shape)
 
-        def copy(name: str, value: Any) -> Any:
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                return dataclasses.replace(
-                    value,
-                    **{field.name: copy(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)},
-                )
-            if not isinstance(value, torch.Tensor):
-                return value
-            key = (value.data_ptr(), value.numel())
-            if key not in copies:
-                copies[key] = (
-                    self._table(name, value) if name.endswith(("page_table", "page_table_1")) else self._own(value)
-                )
-            return copies[key].view(value.shape)
-
-        return copy("", metadata)
-
-    def _own(self, value: torch.Tensor) -> torch.Tensor:
-        self.size += value.numel() * value.element_size()
-        return torch.zeros_like(value, memory_format=torch.contiguous_format).copy_(value)
-
-    def _table(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        rows, columns = value.shape
-        table = self._tables.get(name)
-        if table is None or table.shape[0] < rows or table.shape[1] != columns:
-            table = self._tables[name] = self._own(value)
-        return table[:rows]
+    return copy("", metadata)
 
 
 def _plan_is_written(lengths: torch.Tensor) -> bool:

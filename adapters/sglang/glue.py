@@ -7,7 +7,6 @@ one launch or none; a glue graph only ever records, and replays, sglang's own co
 
 from __future__ import annotations
 
-import logging
 import pkgutil
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -17,8 +16,7 @@ from weakref import WeakValueDictionary
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, lacking
-
-logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
+from nsa_plugin.adapters.sglang.reports import logger
 
 
 class GlueGraphs:

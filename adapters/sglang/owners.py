@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +12,10 @@ from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.paths import Path, argument, unsupported
-from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS
 from nsa_plugin.adapters.sglang.releases import lacking
+from nsa_plugin.adapters.sglang.reports import logger, report
 from nsa_plugin.core.metadata import same_buffer
 
-logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
 ALLOCATION = "init_cuda_graph_state"
 
 
@@ -81,7 +79,7 @@ class MultiStepDraft(Path):
         elif any(same_buffer(lengths, batch.seq_lens) for lengths in self._lengths(owner, batch.batch_size)):
             problem = "all steps read the lengths of the batch itself, of which there is one set"
         if problem:
-            self._host.using(logger, ENGINE, PATHS[MODES["DECODE"]], f"with sglang's own step lengths: {problem}")
+            report(self._host, self._decode).using(f"with sglang's own step lengths: {problem}")
         return not problem
 
     def _lengths(self, owner: Any, batch_size: int) -> list[torch.Tensor]:

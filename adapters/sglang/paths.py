@@ -7,7 +7,6 @@ ours fails, sglang's per-backend code recomputes the same batch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -15,13 +14,15 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Fallback, Host, Stage, Strategy
-from nsa_plugin.adapters.sglang.compare import SpareBuffers, native_replay
+from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.reporting import Stage
+from nsa_plugin.adapters.sglang.compare import native_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
-from nsa_plugin.adapters.sglang.preparation import ENGINE, MODES, PATHS, Preparation
+from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.adapters.sglang.releases import lacking, names
+from nsa_plugin.adapters.sglang.reports import path, report
+from nsa_plugin.adapters.verification import SpareBuffers
 
-logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")
 """What captured graphs of each backend may still run, by mode and batch size, after an undo too: its buffers must outlive
 them. It goes when sglang has captured that size anew over new buffers."""
@@ -110,11 +111,8 @@ class Path:
 
     def captured_off(self) -> list[str]:
         """What was captured while switched off, and stays with sglang until it is captured anew; one line for each path."""
-        modes = {native_mode.name for keys in self._captured_off.values() for native_mode, _ in tuple(keys)}
-        return [
-            f"{path}: was captured while switched off; it takes a new capture"
-            for path in sorted(PATHS[MODES[mode]] for mode in modes)
-        ]
+        off = {path(native_mode) for keys in self._captured_off.values() for native_mode, _ in tuple(keys)}
+        return [f"{name}: was captured while switched off; it takes a new capture" for name in sorted(off)]
 
     def undo(self) -> list[str]:
         """Leave every backend to sglang, its captured graphs included; returns paths whose graphs have recorded our work.
@@ -128,7 +126,7 @@ class Path:
                 preparation.undo()
                 self._uncount(native_mode, preparation)
                 if preparation.recorded:
-                    stays.add(PATHS[MODES[native_mode.name]])
+                    stays.add(path(native_mode))
         self._prepared.clear()
         self._captured_off.clear()
         return sorted(stays)
@@ -173,9 +171,9 @@ class Path:
         captured_off = self._captured_off.setdefault(owner, set())
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
-        path = PATHS[MODES[native_mode.name]]
+        said = report(self._host, native_mode)
         if problem := unsupported(backends[0]):
-            self._host.using(logger, ENGINE, path, f"off ({problem})")
+            said.left_alone(problem)
             return
         asked = self._host.strategies
         captured_off.discard(key)
@@ -218,17 +216,16 @@ class Path:
                 prepared[key] = preparation
                 why = not_graph() if asked[0] == "graph" and not self._host.verify else ""
                 note = preparation.note + (f", not graph: {why}" if why else "")
-                self._host.using(logger, ENGINE, path, strategy + note)
+                said.using(strategy + note)
                 if known is None:
-                    self._host.buffers(ENGINE, path, strategy, preparation.size)
+                    said.buffers(strategy, preparation.size)
                 return
 
     def _uncount(self, native_mode: Any, preparation: Preparation) -> None:
-        self._host.buffers(ENGINE, PATHS[MODES[native_mode.name]], preparation.bound_as, -preparation.size)
+        report(self._host, native_mode).buffers(preparation.bound_as, -preparation.size)
 
     def _fell_back(self, native_mode: Any, stage: Stage, strategy: str, error: Exception) -> None:
-        path = PATHS[MODES[native_mode.name]]
-        self._host.fell_back(logger, Fallback(ENGINE, path, stage, strategy, error))
+        report(self._host, native_mode).fell_back(stage, strategy, error)
 
 
 def usable(asked: Sequence[Strategy], verify: int) -> tuple[Strategy, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,29 +9,18 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Host, Mismatch, Strategy
+from nsa_plugin.adapters.base import Host, Strategy
 from nsa_plugin.adapters.sglang import derived
-from nsa_plugin.adapters.sglang.compare import SpareBuffers, differing_values, native_replay, shadow
+from nsa_plugin.adapters.sglang.compare import differing_values, native_replay, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.releases import names
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode
+from nsa_plugin.adapters.sglang.reports import MODES, report
+from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
+from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import StepMetadata
 
-logger = logging.getLogger("sglang.srt.plugins.nsa_plugin")
-ENGINE = "sglang"
-MODES = {
-    "DECODE": ForwardMode.DECODE,
-    "TARGET_VERIFY": ForwardMode.TARGET_VERIFY,
-    "DRAFT_EXTEND_V2": ForwardMode.DRAFT_EXTEND,
-}
-"""Ours for the name of sglang's forward mode."""
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
 """What a module of torch for one kind of device (`torch.cuda`, `torch.xpu`, …) calls its graphs."""
-PATHS = {
-    ForwardMode.DECODE: "draft decode",
-    ForwardMode.TARGET_VERIFY: "target verify",
-    ForwardMode.DRAFT_EXTEND: "draft extend",
-}
 
 
 class Preparation:
@@ -98,8 +86,8 @@ class Preparation:
             )
         self._offsets = tuple(index + 1 if exact else 0 for index in range(len(backends)))
         step_offsets = self._offsets if exact else ()
-        self._describe = host.describe(
-            ENGINE,
+        self._report = report(host, native_mode)
+        self._describe = self._report.describe(
             batch,
             lambda batch: describe(batch, backend=first, mode=mode, num_steps=len(backends), step_offsets=step_offsets),
         )
@@ -114,8 +102,8 @@ class Preparation:
             self._refresher(exact),
             self._enabled,
         )
-        self._observe = host.observer(ENGINE, PATHS[mode], strategy, self._static)
-        self._spare = None if spares is None else spares.like(self._used[0])
+        self._observe = self._report.observer(strategy, self._static)
+        self._spare = None if spares is None else spare_metadata(self._used[0], spares)
         self.size = sum({view.data_ptr(): view.numel() * 4 for step in consumers for view in _views(step)}.values())
         self._choose()
 
@@ -220,11 +208,14 @@ class Preparation:
 
     def _choose(self) -> None:
         """Compose `replay` and `replay_natively`."""
-        path, steps = PATHS[MODES[self._native_mode.name]], len(self._backends)
+        steps = len(self._backends)
         ours = self._replay_recorded if self.recorded else self._replay_before
-        call = self._host.instrument(ours, ENGINE, path, self.strategy, steps)
-        self.replay = call if self._spare is None else self._verified(call)
-        self.replay_natively = self._host.instrument(self._natively, ENGINE, path, "off", steps)
+        call = self._report.instrument(ours, self.strategy, steps)
+        if self._spare is not None:
+            self._verification = Verification(self._report, self.strategy, self._host.verify)
+            call = self._verification.after(call, self._verify)
+        self.replay = call
+        self.replay_natively = self._report.instrument(self._natively, "off", steps)
 
     def _replay_recorded(self, batch: Any) -> None:
         if self._backends[0].forward_metadata is not self._used[0]:
@@ -243,27 +234,14 @@ class Preparation:
     def _natively(self, batch: Any) -> None:
         native_replay(self._backends, batch, self._native_mode)
 
-    def _verified(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
-        every, left = self._host.verify, 1
-
-        def verified(batch: Any) -> None:
-            nonlocal left
-            call(batch)
-            left -= 1
-            if not left:
-                left = every
-                self._verify(batch)
-
-        return verified
-
     def _verify(self, batch: Any) -> None:
-        """Compare what is there with sglang's own values; on a difference, put those there and report."""
+        """Compare what is there with sglang's own values."""
         live = self._describe(batch)
-        self._host.verified(ENGINE, PATHS[live.mode], self.strategy)
-        if values := tuple(self._differences(batch, live)):
-            native_replay(self._backends, batch, self._native_mode)
-            path = PATHS[live.mode]
-            self._host.mismatched(logger, Mismatch(ENGINE, path, self.strategy, live, self._geometry, values))
+        self._verification.settle(
+            self._differences(batch, live),
+            lambda: native_replay(self._backends, batch, self._native_mode),
+            lambda: (live, self._geometry, None),
+        )
 
     def _differences(
         self, batch: Any, live: BatchDescriptor
@@ -278,7 +256,8 @@ class Preparation:
                 seen.seq_lens = batch.seq_lens[: self._batch_size] + offset
                 if batch.seq_lens_cpu is not None:
                     seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
-                native_replay([shadow(self._backends[0], self._spare, self._batch_size)], seen, self._native_mode)
+                held = {self._batch_size: self._spare}
+                native_replay([shadow(self._backends[0], decode_cuda_graph_metadata=held)], seen, self._native_mode)
                 computed = offset
             if values := differing_values(self._spare, metadata, live, self._geometry):
                 yield index, *values

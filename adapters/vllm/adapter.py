@@ -23,7 +23,6 @@ Model Runner V1's draft is patched by `v1_proposer`.
 from __future__ import annotations
 
 import functools
-import logging
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,16 +34,14 @@ from nsa_plugin.adapters.probe import Need, installed_version, missing, untested
 from nsa_plugin.adapters.vllm import backends, in_place, releases
 from nsa_plugin.adapters.vllm.in_place import InPlace
 from nsa_plugin.adapters.vllm.lazy import WhenImported
+from nsa_plugin.adapters.vllm.reports import ENGINE, logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
+from nsa_plugin.adapters.vllm.v2 import fused
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
-from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
-
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-ENGINE = "vllm"
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def v2_parts() -> tuple[Part, ...]:
     module = speculator.rpartition(".")[0]
     choice = Part(module, speculator, v2_choice.needs(speculator), v2_choice.hooks)
     needs = (*releases.step_needs(speculator), *v2_switch.needs(speculator))
-    return (*builders, choice, Part(module, speculator, needs, v2_watch.hooks))
+    return (*builders, choice, Part(module, speculator, needs, fused.hooks))
 
 
 def _part(row: InPlace, needs: tuple[Need, ...] = ()) -> Part:

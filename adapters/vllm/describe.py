@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, multiprocessors
@@ -39,25 +40,37 @@ def describe(batch: Any, *, block_size: int, draft_steps: int = 0) -> BatchDescr
     return BatchDescriptor(ForwardMode.DRAFT_EXTEND, batch.num_reqs, batch.seq_lens, slots, draft_tokens=width)
 
 
-def describe_draft(buffers: Any, tables: Any, num_reqs: int, draft_steps: int, group: int = 0) -> BatchDescriptor:
-    """Describe the draft steps that follow what Model Runner V2 has left in its buffers.
+@dataclass(frozen=True)
+class DraftBatch:
+    """The draft steps that follow what Model Runner V2 has left in its buffers. vLLM has no object for them.
 
-    Parameters
+    Attributes
     ----------
-    buffers : InputBuffers
+    input_buffers : InputBuffers
         Of the speculator, as `prepare_decode_inputs` leaves them: `seq_lens` are those of the first draft step.
-    tables : BlockTables
+    block_tables : BlockTables
         `gather_block_tables` has put the batch's rows into its `input_block_tables`.
     num_reqs : int
-        Requests, padding included.
+        Requests: with padding while the draft is captured, without it afterwards.
     draft_steps : int
         K - 1: the first token was drafted by the prefill.
     group : int
         KV-cache group whose slots count.
     """
+
+    input_buffers: Any
+    block_tables: Any
+    num_reqs: int
+    draft_steps: int
+    group: int = 0
+
+
+def describe_draft(batch: Any) -> BatchDescriptor:
+    """Describe a `DraftBatch`, or what has its attributes."""
+    tables, group = batch.block_tables, batch.group
     slots = BlockTable(tables.input_block_tables[group], tables.block_sizes[group])
-    offsets = tuple(range(draft_steps))
-    return BatchDescriptor(ForwardMode.DECODE, num_reqs, buffers.seq_lens, slots, draft_steps, offsets)
+    lengths, offsets = batch.input_buffers.seq_lens, tuple(range(batch.draft_steps))
+    return BatchDescriptor(ForwardMode.DECODE, batch.num_reqs, lengths, slots, batch.draft_steps, offsets)
 
 
 def geometry(builder: Any, batch: BatchDescriptor) -> Geometry:

@@ -8,8 +8,9 @@ from typing import Any
 from weakref import WeakSet
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
-from nsa_plugin.adapters.base import Adapter, Fallback, Host, PathPlan, Stage, Strategy
+from nsa_plugin.adapters.base import Adapter, Host, PathPlan, Strategy
 from nsa_plugin.adapters.probe import Need, missing, untested, warn_if_untested, warn_of_untested
+from nsa_plugin.adapters.reporting import PathReport, Stage
 
 ENGINE = "toy"
 TESTED = ("1.4",)
@@ -33,7 +34,7 @@ class Prepared:
         if strategy == "share":  # the steps differ in their lengths only
             for buffers in self._buffers[1:]:
                 buffers.pages = self._own_pages[0]
-        self._describe = host.describe(ENGINE, batch, lambda live: self.describe(forward, live))
+        self._describe = report(host, forward).describe(batch, lambda live: self.describe(forward, live))
         geometry = Geometry(
             index_topk=_engine().TOP_K, page_size=_engine().PAGE_SIZE, table_width=forward.slots.shape[1],
             wide_page_table=False,
@@ -151,7 +152,7 @@ class ToyAdapter:
                 self._fall_back(forward, batch, "capture", strategy, error)
             else:
                 self._plans(forward)[batch.size] = prepared
-                self._host.using(logger, ENGINE, path(forward), strategy)
+                report(self._host, forward).using(strategy)
                 return
 
     def _prepare(self, forward: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
@@ -175,16 +176,16 @@ class ToyAdapter:
         self, forward: Any, batch: Any, stage: Stage, strategy: str, error: Exception, *arguments: Any, **keywords: Any
     ) -> None:
         self._originals["prepare"](forward, batch, *arguments, **keywords)
-        self._host.fell_back(logger, Fallback(ENGINE, path(forward), stage, strategy, error))
+        report(self._host, forward).fell_back(stage, strategy, error)
 
 
 PATHS = ("draft decode", "target verify")
 PLANS = "_toy_adapter_plans"
 
 
-def path(forward: Any) -> str:
-    """What a forward is called in log lines."""
-    return PATHS[bool(forward.draft_tokens)]
+def report(host: Host, forward: Any) -> PathReport:
+    """The reports of a forward's path: counters, metrics, observers, and the engine's log."""
+    return host.path(ENGINE, PATHS[bool(forward.draft_tokens)], logger)
 
 
 class ToyPlugin:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from nsa_plugin.adapters.vllm.describe import describe_draft, geometry
+from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, geometry
 from nsa_plugin.bench.cell import PAGE_SIZE, Cell, Contender
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, TokenTable, multiprocessors
@@ -83,7 +83,9 @@ class Vllm:
         wrong: set[str] = set()
         for batch, steps in zip(self._batches, self._rebuilt, strict=True):
             draft.prepare(batch)
-            described = describe_draft(draft.speculator.input_buffers, draft.tables, len(batch.lengths), len(steps))
+            described = describe_draft(
+                DraftBatch(draft.speculator.input_buffers, draft.tables, len(batch.lengths), len(steps))
+            )
             sizes = geometry(builder, described)
             expected = PrecomputedMetadata.allocate(described, sizes, tokens=True)
             api.precompute(described, sizes, out=expected, impl="reference")

@@ -109,7 +109,9 @@ class Conformance:
             run.wrong += [f"it fell back: {' '.join(cause)}" for cause in host.fallbacks]
             used = [how for path, how in host.served if path == case.path]
             if not any(how.split(",")[0].split(" ")[0] == strategy for how in used):
-                run.wrong.append(f"it does not serve {case.path!r} with this strategy: Host.using heard {host.served}")
+                run.wrong.append(
+                    f"it does not serve {case.path!r} with this strategy: PathReport.using heard {host.served}"
+                )
             run.described = host.described
         return run
 

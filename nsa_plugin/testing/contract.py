@@ -181,7 +181,7 @@ def describe(kit: Conformance) -> list[str]:
                 problems[f"{run.strategy}, {run.case.name}, {kind.__name__}: {problem}"] = None
     missing = [kind.__name__ for kind in kit.engine.batch_types if kind not in seen]
     if missing or not kit.engine.batch_types:
-        problems[f"Host.describe never saw a batch of {missing or 'any Engine.batch_types'}"] = None
+        problems[f"PathReport.describe never saw a batch of {missing or 'any Engine.batch_types'}"] = None
     return list(problems)
 
 

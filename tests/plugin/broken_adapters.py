@@ -12,7 +12,7 @@ import torch
 
 import toy_engine
 from nsa_plugin import ForwardMode
-from nsa_plugin.adapters.base import Stage
+from nsa_plugin.adapters.reporting import Stage
 from toy_adapter import Prepared, ToyAdapter, _replace
 
 # probe
@@ -280,7 +280,7 @@ class NeverPlans(ToyAdapter):
 
     def _capture(self, forward: Any, batch: Any) -> None:
         self._originals["capture"](forward, batch)
-        self._host.using(mock.Mock(), "toy", "draft decode", "share")
+        self._host.path("toy", "draft decode", mock.Mock()).using("share")
 
 
 # what only a GPU shows

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, TokenTable, monitoring
-from nsa_plugin.adapters.base import Fallback, Mismatch, Stage
+from nsa_plugin.adapters.reporting import Fallback, Mismatch, Stage
 from nsa_plugin.host import Host
 from nsa_plugin.settings import NAMES, Settings
 

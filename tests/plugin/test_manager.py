@@ -27,7 +27,7 @@ from nsa_plugin import (
     hookspec,
     manager,
 )
-from nsa_plugin.adapters.base import Fallback, Mismatch
+from nsa_plugin.adapters.reporting import Fallback, Mismatch
 from nsa_plugin.core import api
 from nsa_plugin.host import Host
 from nsa_plugin.manager import HOOKS, Manager
@@ -41,7 +41,8 @@ GEOMETRY = Geometry(8, 16, 64)
 
 def test_every_hook_says_what_it_asks_and_when_it_fires() -> None:
     assert HOOKS == (
-        "nsa_plugin_adapters", "nsa_plugin_bind_copy", "nsa_plugin_bind_precompute", "nsa_plugin_describe",
+        "nsa_plugin_adapters", "nsa_plugin_bind_copy", "nsa_plugin_bind_draft_steps", "nsa_plugin_bind_precompute",
+        "nsa_plugin_bind_step_update", "nsa_plugin_describe",
         "nsa_plugin_fell_back", "nsa_plugin_mismatched", "nsa_plugin_observe_replays",
     )  # fmt: skip
     for name in HOOKS:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, TokenTable, __version__, background, monitoring
-from nsa_plugin.adapters.base import Fallback, Mismatch
 from nsa_plugin.adapters.build import source
+from nsa_plugin.adapters.reporting import Fallback, Mismatch
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
@@ -86,7 +86,7 @@ def test_nvtx_ranges_surround_a_replay_that_raises_too(monkeypatch: pytest.Monke
 
 WORKER = """
 import logging, sys
-from nsa_plugin.adapters.base import Fallback
+from nsa_plugin.adapters.reporting import Fallback
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 assert "prometheus_client" not in sys.modules

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from nsa_plugin import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable, precompute, repro
-from nsa_plugin.adapters.base import Mismatch
+from nsa_plugin.adapters.reporting import Mismatch
 from nsa_plugin.cli import main
 from nsa_plugin.core import api
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_plugin import UnavailableError, background, disable, enable, entry
-from nsa_plugin.adapters.base import Mismatch
+from nsa_plugin.adapters.reporting import Mismatch
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_plugin import ForwardMode
-from nsa_plugin.adapters.sglang import preparation
+from nsa_plugin.adapters.sglang import reports
 from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch, record
 from tests.sglang.conftest import Install
@@ -71,9 +71,9 @@ def test_graph_leaves_a_replay_nothing_but_the_recorded_work(
     record(owner, static, monkeypatch)
     backend = owner.attn_backends[0] if mode == "DECODE" else owner
     for lengths, requests in LIVE:
-        before = kit.defined_values(backend.forward_metadata, backend, static, preparation.MODES[mode])
+        before = kit.defined_values(backend.forward_metadata, backend, static, reports.MODES[mode])
         owner.init_forward_metadata_out_graph(kit.replay_view(batch(mode, lengths, requests)))
-        after = kit.defined_values(backend.forward_metadata, backend, static, preparation.MODES[mode])
+        after = kit.defined_values(backend.forward_metadata, backend, static, reports.MODES[mode])
         assert all(torch.equal(values, after[name]) for name, values in before.items())
 
 

@@ -21,7 +21,7 @@ import torch
 from triton.compiler.errors import CompilationError
 
 from nsa_plugin import BatchDescriptor, hookimpl
-from nsa_plugin.adapters.sglang import preparation, releases
+from nsa_plugin.adapters.sglang import preparation, releases, reports
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.core.kernels import metadata
 from nsa_plugin.host import Host
@@ -73,7 +73,7 @@ class WrongShapes:
         backend = kit.make_backend(CONFIG, TABLE)
 
         def short(live: Any) -> BatchDescriptor:
-            found = describe(live, backend=backend, mode=preparation.MODES["DECODE"], num_steps=3)
+            found = describe(live, backend=backend, mode=reports.MODES["DECODE"], num_steps=3)
             return dataclasses.replace(found, seq_lens=found.seq_lens[:2])
 
         return short

@@ -22,7 +22,7 @@ import torch
 from nsa_plugin import hookimpl
 from nsa_plugin.adapters.sglang import owners, paths, releases
 from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
-from nsa_plugin.adapters.sglang.preparation import MODES
+from nsa_plugin.adapters.sglang.reports import MODES
 from nsa_plugin.core import api
 from nsa_plugin.core.metadata import same_buffer
 from nsa_plugin.rigs.sglang import backends as kit

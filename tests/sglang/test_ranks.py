@@ -88,7 +88,7 @@ class Rank:
         """
         import torch
 
-        from nsa_plugin.adapters.sglang import paths, preparation
+        from nsa_plugin.adapters.sglang import paths, reports
         from nsa_plugin.rigs.sglang import backends as kit
 
         config, device = kit.Config(), torch.device("cpu")
@@ -135,7 +135,7 @@ class Rank:
                     seen = backend.forward_metadata
                     result["totals"].append(self.collective(int(seen.dsa_cu_seqlens_k[-1])))
                     result["own"].append(int(values.dsa_cu_seqlens_k[-1]))
-                    result["wrong"] += kit.differences(values, seen, backend, live, preparation.MODES[mode])
+                    result["wrong"] += kit.differences(values, seen, backend, live, reports.MODES[mode])
         errors = [record.getMessage() for record in self.lines.records if record.levelno >= logging.ERROR]
         used = [record.getMessage() for record in self.lines.records if "strategy" in str(record.msg)]
         fallbacks = 0 if self.host is None else sum(self.host.fallbacks.values()) - before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import preparation
+from nsa_plugin.adapters.sglang import reports
 from nsa_plugin.rigs.sglang import backends as kit
 from nsa_plugin.testing.lasting import live_bytes
 from tests.sglang.batches import record
@@ -67,7 +67,7 @@ def differing(multi: Any, held: list[Any]) -> set[tuple[int, str]]:
         multi.init_forward_metadata_out_graph(kit.replay_view(live))
         expected = kit.engine_metadata(reference, live, "DECODE")
         for index, (metadata, backend) in enumerate(zip(held, multi.attn_backends, strict=True)):
-            ours = preparation.MODES["DECODE"]
+            ours = reports.MODES["DECODE"]
             found |= {(index, name) for name in kit.differences(expected, metadata, backend, live, ours)}
     return found
 

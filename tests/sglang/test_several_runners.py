@@ -16,7 +16,7 @@ import torch
 
 from nsa_plugin import BatchDescriptor
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.sglang import paths, preparation
+from nsa_plugin.adapters.sglang import paths, reports
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.sglang import backends as kit
@@ -71,7 +71,7 @@ class Runner:
     def wrong(self, mode: str, live: Any) -> list[str]:
         """What differs from sglang's own code on a backend of its own."""
         expected = kit.engine_metadata(self.reference, live, mode)
-        ours = preparation.MODES[mode]
+        ours = reports.MODES[mode]
         return [
             name
             for backend in self.backends

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_plugin import hookimpl
-from nsa_plugin.adapters.sglang import preparation
+from nsa_plugin.adapters.sglang import preparation, reports
 from nsa_plugin.core import reference
 from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import DEVICE, record
@@ -65,7 +65,7 @@ class Runner:
                 if size == len(lengths):
                     preparation_.record()
         expected = kit.engine_metadata(self.reference, live, self.mode)
-        ours = preparation.MODES[self.mode]
+        ours = reports.MODES[self.mode]
         return [
             f"{index}: {name}"
             for index, (metadata, backend) in enumerate(zip(held, self.backends, strict=True))

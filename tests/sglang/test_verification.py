@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_plugin import ForwardMode, hookimpl, repro
-from nsa_plugin.adapters.sglang import preparation
+from nsa_plugin.adapters.sglang import preparation, reports
 from nsa_plugin.adapters.sglang.compare import differences, native_replay
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
@@ -51,7 +51,7 @@ def wrong(mode: str, reference: Any, live: Any, backends: list[Any]) -> list[str
     """Fields in which any backend differs from sglang's own per-backend values."""
     expected = kit.engine_metadata(reference, live, mode)
     found = [
-        differences(expected, backend.forward_metadata, backend, live, preparation.MODES[mode]) for backend in backends
+        differences(expected, backend.forward_metadata, backend, live, reports.MODES[mode]) for backend in backends
     ]
     return sorted({name for names in found for name in names})
 
@@ -106,7 +106,7 @@ def test_a_difference_gives_sglangs_values_switches_off_and_leaves_a_repro(
     assert f"nsa-plugin verify {file}" in line and "computed other values than sglang's own path" in line
     recorded = repro.load(file)
     assert recorded.facts["settings"]["NSA_PLUGIN_VERIFY"] == "2"
-    assert recorded.facts["versions"]["sglang"] and recorded.batch.mode is preparation.MODES[mode]
+    assert recorded.facts["versions"]["sglang"] and recorded.batch.mode is reports.MODES[mode]
     assert torch.equal(recorded.batch.seq_lens, batches[2].seq_lens)
     assert main(["verify", str(file)]) == 0  # the implementations here are right: it was the planted one
     assert "Here every implementation gives the engine's values." in capsys.readouterr().out

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
-from nsa_plugin.adapters.vllm.describe import describe, describe_draft, geometry
+from nsa_plugin.adapters.vllm.describe import DraftBatch, describe, describe_draft, geometry
 from nsa_plugin.rigs.vllm.v2_draft import CPU, Draft, block_tables, without_pinned_memory
 from tests import same_requests as shared
 
@@ -57,7 +57,7 @@ def test_the_buffers_of_model_runner_v2_give_the_same(tables: BlockTables) -> No
     buffers.seq_lens[:SIZE] = (
         torch.tensor(shared.LENGTHS, dtype=torch.int32) + 1
     )  # as prepare_decode_inputs leaves them
-    batch = describe_draft(buffers, tables, SIZE, shared.STEPS)
+    batch = describe_draft(DraftBatch(buffers, tables, SIZE, shared.STEPS))
     assert batch.seq_lens is buffers.seq_lens and batch.slots.block_table is tables.input_block_tables[0]  # type: ignore[union-attr]
     assert shared.differing(batch, tuple(range(1, shared.STEPS + 1))) == []
 
@@ -77,7 +77,9 @@ def test_geometry_and_planes_are_those_of_a_real_draft(monkeypatch: pytest.Monke
     begin = type(draft.speculator).on_multi_step_decode_begin
 
     def remember(speculator: Any, num_reqs: int) -> None:
-        batch = describe_draft(speculator.input_buffers, speculator.block_tables, num_reqs, draft.tokens - 1)
+        batch = describe_draft(
+            DraftBatch(speculator.input_buffers, speculator.block_tables, num_reqs, draft.tokens - 1)
+        )
         from nsa_plugin import PrecomputedMetadata, precompute
 
         made = geometry(builder, batch)

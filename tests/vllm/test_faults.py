@@ -28,10 +28,10 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
+from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm import backends, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
-from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
 from nsa_plugin.cli import main
@@ -75,7 +75,7 @@ def test_the_kernel_of_v1s_steps_does_not_compile(
     want = v1_harness.reference(draft)
     monkeypatch.setattr(draft_steps, "draft_steps_kernel", DoesNotCompile())
     triton = functools.partial(bind_draft_steps, impl="triton")
-    monkeypatch.setattr(v1_steps, "bind_draft_steps", triton)
+    monkeypatch.setattr(host_module, "bind_draft_steps", triton)
     host = install_v1()
     v1_harness.assert_same(want, v1_harness.proposals(draft))
     (line,) = log(logging.ERROR)

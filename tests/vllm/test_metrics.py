@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +132,7 @@ def test_the_time_of_a_v1_draft_is_that_of_its_hooks(monkeypatch: pytest.MonkeyP
     class Fake:
         update, build = staticmethod(lambda: takes(1.0)), staticmethod(lambda: takes(0.25))
         serving = staticmethod(lambda proposer: proposer)
+        report = host.path("vllm", "test", logging.getLogger("test"))
 
     class Proposer:
         num_speculative_tokens = 4
@@ -138,7 +140,7 @@ def test_the_time_of_a_v1_draft_is_that_of_its_hooks(monkeypatch: pytest.MonkeyP
     patch: Any = Fake
     with monkeypatch.context() as clock:
         clock.setattr("time.perf_counter", lambda: now[0])
-        update, build = v1_watch.watched(host, ("vllm", "test", "copy"), patch)
+        update, build = v1_watch.watched(host, patch, "copy")
     for _ in range(2):
         build(Proposer, None)
         for step in (1, 2, 3):
@@ -152,9 +154,12 @@ def test_the_time_of_a_v1_draft_is_that_of_its_hooks(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_in_between_when_nothing_is_measured() -> None:
+    host = Host(Settings())
+
     class Fake:
         made = (print, repr)
+        report = host.path("vllm", "test", logging.getLogger("test"))
         update, build = staticmethod(lambda: Fake.made[0]), staticmethod(lambda: Fake.made[1])
 
     patch: Any = Fake
-    assert v1_watch.watched(Host(Settings()), ("vllm", "test", "copy"), patch) == Fake.made
+    assert v1_watch.watched(host, patch, "copy") == Fake.made

@@ -14,8 +14,8 @@ from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import indexer
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
-from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
 from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.host import Host
@@ -103,7 +103,7 @@ def test_operations_per_draft_step(
 ) -> None:
     draft = V1Draft(*LAYOUTS[layout], tokens)
     stock = counted(draft, monkeypatch)
-    monkeypatch.setattr(v1_steps, "bind_draft_steps", partial(bind_draft_steps, impl="triton"))
+    monkeypatch.setattr(host_module, "bind_draft_steps", partial(bind_draft_steps, impl="triton"))
     install_v1()
     monkeypatch.setattr(v1_proposer.Patch, "_unsupported", lambda patch, proposer: "")  # the counters are overrides
     ours = counted(draft, monkeypatch)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.mla import flashinfer_mla_sparse
 
+from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm.v1 import kept as v1_metadata
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
@@ -179,7 +180,7 @@ def planted(*args: Any, **kwargs: Any) -> Any:
     ("owner", "name", "at"),
     [
         (v1_proposer, "DraftSteps", 0),  # set-up
-        (v1_steps, "bind_draft_steps", 0),  # the first draft step's positions
+        (host_module, "bind_draft_steps", 0),  # the first draft step's positions
         (torch, "_foreach_copy_", 0),  # a later one's
         (DraftSteps, "metadata", 0),
         (v1_metadata, "copy", 0),  # keeping what vLLM built

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nsa_plugin import repro
-from nsa_plugin.adapters.vllm.shadows import spare_group
+from nsa_plugin.adapters.verification import SpareBuffers
+from nsa_plugin.adapters.vllm.rebuilds import spare_group
 from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH
 from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
@@ -52,14 +53,14 @@ def install() -> Iterator[Install]:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Draft steps of which the metadata was compared."""
     found: list[int] = []
-    same = v1_watch.Verification._same_metadata
+    same = v1_watch.VerifiedDrafts._same_metadata
 
     def watched(check: Any, built: Any, draft_index: int) -> bool:
         if check._now is not None:
             found.append(draft_index)
         return same(check, built, draft_index)
 
-    monkeypatch.setattr(v1_watch.Verification, "_same_metadata", watched)
+    monkeypatch.setattr(v1_watch.VerifiedDrafts, "_same_metadata", watched)
     return found
 
 
@@ -261,7 +262,7 @@ def test_spare_groups_of_releases_without_kernel_block_tables() -> None:
     builder = type("Builder", (), {})()
     vars(builder).update(vllm_config=limits, map=torch.arange(64), offsets=torch.arange(9), workspace=torch.zeros(64))
     group = SimpleNamespace(metadata_builders=[builder], get_metadata_builder=lambda: builder)
-    spare = spare_group(group, 8)
+    spare = spare_group(group, 8, SpareBuffers())
     (copied,) = spare.metadata_builders
     assert copied.map.tolist() == list(range(8)) and copied.offsets.tolist() == list(range(9))
     assert copied.map.data_ptr() != builder.map.data_ptr() and copied.offsets.data_ptr() != builder.offsets.data_ptr()

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 
+from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
@@ -311,7 +312,7 @@ def test_an_error_when_it_is_bound_leaves_the_in_place_updates(
     def planted(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(v2_step, "StepUpdate", planted)
+    monkeypatch.setattr(host_module, "StepUpdate", planted)
     got = Draft(*LAYOUTS["bf16"], 3)
     assert got.fused
     for want, have in zip(expected, got.propose(*BATCHES[1]), strict=True):

@@ -15,7 +15,6 @@ to keep metadata across draft steps and was closed; a report of the stale reques
 from __future__ import annotations
 
 import functools
-import logging
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,17 +23,16 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.patches import Patches
 from nsa_plugin.adapters.probe import missing, warn_of_untested
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.lazy import WhenImported
+from nsa_plugin.adapters.vllm.reports import logger, report
 from nsa_plugin.adapters.vllm.v1.kept import keeper_of
 from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-ENGINE = "vllm"
 PATH = "draft decode (Model Runner V1)"
 STRATEGY = "copy"
 UPDATE = "_update_positions_dependent_metadata"
@@ -77,7 +75,7 @@ class V1Draft:
             base = pkgutil.resolve_name(releases.V1_PROPOSER)
             update, build = (vars(base)[name] for name in (UPDATE, BUILD))
             patch = self._patch_made = Patch(host, base, update, build)
-            ours = v1_watch.watched(host, (ENGINE, PATH, STRATEGY), patch)
+            ours = v1_watch.watched(host, patch, STRATEGY)
             for name, stock, replacement in zip((UPDATE, BUILD), (update, build), ours, strict=True):
                 self._patches.set(base, name, functools.wraps(stock)(replacement))
         except Exception as error:
@@ -96,7 +94,7 @@ class Patch:
     """The two methods, and the drafts of the proposers that they were called for."""
 
     def __init__(self, host: Host, base: type, update: Callable[..., Any], build: Callable[..., Any]) -> None:
-        self._host, self._base = host, base
+        self._host, self._base, self.report = host, base, report(host, PATH)
         self.stock_update, self.stock_build = update, build
         self._drafts: Attached[Served] = Attached("v1_draft")
         self._retired = False
@@ -182,12 +180,12 @@ class Patch:
             served = self._drafts.set(proposer, Served(proposer.draft_attn_groups, None))
             try:
                 if problem := self._unsupported(proposer):
-                    self._host.using(logger, ENGINE, PATH, f"off ({problem})")
+                    self.report.left_alone(problem)
                 else:
-                    served.draft = DraftSteps(proposer)
-                    self._host.using(logger, ENGINE, PATH, STRATEGY)
+                    served.draft = DraftSteps(proposer, self._host, self.report, STRATEGY)
+                    self.report.using(STRATEGY)
             except Exception as error:
-                self._host.fell_back(logger, Fallback(ENGINE, PATH, "capture", STRATEGY, error))
+                self.report.fell_back("capture", STRATEGY, error)
         if served.draft is not None:
             served.draft.begin()
 
@@ -197,7 +195,7 @@ class Patch:
             served.draft.settle(batch)
         served.draft = None
         forget_step(batch, 1)
-        self._host.fell_back(logger, Fallback(ENGINE, PATH, "replay", STRATEGY, error))
+        self.report.fell_back("replay", STRATEGY, error)
 
     def _unsupported(self, proposer: Any) -> str:
         """Empty, or what about the proposer is not covered."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.reporting import PathReport
+from nsa_plugin.adapters.vllm.describe import describe
 from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, KeptSteps, build_group, keeper_of
-from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, bind_draft_steps, check_source
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable
+from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, check_source
 from nsa_plugin.core.errors import reject
 
 KEPT_BATCHES = 128
@@ -29,6 +34,8 @@ class _Bound:
     sources: list[list[torch.Tensor]]
     slots: torch.Tensor
     batch: DecodeBatch
+    describe: Callable[[Any], BatchDescriptor]
+    observe: Callable[[BatchDescriptor], None] | None
     groups: list[KeptSteps | None] | None = None
     rebuilds: bool = True
 
@@ -40,7 +47,8 @@ class DraftSteps:
     of the others, and the lengths of all, into rows of this object's own.
     """
 
-    def __init__(self, proposer: Any) -> None:
+    def __init__(self, proposer: Any, host: Host, report: PathReport, strategy: str) -> None:
+        self._host, self._report, self._strategy = host, report, strategy
         self._limits = DraftLimits(proposer.max_model_len, PastEnd.PAD, _padding_slot())
         self._most_steps = max(1, proposer.speculative_config.num_speculative_tokens - 1)
         self._positions, self._slots = proposer.positions, proposer._slot_mapping_buffer
@@ -86,6 +94,8 @@ class DraftSteps:
             table = BlockTable(batch.block_table_tensor, block_size)
             current = self._bind(num_steps, positions, batch, table, batch_size, num_rows)
             current.fill(positions, batch.seq_lens, table, batch_size, num_rows)
+            if current.observe is not None:
+                current.observe(current.describe(batch))
             self._current = current
         else:
             torch._foreach_copy_(current.targets, current.sources[self._step])
@@ -170,8 +180,12 @@ class DraftSteps:
             batch_size, seq_lens, blocks[:batch_size], self._request_map[:batch_size], self._ones[:batch_size]
         )
         if num_steps not in self._fills:
-            self._fills[num_steps] = bind_draft_steps(rows, self._limits)
-        bound = _Bound(self._fills[num_steps], seq_lens, sources[0], sources, self._slots[:batch_size], parts)
+            self._fills[num_steps] = self._host.draft_steps(rows, self._limits)
+        own = functools.partial(describe, block_size=table.block_size, draft_steps=num_steps)
+        describes = self._report.describe(batch, own)
+        observe = self._report.observer(self._strategy, describes(batch))
+        fill, slots = self._fills[num_steps], self._slots[:batch_size]
+        bound = _Bound(fill, seq_lens, sources[0], sources, slots, parts, describes, observe)
         self._bound[key] = bound
         return bound
 

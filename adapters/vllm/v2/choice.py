@@ -8,18 +8,17 @@ groups, and only for a draft of more than one step: nobody else, and no engine w
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.adapters.vllm.v2.updates import ENGINE, PATH, Hooks, Served, served
+from nsa_plugin.adapters.vllm.v2.updates import PATH, Hooks, Served, served
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
 CHOOSE = {
     releases.SPECULATORS[0]: "_configure_decode_metadata_update",
     releases.SPECULATORS[1]: "_configure_fused_multi_step_decode",
@@ -46,7 +45,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
             try:
                 _choose(host, speculator)
             except Exception as error:
-                host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+                report(host, PATH).fell_back("capture", "graph", error)
         return original(speculator, *args, **kwargs)
 
     return MappingProxyType({name: choose})
@@ -69,7 +68,11 @@ def _choose(host: Host, speculator: Any) -> None:
     for (builder, how), refusal in zip(ours, refusals, strict=True):
         setattr(builder, SAYS, not problem)
         why = refusal or problem
-        host.using(logger, ENGINE, how.path, f"off ({why})" if why else "graph")
+        said = report(host, how.path)
+        if why:
+            said.left_alone(why)
+        else:
+            said.using("graph")
 
 
 def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
@@ -77,7 +80,7 @@ def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
     try:
         return [how.row.refused(builder) for builder, how in ours]
     except Exception as error:
-        host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        report(host, PATH).fell_back("capture", "graph", error)
         return [f"{type(error).__name__}: {error}"] * len(ours)
 
 

@@ -13,23 +13,20 @@ there one object stands for all groups. The metadata of the first step is rebuil
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.core.api import Impl
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
-from nsa_plugin.core.triton_impl import is_available
+from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-ENGINE = "vllm"
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
 UPDATE = releases.UPDATE
@@ -45,6 +42,8 @@ class Step:
     metadata : mapping of layer name to the metadata that its group's builder made
     num_reqs : int
         Requests, padding included; each has one query token.
+    host : Host
+        Makes the update of the steps.
 
     Attributes
     ----------
@@ -61,7 +60,7 @@ class Step:
     kind_of_group = staticmethod(releases.kind_of_group)
     _first = True
 
-    def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
+    def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int, host: Host) -> None:
         self._schedules: list[Callable[[], None]] = []
         self._captured: list[tuple[Any, torch.Tensor]] = []
         self.others: list[Any] = []
@@ -83,9 +82,7 @@ class Step:
             raise Uncovered("no attention group that this update knows")
         buffers = speculator.input_buffers
         rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
-        # On a CPU too where Triton interprets, as vLLM's own kernels then do.
-        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
-        self._update = StepUpdate(rows, slot_groups(speculator.block_tables), request_maps, indexers, impl=impl)
+        self._update = host.step_update(rows, slot_groups(speculator.block_tables), request_maps, indexers)
 
     def run(self) -> None:
         """Write the metadata of the step that begins now."""
@@ -135,6 +132,16 @@ class RunsStep(Protocol):
         """The draft is over."""
 
 
+class Watching(Protocol):
+    """What verifies or measures drafts, where the settings ask for it."""
+
+    def step(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
+        """What a fused draft runs at each step, in place of a `Step`."""
+
+    def prepared(self) -> bool:
+        """Whether the draft under way has its metadata, and only copies it: then it does so, on or off."""
+
+
 class Uncovered(Exception):
     """Something that the one-kernel step does not know; vLLM's own update is used."""
 
@@ -179,16 +186,11 @@ def hooks(
     host: Host,
     owner: type,
     live: Callable[[], bool],
-    make: Callable[[Any, Mapping[str, Any], int], RunsStep] | None = None,
-    prepared: Callable[[], bool] = lambda: False,
+    observed: ObservedDrafts,
+    watching: Watching | None,
 ) -> Hooks:
-    """Replacements of the methods of `owner`, one of `releases.SPECULATORS`, by name.
-
-    They pass their calls on to the originals when they are not `live`, or the plugin is off. `make` makes what runs at
-    each step, a `Step` if it is None. `prepared` says that the draft under way has its metadata, and only copies it: then
-    it does so, on or off.
-    """
-    generate = getattr(owner, GENERATE)
+    """Replacements of the methods of `owner`, one of `releases.SPECULATORS`, that make and update the steps of a draft."""
+    generate, said = getattr(owner, GENERATE), report(host, PATH)
     asks_groups = not hasattr(owner, UPDATE)
     update = _update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
@@ -205,7 +207,7 @@ def hooks(
     def fell_back(error: Exception) -> None:
         nonlocal failed
         failed = True
-        host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+        said.fell_back("capture", "graph", error)
 
     def generate_fused_drafts(
         speculator: Any, num_reqs: int, num_tokens_padded: int, attn_metadata: Any, *args: Any, **kwargs: Any
@@ -213,19 +215,26 @@ def hooks(
         def original() -> Any:
             return generate(speculator, num_reqs, num_tokens_padded, attn_metadata, *args, **kwargs)
 
-        if failed or attn_metadata is None or not live() or not (host.on or prepared()):
+        if (
+            failed
+            or attn_metadata is None
+            or not live()
+            or not (host.on or (watching is not None and watching.prepared()))
+        ):
             return original()
         try:
             if problem := uncovered(speculator):
                 raise Uncovered(problem)
-            step = (make or Step)(speculator, attn_metadata, num_reqs)
+            batch = (speculator, attn_metadata, num_reqs)
+            step = Step(*batch, host) if watching is None else watching.step(*batch)
+            observed.bound(speculator, num_reqs, step.strategy)
         except Uncovered as reason:
-            host.using(logger, ENGINE, PATH, f"off ({reason})")
+            said.left_alone(str(reason))
             return original()
         except Exception as error:
             fell_back(error)
             return original()
-        host.using(logger, ENGINE, PATH, step.strategy)
+        said.using(step.strategy)
         v2_switch.of(host, speculator).recorded = True
         tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)

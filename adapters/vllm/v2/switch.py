@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import agreement, releases
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
 BEGIN = "_fused_multi_step_decode"
 UNFUSED = "_multi_step_decode"
 PATH = f"{v2_builder.PATH} (Model Runner V2)"

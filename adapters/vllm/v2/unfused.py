@@ -10,7 +10,6 @@ Positions and lengths of later steps need no precomputation: the graph of a step
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import in_place, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
 from nsa_plugin.adapters.vllm.v2.step import DeferredSlots, Hooks, Step, Uncovered, as_captured
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-ENGINE = "vllm"
 PATH = "draft steps that are not fused"
 LOOP = "_multi_step_decode"
 BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
@@ -118,6 +117,11 @@ class Steps:
         delattr(self._speculator, self._name)
         vars(self._speculator).update(self._before)
 
+    @property
+    def kept(self) -> bool:
+        """Whether later steps kept the metadata of the first."""
+        return self._slots.step is not None
+
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """The metadata of the step that begins now."""
         step = self._step
@@ -149,14 +153,15 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
 
     It passes its calls on to the original when it is not `live`.
     """
-    loop = getattr(owner, LOOP)
+    loop, said = getattr(owner, LOOP), report(host, PATH)
+    observed = ObservedDrafts(said)
     kept: Attached[Bound] = Attached("kept_steps")
     failed = False
 
     def fell_back(error: Exception) -> None:
         nonlocal failed
         failed = True
-        host.fell_back(logger, Fallback(ENGINE, PATH, "replay", "copy", error))
+        said.fell_back("replay", "copy", error)
 
     def bind(speculator: Any, metadata: Any, num_rows: int) -> KeptStep | None:
         """The steps for metadata in these places, bound when they are new; none of groups that vLLM has replaced."""
@@ -168,14 +173,15 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
             if key not in known.steps:
                 if len(known.steps) >= KEPT_BATCHES:
                     del known.steps[next(iter(known.steps))]
-                known.steps[key] = KeptStep(speculator, metadata, num_rows)
+                known.steps[key] = KeptStep(speculator, metadata, num_rows, host)
+                observed.bound(speculator, num_rows, "copy")
         except Uncovered as reason:
-            host.using(logger, ENGINE, PATH, f"off ({reason})")
+            said.left_alone(str(reason))
             return None
         except Exception as error:
             fell_back(error)
             return None
-        host.using(logger, ENGINE, PATH, "copy")
+        said.using("copy")
         return known.steps[key]
 
     def multi_step_decode(
@@ -187,10 +193,15 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         if failed or skip_attn or not live() or "copy" not in host.strategies or speculator.num_speculative_steps < 3:
             return original()
         if problem := UNVERIFIED if host.verify else releases.uncovered_speculator(speculator):
-            host.using(logger, ENGINE, PATH, f"off ({problem})")
+            said.left_alone(problem)
             return original()
-        with Steps(speculator, batch_desc.num_reqs or num_reqs, bind, fell_back):
-            return original()
+        num_rows = batch_desc.num_reqs or num_reqs
+        steps = Steps(speculator, num_rows, bind, fell_back)
+        with steps:
+            drafted = original()
+        if steps.kept:
+            observed.drafted(speculator, num_rows, num_reqs)
+        return drafted
 
     return MappingProxyType({LOOP: multi_step_decode})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.base import Fallback, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
+from nsa_plugin.adapters.vllm.reports import report
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-ENGINE = "vllm"
 PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
 Hooks = Mapping[str, Callable[..., Any]]
@@ -74,7 +72,7 @@ def _update_request_map(host: Host) -> Callable[..., None]:
                 return
             except Exception as error:
                 failed = True
-                host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "graph", error))
+                report(host, PATH).fell_back("capture", "graph", error)
         request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
 
     # Not merely True: functools.wraps copies attributes to whatever wraps this function and may do more.

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.sglang import paths, preparation, releases
+from nsa_plugin.adapters.sglang import paths, releases, reports
 from nsa_plugin.rigs.sglang import backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
 
@@ -78,7 +78,7 @@ def draft(num_steps: int, *covers: str, name: str = "", sizes: tuple[int, ...] =
 
 def single(mode: str, *covers: str, name: str = "", **fields: Any) -> SglangCase:
     """Target verify or draft extend."""
-    path = preparation.PATHS[preparation.MODES[mode]]
+    path = reports.PATHS[reports.MODES[mode]]
     return SglangCase(
         path + name, path, len(LENGTHS[4]), frozenset(covers), frozenset(), frozenset({"share", "copy"}), mode, **fields
     )
@@ -213,7 +213,7 @@ def make_batch(case: SglangCase, lengths: list[int], rows: list[int], device: to
 
 def read_values(case: SglangCase, metadata: Any, backend: Any, batch: Any) -> Values:
     """What kernels read: in a draft not the wide page table (tests/sglang/test_wide_table.py), unless it is the only one."""
-    values = backends.defined_values(metadata, backend, batch, preparation.MODES[case.mode])
+    values = backends.defined_values(metadata, backend, batch, reports.MODES[case.mode])
     if case.mode == "DECODE" and case.config.page_size > 1:
         values.pop("page_table_1", None)
     return values

@@ -16,6 +16,7 @@ import torch
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import v2_parts
+from nsa_plugin.adapters.vllm.describe import DraftBatch
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
@@ -100,6 +101,7 @@ class VllmEngine(Engine):
     logger = "vllm.plugins.nsa_plugin"
     entry_point = "nsa_plugin.entry:register_vllm"
     strategies: tuple[Strategy, ...] = ("graph",)
+    batch_types = (DraftBatch,)
     never: Mapping[str, str] = {
         "target verify": "vLLM prepares the target's metadata once per round: there is nothing to share",
         "draft extend": "vLLM drafts its first token with the target's metadata",
@@ -109,7 +111,6 @@ class VllmEngine(Engine):
         "strided inputs": "the runner's buffers are contiguous",
         "several captured sizes": "the emulated graph has one size, to which smaller batches are padded",
         "capture again": "vLLM captures the graphs of a speculator once",
-        "describe": "updates in place work on the captured metadata: no batch is described at a replay",
     }
 
     def cases(self) -> Sequence[VllmCase]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,31 +18,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Host, Mismatch, differing
+from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.verification import Described, SpareBuffers, Verification, shadow
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
-from nsa_plugin.adapters.vllm.shadows import defined, shadow, spare_group
+from nsa_plugin.adapters.vllm.rebuilds import defined, spare_group
 from nsa_plugin.adapters.vllm.v1.kept import build_group
 from nsa_plugin.core.draft_steps import DraftLimits
 
 if TYPE_CHECKING:
     from nsa_plugin.adapters.vllm.v1.proposer import Patch, Served
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
 Method = Callable[..., Any]
-Labels = tuple[str, str, str]
-"""Engine, path and strategy."""
 
 
-def watched(host: Host, labels: Labels, patch: Patch) -> tuple[Method, Method]:
+def watched(host: Host, patch: Patch, strategy: str) -> tuple[Method, Method]:
     """The update and the build of a patch, measured and verified if the settings say so; the very ones if not."""
     update, build = patch.update(), patch.build()
-    engine, path, strategy = labels
-    if host.durations(*labels, 1) is not None:
-        update, build = timed(host, labels, patch, update, build)
-    update, build = (host.ranged(call, engine, path, strategy) for call in (update, build))
+    if patch.report.durations(strategy, 1) is not None:
+        update, build = timed(patch, strategy, update, build)
+    update, build = (patch.report.ranged(call, strategy) for call in (update, build))
     if host.verify:
-        check = Verification(host, labels, patch)
+        check = VerifiedDrafts(host, patch, strategy)
         update, build = check.update(update), check.build(build)
     return update, build
 
@@ -63,18 +59,19 @@ class _Following:
     proposer: Any
     groups: list[Any]
     limits: DraftLimits
+    turn: Verification
     positions: torch.Tensor | None = None
     batch: Any = None
     source: Any = None
     block_size: int = 0
 
 
-class Verification:
+class VerifiedDrafts:
     """Compares every n-th draft of each proposer, the first to begin with, with vLLM's own rebuild."""
 
-    def __init__(self, host: Host, labels: Labels, patch: Patch) -> None:
-        self._host, self._labels, self._patch = host, labels, patch
-        self._left: Attached[int] = Attached("v1_left")
+    def __init__(self, host: Host, patch: Patch, strategy: str) -> None:
+        self._host, self._patch, self._strategy = host, patch, strategy
+        self._turns: Attached[Verification] = Attached("v1_verification")
         self._spares: Attached[tuple[Any, _Following]] = Attached("v1_spares")
         self._now: _Following | None = None
 
@@ -133,16 +130,16 @@ class Verification:
 
     def _begin(self, proposer: Any, served: Served) -> None:
         """A draft begins: follow it if it is its turn."""
-        left = self._left.setdefault(proposer, 1) - 1
-        self._left.set(proposer, left or self._host.verify)
-        if left:
+        turn = self._turns.get(proposer)
+        if turn is None:
+            turn = self._turns.set(proposer, Verification(self._patch.report, self._strategy, self._host.verify))
+        if not turn.is_due():
             return
         kept = self._spares.get(proposer)
         if kept is None or kept[0] is not served.draft:
-            kept = self._spares.set(proposer, (served.draft, _spare(proposer, served)))
+            kept = self._spares.set(proposer, (served.draft, _spare(proposer, served, turn)))
         self._now = kept[1]
         self._now.batch = self._now.positions = None
-        self._host.verified(*self._labels)
 
     def _same_places(
         self,
@@ -164,12 +161,13 @@ class Verification:
             "seq_lens": (now.batch.seq_lens[:batch_size], batch.seq_lens[:batch_size]),
         }
         expected, got = ({name: pair[side].clone() for name, pair in pairs.items()} for side in (0, 1))
-        if not differing(expected, got):
-            return True
-        for want, have in pairs.values():
-            have.copy_(want)
-        self._report(now, served.draft.step - 1, expected, got)
-        return False
+
+        def repair() -> None:
+            for want, have in pairs.values():
+                have.copy_(want)
+
+        step = (served.draft.step - 1, expected, got)
+        return now.turn.settle([step], repair, lambda: _described(now))
 
     def _same_metadata(self, built: list[Any], draft_index: int) -> bool:
         """Whether every group that keeps its metadata has what a rebuild gives."""
@@ -186,30 +184,30 @@ class Verification:
             for side, one in ((expected, rebuilt), (got, metadata)):
                 values = _defined(group, one, lengths)
                 side.update({name if name not in side else f"{number}.{name}": value for name, value in values.items()})
-        if not differing(expected, got):
-            return True
-        self._report(now, draft_index - 1, expected, got)
-        return False
-
-    def _report(
-        self, now: _Following, step: int, expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
-    ) -> None:
-        steps = max(now.proposer.num_speculative_tokens - 1, 1)
-        batch = describe(now.source, block_size=now.block_size, draft_steps=steps)
-        geometry = positions_geometry(batch, now.limits.max_model_len, now.block_size)
-        self._host.mismatched(logger, Mismatch(*self._labels, batch, geometry, ((step, expected, got),), now.limits))
+        step = (draft_index - 1, expected, got)
+        return now.turn.settle([step], _rebuilt_by_vllm, lambda: _described(now))
 
 
-def _spare(proposer: Any, served: Served) -> _Following:
+def _rebuilt_by_vllm() -> None:
+    """Metadata that differs needs no repair: vLLM's own code builds that step again."""
+
+
+def _described(now: _Following) -> Described:
+    steps = max(now.proposer.num_speculative_tokens - 1, 1)
+    batch = describe(now.source, block_size=now.block_size, draft_steps=steps)
+    return batch, positions_geometry(batch, now.limits.max_model_len, now.block_size), now.limits
+
+
+def _spare(proposer: Any, served: Served, turn: Verification) -> _Following:
     """A shadow of the proposer, and of those of its groups whose metadata is kept."""
     assert served.draft is not None
-    with torch.inference_mode(False):  # written in and outside of it
-        buffers = {name: torch.zeros_like(getattr(proposer, name)) for name in ("positions", "_slot_mapping_buffer")}
-        groups = [
-            spare_group(group, proposer.max_batch_size) if kept else None
-            for group, kept in zip(served.groups, served.draft.keeps, strict=True)
-        ]
-    return _Following(shadow(proposer, **buffers), groups, served.draft.limits)
+    spares = SpareBuffers()
+    buffers = {name: spares.own(getattr(proposer, name)) for name in ("positions", "_slot_mapping_buffer")}
+    groups = [
+        spare_group(group, proposer.max_batch_size, spares) if kept else None
+        for group, kept in zip(served.groups, served.draft.keeps, strict=True)
+    ]
+    return _Following(shadow(proposer, **buffers), groups, served.draft.limits, turn)
 
 
 def _follow(
@@ -238,18 +236,17 @@ def _defined(group: Any, metadata: Any, lengths: torch.Tensor) -> dict[str, torc
     return defined(metadata, lengths.numel(), lengths, builder.kv_cache_spec.block_size, planned)
 
 
-def timed(host: Host, labels: Labels, patch: Patch, update: Method, build: Method) -> tuple[Method, Method]:
+def timed(patch: Patch, strategy: str, update: Method, build: Method) -> tuple[Method, Method]:
     """The two with their host time, from the update of each step to its metadata, as one figure per draft.
 
     Closures, not methods: a draft of 8 tokens passes here 14 times.
     """
-    engine, path, strategy = labels
     records: dict[tuple[bool, int], Callable[[float], None] | None] = {}
     clock, started, spent = time.perf_counter, 0.0, 0.0
 
     def record(ours: bool, steps: int) -> None:
         if (ours, steps) not in records:
-            records[ours, steps] = host.durations(engine, path, strategy if ours else "off", steps)
+            records[ours, steps] = patch.report.durations(strategy if ours else "off", steps)
         if (take := records[ours, steps]) is not None:
             take(spent)
 

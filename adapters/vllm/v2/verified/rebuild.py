@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.verification import SpareBuffers, shadow
+from nsa_plugin.adapters.vllm.rebuilds import spare_group
 from nsa_plugin.adapters.vllm.releases import UPDATE_INPUTS
-from nsa_plugin.adapters.vllm.shadows import shadow, spare_group
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,16 @@ class Rebuild:
 
     def __init__(self, speculator: Any, groups: Sequence[Any]) -> None:
         most, tables, device = speculator.max_num_reqs, speculator.block_tables, speculator.device
-        self._source = speculator.input_buffers
+        self._source, spares = speculator.input_buffers, SpareBuffers()
         self._update_inputs = pkgutil.resolve_name(UPDATE_INPUTS)
         with torch.inference_mode(False):  # written in and outside of it
-            self._buffers = shadow(
-                self._source,
-                **{
-                    name: torch.zeros_like(getattr(self._source, name))
-                    for name in ("positions", "seq_lens", "input_ids")
-                },
-            )
-            self._tables = shadow(tables, slot_mappings=torch.zeros_like(tables.slot_mappings))
+            moved_on = ("positions", "seq_lens", "input_ids")
+            self._buffers = shadow(self._source, **{name: spares.own(getattr(self._source, name)) for name in moved_on})
+            self._tables = shadow(tables, slot_mappings=spares.own(tables.slot_mappings))
             known = set(map(id, groups))
             spare = [
-                [spare_group(group, most) for group in own if id(group) in known] for own in speculator.attn_groups
+                [spare_group(group, most, spares) for group in own if id(group) in known]
+                for own in speculator.attn_groups
             ]
             tokens = torch.zeros(most, dtype=torch.int64, device=device)
             self._step = torch.zeros((), dtype=torch.int64, device=device)

@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.rebuilds import live_blocks
 from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group
-from nsa_plugin.adapters.vllm.shadows import live_blocks
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
-from nsa_plugin.core.api import Impl
 from nsa_plugin.core.metadata import same_buffer
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
-from nsa_plugin.core.triton_impl import is_available
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
 
 
 class Arena:
@@ -126,6 +125,8 @@ class Staged:
     arena : Arena
     rebuild : callable
         Makes the `Rebuild` for these groups.
+    host : Host
+        Makes the updates of the steps.
 
     Raises
     ------
@@ -140,6 +141,7 @@ class Staged:
         num_reqs: int,
         arena: Arena,
         rebuild: Callable[[list[Any]], Rebuild],
+        host: Host,
     ) -> None:
         if not speculator.advance_draft_positions:
             raise Uncovered("a draft that stays at one position")
@@ -167,7 +169,6 @@ class Staged:
                 self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
         if not self.groups:
             raise Uncovered("no attention group that this update knows")
-        impl: Impl = "reference" if is_available(buffers.seq_lens.device) else "triton"
         shared = slot_groups(tables)
         self._updates = []
         for step in range(self._steps):
@@ -183,7 +184,7 @@ class Staged:
                 self._slots[step],
             )
             maps, of_step = (request_maps, 0) if step == 0 else ([], step)
-            self._updates.append(StepUpdate(rows, slots, maps, [indexer(of_step) for indexer in indexers], impl=impl))
+            self._updates.append(host.step_update(rows, slots, maps, [indexer(of_step) for indexer in indexers]))
         self._rebuild = rebuild([staged.group for staged in self.groups])
 
     def _take(self, name: str, dtype: torch.dtype) -> torch.Tensor:

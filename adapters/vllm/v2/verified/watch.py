@@ -7,61 +7,44 @@ that every fused draft passes.
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Fallback, Host, Mismatch, differing
-from nsa_plugin.adapters.probe import missing
-from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.describe import describe_draft, positions_geometry
-from nsa_plugin.adapters.vllm.v2 import step as v2_step
+from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.verification import Described, Verification
+from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
+from nsa_plugin.adapters.vllm.reports import logger, report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.adapters.vllm.v2.step import ENGINE, PATH, Hooks, RunsStep, Step, Uncovered
-from nsa_plugin.adapters.vllm.v2.switch import BEGIN
+from nsa_plugin.adapters.vllm.v2.step import PATH, RunsStep, Step, Uncovered
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.step_update import PAD_SLOT
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
-
-
-def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Those of `v2_step` and `v2_switch`; if drafts are verified or measured, with what sees each of them around."""
-    made, begin = watch(host, live), getattr(owner, BEGIN)
-    if made is not None and (problems := missing(releases.WATCH_NEEDS)):
-        logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
-        made = None
-    if made is not None:
-        begin = functools.wraps(begin)(made.begin(begin))
-    steps = (
-        v2_step.hooks(host, owner, live) if made is None else v2_step.hooks(host, owner, live, made.step, made.prepared)
-    )
-    return MappingProxyType({**steps, BEGIN: v2_switch.begin(host, live, begin)})
-
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
     """What sees every draft, if the settings ask for anything that takes it."""
-    if not host.verify and host.instrument(_recorded, ENGINE, PATH, "graph", 1) is _recorded:
+    if not host.verify and report(host, PATH).instrument(_recorded, "graph", 1) is _recorded:
         return None
     return Watch(host, live)
 
 
-class Preparation:
+class PreparedDraft:
     """How the metadata of the captured drafts of one size is prepared before each, verified, and handed back to vLLM."""
 
     def __init__(self, host: Host, speculator: Any, staged: Staged) -> None:
         self._host, self._speculator, self._staged = host, speculator, staged
         self._steps = speculator.num_speculative_steps - 1
-        self._ours = host.instrument(staged.prepare, ENGINE, PATH, "copy", self._steps)
-        self._native = host.instrument(staged.prepare_natively, ENGINE, PATH, "off", self._steps)
-        self._left, self._handed_back = 1, False
+        self._said = report(host, PATH)
+        self._ours = self._said.instrument(staged.prepare, "copy", self._steps)
+        self._native = self._said.instrument(staged.prepare_natively, "off", self._steps)
+        self._verification = Verification(self._said, "copy", host.verify)
+        self._handed_back = False
 
     def __call__(self, draft: Draft) -> None:
         """Prepare the draft that begins."""
@@ -71,10 +54,12 @@ class Preparation:
             self._ours(draft)
             if draft.dummy:
                 return None
-            self._left -= 1
-            if not self._left:
-                self._left = self._host.verify
-                self._verify(draft)
+            if self._verification.is_due():
+                self._verification.settle(
+                    self._staged.differences(draft),
+                    lambda: self._staged.prepare_natively(draft),
+                    lambda: self._described(draft),
+                )
         except Exception as error:
             self._handed_back = True
             self._report(error, "copy")
@@ -90,30 +75,17 @@ class Preparation:
             self._native = self._ours
             self._ours(draft)
 
-    def _verify(self, draft: Draft) -> None:
-        """Compare what is there with vLLM's own values; on a difference, put those there and report."""
-        self._host.verified(ENGINE, PATH, "copy")
-        if values := tuple(found for found in self._staged.differences(draft) if differing(*found[1:])):
-            self._staged.prepare_natively(draft)
-            self._host.mismatched(logger, self._mismatch(draft, values))
-
     def _report(self, error: Exception, strategy: str) -> None:
-        self._host.fell_back(logger, Fallback(ENGINE, PATH, "replay", strategy, error))
+        self._said.fell_back("replay", strategy, error)
 
-    def _mismatch(self, draft: Draft, values: tuple[Any, ...]) -> Mismatch:
+    def _described(self, draft: Draft) -> Described:
         speculator, first = self._speculator, self._staged.groups[0]
-        builder = first.group.get_metadata_builder()
-        batch = describe_draft(
-            speculator.input_buffers,
-            speculator.block_tables,
-            draft.num_reqs,
-            draft.steps,
-            first.group.kv_cache_group_id,
-        )
+        buffers, tables, group = speculator.input_buffers, speculator.block_tables, first.group.kv_cache_group_id
+        batch = describe_draft(DraftBatch(buffers, tables, draft.num_reqs, draft.steps, group))
         longest = speculator.max_model_len
-        geometry = positions_geometry(batch, longest, first.block_size, getattr(builder, "topk_tokens", None))
-        limits = DraftLimits(longest, PastEnd.CLAMP, PAD_SLOT)
-        return Mismatch(ENGINE, PATH, "copy", batch, geometry, values, limits)
+        topk = getattr(first.group.get_metadata_builder(), "topk_tokens", None)
+        geometry = positions_geometry(batch, longest, first.block_size, topk)
+        return batch, geometry, DraftLimits(longest, PastEnd.CLAMP, PAD_SLOT)
 
 
 class _Speculator:
@@ -122,7 +94,7 @@ class _Speculator:
     def __init__(self, speculator: Any) -> None:
         self.tables, self.groups = speculator.block_tables, speculator.attn_groups
         self.arena = Arena(speculator.device)
-        self.prepare: dict[int, Preparation] = {}
+        self.prepare: dict[int, PreparedDraft] = {}
         self.count: dict[int, Callable[[None], None]] = {}
         self._rebuilds: dict[tuple[int, ...], Rebuild] = {}
 
@@ -148,7 +120,7 @@ class Watch:
     """
 
     def __init__(self, host: Host, live: Callable[[], bool]) -> None:
-        self._host, self._live = host, live
+        self._host, self._live, self._said = host, live, report(host, PATH)
         self.verified = host.verify > 0
         self._known: Attached[_Speculator] = Attached("watched")
         self._draft: Draft | None = None
@@ -204,7 +176,7 @@ class Watch:
                 staged = self._staged(known, speculator, metadata, num_reqs)
             except Exception as error:
                 if not isinstance(error, Uncovered):
-                    self._host.fell_back(logger, Fallback(ENGINE, PATH, "capture", "copy", error))
+                    self._said.fell_back("capture", "copy", error)
                 if self._draft is None:  # what is captured now stays as it is
                     self.verified = v2_switch.of(self._host, speculator).switchable = False
                     logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
@@ -213,17 +185,17 @@ class Watch:
                 return staged
         if self._draft is None or self._prepared:
             self.count(speculator, num_reqs)
-            return Step(speculator, metadata, num_reqs)
-        seconds = self._host.durations(ENGINE, PATH, "graph", self._draft.steps)
+            return Step(speculator, metadata, num_reqs, self._host)
+        seconds = self._said.durations("graph", self._draft.steps)
         if seconds is None:
-            return Step(speculator, metadata, num_reqs)
-        self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs))
+            return Step(speculator, metadata, num_reqs, self._host)
+        self._measured = _Measured(seconds, lambda: Step(speculator, metadata, num_reqs, self._host))
         return self._measured
 
     def count(self, speculator: Any, num_reqs: int) -> None:
         """Count the replays of a graph that computes the metadata of drafts of a size."""
         steps = speculator.num_speculative_steps - 1
-        self._of(speculator).count[num_reqs] = self._host.instrument(_recorded, ENGINE, PATH, "graph", steps)
+        self._of(speculator).count[num_reqs] = self._said.instrument(_recorded, "graph", steps)
 
     def _of(self, speculator: Any) -> _Speculator:
         known = self._known.get(speculator)
@@ -233,7 +205,8 @@ class Watch:
 
     def _staged(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         before = known.arena.size
-        staged = Staged(speculator, metadata, num_reqs, known.arena, lambda groups: known.rebuild(speculator, groups))
+        rebuild = functools.partial(known.rebuild, speculator)
+        staged = Staged(speculator, metadata, num_reqs, known.arena, rebuild, self._host)
         step = staged.recorded(metadata)
         if self._prepared:
             return step
@@ -244,9 +217,9 @@ class Watch:
             return step
         if prepare is None or self._draft is None:
             known.count.pop(num_reqs, None)
-            prepare = known.prepare[num_reqs] = Preparation(self._host, speculator, staged)
+            prepare = known.prepare[num_reqs] = PreparedDraft(self._host, speculator, staged)
         if known.arena.size > before:
-            self._host.buffers(ENGINE, PATH, "copy", known.arena.size - before)
+            self._said.buffers("copy", known.arena.size - before)
         if self._draft is not None:
             prepare(self._draft)
         else:  # vLLM warms up what it is about to capture: what it takes is shown to work before it is needed

@@ -1,8 +1,4 @@
-"""Copies of vLLM's own objects that write into spare buffers: they compute what it would, beside a draft under way.
-
-A shadow has the attributes of its original but for those that are given; a method of vLLM's, called on it, does what it
-always does and writes where no captured graph reads.
-"""
+"""vLLM's own builders over spare buffers, and what of their metadata is defined. Only where drafts are verified."""
 
 from __future__ import annotations
 
@@ -13,32 +9,27 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.verification import SpareBuffers, shadow
+
 ROWS: Mapping[str, int] = {
     "req_id_per_token": 0, "seq_lens": 0, "slot_mapping": 0, "decode_lens": 0, "per_req_decode_lens": 0, "indices": 0,
     "positions": 0, "global_seq_lens": 0, "query_start_loc": 1,
 }  # fmt: skip
-"""Tensors of a draft step's metadata with one entry per request, and so many more: what is defined of them."""
+"""By name of a tensor of a draft step's metadata, how many entries are defined beyond one per request."""
 TABLE = "block_table"
 WHOLE = "schedule_metadata"
 """Defined in every entry, where DeepGEMM made it."""
 
 
-def shadow(original: Any, **changes: Any) -> Any:
-    """An object of the same class with the attributes of `original`, but for `changes`."""
-    made: Any = object.__new__(type(original))
-    vars(made).update(vars(original), **changes)
-    return made
+def spare_group(group: Any, rows: int, spares: SpareBuffers) -> Any:
+    """An `AttentionGroup` whose builder writes into spare buffers, for drafts of at most `rows` requests.
 
-
-def spare_group(group: Any, rows: int) -> Any:
-    """An `AttentionGroup` whose builder writes into buffers of its own, for drafts of at most `rows` requests.
-
-    Workspaces of floating-point numbers, which are large and no metadata, stay shared: only a prefill would write them.
+    Workspaces of floating-point numbers, which are large and no metadata, stay shared: only a prefill writes them.
     """
     builder = group.get_metadata_builder()
     most = builder.vllm_config.scheduler_config.max_num_batched_tokens
     own = {
-        name: _like(value, most, rows)
+        name: spares.own(value[:rows] if value.dim() and value.shape[0] == most > rows else value)
         for name, value in vars(builder).items()
         if isinstance(value, torch.Tensor) and not value.is_floating_point()
     }
@@ -46,15 +37,8 @@ def spare_group(group: Any, rows: int) -> Any:
     made.metadata_builders = [shadow(builder, **own)]
     table = getattr(group, "kernel_block_table", None)  # vLLM 0.32 and later
     if table is not None:
-        made.kernel_block_table = table.clone()
+        made.kernel_block_table = spares.own(table)
     return made
-
-
-def _like(value: torch.Tensor, most_tokens: int, rows: int) -> torch.Tensor:
-    """A copy; of what has room for a batch of any size no more rows than a draft has."""
-    if value.dim() and value.shape[0] == most_tokens > rows:
-        value = value[:rows]
-    return value.clone()
 
 
 def defined(

@@ -1,0 +1,116 @@
+"""Verification: what was prepared is compared with the engine's own values. Runs only where the settings ask for it.
+
+An adapter has the engine's own code write into spare buffers, in objects that are shadows of the engine's, and hands both
+sides to `Verification.settle`. On a difference the engine's values take the place of ours before anything reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from nsa_plugin.adapters.reporting import PathReport, differing
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.draft_steps import DraftLimits
+
+StepValues = tuple[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
+"""Index of a draft step, the engine's defined values by field name, and ours."""
+Described = tuple[BatchDescriptor, Geometry, DraftLimits | None]
+"""The live batch, as `Mismatch` has it."""
+
+
+class Verification:
+    """Every n-th replay of one thing that is captured: the first, then one in `every`.
+
+    Parameters
+    ----------
+    report : PathReport
+    strategy : str
+        How the replays are prepared.
+    every : int
+        At least 1.
+    """
+
+    def __init__(self, report: PathReport, strategy: str, every: int) -> None:
+        self._report, self._strategy, self._every = report, strategy, every
+        self._left = 1
+
+    def is_due(self) -> bool:
+        """Whether the replay that begins is verified; it counts as one."""
+        self._left -= 1
+        if self._left:
+            return False
+        self._left = self._every
+        self._report.verified(self._strategy)
+        return True
+
+    def after(self, call: Callable[[Any], None], check: Callable[[Any], None]) -> Callable[[Any], None]:
+        """`call`, which prepares a replay, with `check` of what it wrote when that is due."""
+
+        def verified(batch: Any) -> None:
+            call(batch)
+            if self.is_due():
+                check(batch)
+
+        return verified
+
+    def settle(
+        self, steps: Iterable[StepValues], repair: Callable[[], None], describe: Callable[[], Described]
+    ) -> bool:
+        """Whether all steps have the engine's own values; if not, `repair` puts these there, then the mismatch is reported.
+
+        Parameters
+        ----------
+        steps : iterable of StepValues
+            Copies of both sides. Steps that are equal may be left out.
+        repair : callable
+        describe : callable
+            The live batch; called only where something differs.
+        """
+        values = tuple((step, expected, got) for step, expected, got in steps if differing(expected, got))
+        if not values:
+            return True
+        repair()
+        batch, geometry, limits = describe()
+        self._report.mismatched(self._strategy, batch, geometry, values, limits)
+        return False
+
+
+class SpareBuffers:
+    """Buffers for the engine's own code to write into beside those that captured graphs read.
+
+    Attributes
+    ----------
+    size : int
+        Bytes allocated so far.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._shared: dict[str, torch.Tensor] = {}
+
+    def own(self, value: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of `value`, to be written in inference mode and outside of it."""
+        self.size += value.numel() * value.element_size()
+        with torch.inference_mode(False):
+            return torch.zeros_like(value, memory_format=torch.contiguous_format).copy_(value)
+
+    def shared(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Rows like those of `value` [rows, columns] in one buffer of that name, which grows if it has too few."""
+        rows, columns = value.shape
+        buffer = self._shared.get(name)
+        if buffer is None or buffer.shape[0] < rows or buffer.shape[1] != columns:
+            buffer = self._shared[name] = self.own(value)
+        return buffer[:rows]
+
+
+def shadow(original: Any, **changes: Any) -> Any:
+    """An object of the same class with the attributes of `original`, but for `changes`.
+
+    A method of the engine's, called on it, does what it always does and writes into `changes`.
+    """
+    made: Any = object.__new__(type(original))
+    vars(made).update(vars(original), **changes)
+    return made
