@@ -152,11 +152,12 @@ class Host(Switch):
         if first:
             logger.error(
                 "nsa-plugin: %s: strategy %s computed other values than %s's own path (%s); its own values are used, "
-                "for this batch too. %s",
+                "%s. %s",
                 mismatch.path,
                 mismatch.strategy,
                 mismatch.engine,
                 ", ".join(fields),
+                "from the next batch on: this one was computed with the others" if mismatch.used else "for this batch too",
                 self._write_repro(mismatch),
             )
         self.switch(False, "a verification found a difference")

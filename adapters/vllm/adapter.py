@@ -42,6 +42,7 @@ from nsa_plugin.adapters.vllm.v2 import fused
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class VllmAdapter:
         self._v1 = V1Draft()
         self._served: list[str] = []
         self._host: Host | None = None
+        self._target: v2_target.Target | None = None
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
@@ -89,7 +91,7 @@ class VllmAdapter:
         """Hooked functions of the installed vLLM with parameters that no tested release has."""
         hooked = (need for part in v2_parts() for need in part.needs)
         unfused = v2_copy.needs(releases.speculator())
-        return untested((*hooked, *unfused, *releases.V1_NEEDS))
+        return untested((*hooked, *unfused, *v2_target.needs(), *releases.V1_NEEDS))
 
     def install(self, host: Host) -> list[str]:
         """Patch what the strategies allow as soon as vLLM imports it; returns what is wrong already.
@@ -117,10 +119,16 @@ class VllmAdapter:
                 path = f"draft decode with {row.backend}"
                 patch = functools.partial(self._patch_more, host, path, _part(row))
                 self._watches.append(WhenImported(row.module, patch))
+            self._target = v2_target.Target(host)
+            for method, owner in v2_target.OWNERS.items():
+                part = Part(v2_target.MODULE, owner, v2_target.NEEDS[method], self._target.hooks)
+                patch = functools.partial(self._patch_more, host, v2_target.PATH, part)
+                self._watches.append(WhenImported(part.module, patch))
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
             )
+            self._served.append("the target's graph refreshes the metadata of the tokens that it verifies")
         self._served.append("steps of its drafts that are not fused keep the metadata of the first one")
         speculator = releases.speculator()
         part = Part(speculator.rpartition(".")[0], speculator, v2_copy.needs(speculator), v2_copy.hooks)
@@ -133,6 +141,8 @@ class VllmAdapter:
         """Put back every attribute, by identity. What goes on in captured drafts is logged."""
         for line in () if self._host is None else v2_switch.undo(self._host):
             logger.warning("nsa-plugin: undone: %s", line)
+        if self._target is not None:
+            self._target.undo()
         self._v1.undo()
         self._leave_v2_alone()
         self._served = []
@@ -143,7 +153,8 @@ class VllmAdapter:
 
     def switch(self, on: bool) -> list[str]:
         """What goes on as before: drafts of Model Runner V2 that other ranks share, whose metadata CUDA graphs compute."""
-        return [] if self._host is None else [f"{ENGINE}: {line}" for line in v2_switch.lines(self._host, on)]
+        lines = [] if self._host is None else v2_switch.lines(self._host, on)
+        return [f"{ENGINE}: {line}" for line in (*lines, *(() if self._target is None else self._target.lines(on)))]
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
@@ -152,6 +163,14 @@ class VllmAdapter:
             (f"{v2_builder.PATH} (Model Runner V2)", "graph", *_plan_v2(host), self.probe()),
             (f"{v2_copy.PATH} (Model Runner V2)", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
             (v1_proposer.PATH, "copy", "copy", "vLLM captures no whole draft there", self._v1.probe()),
+            (f"{v2_target.PATH} (Model Runner V2)", "graph", "graph", "", missing(v2_target.needs())),
+            (
+                f"{v2_target.FIRST_PASS} (Model Runner V2)",
+                "graph",
+                "graph",
+                v2_target.READS,
+                missing(v2_target.needs()),
+            ),
         ):
             if needs not in host.strategies:
                 plans.append(PathPlan(path, "off", f"it takes {needs}, which NSA_PLUGIN_STRATEGY leaves out"))

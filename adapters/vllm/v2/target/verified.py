@@ -1,0 +1,55 @@
+"""Verification of a graph itself: vLLM builds, the graph refreshes and runs, and what is there is compared.
+
+Runs only where the settings ask for it. A refreshed graph can't be looked at before it has run: a difference is seen after
+that batch was computed with it. From the next batch on vLLM's own values are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from nsa_plugin.adapters.verification import Verification
+from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
+from nsa_plugin.core.batch import BatchDescriptor
+
+T = TypeVar("T")
+
+
+def replay_verified(
+    refresh: Refresh,
+    verification: Verification,
+    build: Callable[[], None],
+    replay: Callable[[], T],
+    batch: BatchDescriptor,
+) -> T:
+    """Replay, and compare what the graph has written with what `build`, vLLM's own, writes for the batch.
+
+    Before the replay the buffers get back what the batch before has left there: a plane that the graph does not write shows.
+    """
+    buffers = refresh.written()
+    before = {name: plane.clone() for name, plane in buffers.items()}
+    build()
+    expected = defined(refresh, batch)
+    for name, plane in buffers.items():
+        plane.copy_(before[name])
+    result = replay()
+    got = defined(refresh, batch)
+    verification.settle([(0, expected, got)], None, lambda: (batch, refresh.geometry, None))
+    return result
+
+
+def defined(refresh: Refresh, batch: BatchDescriptor) -> dict[str, torch.Tensor]:
+    """Copies of all that a refresh writes, by name, with -1 in the columns of page tables that are not defined."""
+    lengths, found = batch.seq_lens[: batch.batch_size], {}
+    for name, plane in refresh.written().items():
+        found[name] = plane.clone()
+        if name.endswith("_pages"):
+            seen = lengths if name.endswith("request_pages") else lengths.repeat_interleave(batch.draft_tokens)
+            columns = torch.arange(plane.shape[1], device=plane.device) * refresh.geometry.page_size
+            live = columns < seen[:, None]
+            live[:, 0] = True
+            found[name][~live] = -1
+    return found
