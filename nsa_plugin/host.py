@@ -157,7 +157,9 @@ class Host(Switch):
                 mismatch.strategy,
                 mismatch.engine,
                 ", ".join(fields),
-                "from the next batch on: this one was computed with the others" if mismatch.used else "for this batch too",
+                "from the next batch on: this one was computed with the others"
+                if mismatch.used
+                else "for this batch too",
                 self._write_repro(mismatch),
             )
         self.switch(False, "a verification found a difference")

@@ -39,10 +39,10 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from nsa_plugin.rigs.installed import TINY_DSV32
 from nsa_plugin.rigs.vllm import v1_draft
-from nsa_plugin.rigs.vllm.v2_draft import CPU, DRAFT, TARGET, Layer, block_tables, without_pinned_memory
+from nsa_plugin.rigs.vllm.v2_draft import CPU, DRAFT, TARGET, Layer, Prefill, block_tables, without_pinned_memory
 
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
-REQUESTS, MODEL_LEN, BLOCKS, NUM_SMS = 16, 1024, 512, 132
+REQUESTS, MODEL_LEN, BLOCKS, PAGE, NUM_SMS = 16, 1024, 512, 64, 132
 KEPT = ("arange_buffer", "offsets_buffer", "topk_tokens_tensor", "dcp_rank_tensor")
 """Buffers of builders that are constants."""
 Seen = dict[str, torch.Tensor]
@@ -123,6 +123,13 @@ def hopper() -> Iterator[None]:
         yield
 
 
+class _Prefill(Prefill):
+    """Also asked about eager batches with prefills."""
+
+    def prepare_metadata(self, *_: Any, **__: Any) -> None:
+        """Nothing: no prefill is run."""
+
+
 class _Model(torch.nn.Module):
     """Writes down what the target's layers would read."""
 
@@ -137,13 +144,21 @@ class _Model(torch.nn.Module):
 
 
 def read(metadata: Any) -> Seen:
-    """Copies of every tensor of the metadata of all groups, by the number of the group and a path of fields."""
+    """Copies of every tensor of the metadata of all groups, by the number of the group and a path of fields.
+
+    Block tables are defined in their first column and as far as a row's length goes: -1 stands for the rest.
+    """
     objects = list({id(own): own for own in metadata.values()}.values())
-    return {
-        f"{number} {type(own).__name__}{path}": value.clone()
-        for number, own in enumerate(objects)
-        for path, value in _tensors(own)
-    }
+    seen: Seen = {}
+    for number, own in enumerate(objects):
+        found = dict(_tensors(own))
+        for path, value in found.items():
+            if path.endswith(".block_table"):
+                lengths = found[path.replace("block_table", "seq_lens")].reshape(len(value), -1).max(1).values
+                columns = torch.arange(value.shape[1]) * PAGE
+                value = value.masked_fill((columns > 0) & (columns >= lengths[:, None]), -1)
+            seen[f"{number} {type(own).__name__}{path}"] = value.clone()
+    return seen
 
 
 def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -231,6 +246,7 @@ class TargetRunner:
         for names in (TARGET, DRAFT):
             for name, backend, spec in zip(names, backends, specs, strict=True):
                 layers[name] = Layer(backend, spec)
+                layers[name].prefill_backend = _Prefill()
                 if names is DRAFT and self.shape.draft_heads:
                     layers[name].num_heads = self.shape.draft_heads
         every = [*TARGET, *DRAFT]

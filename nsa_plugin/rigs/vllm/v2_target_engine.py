@@ -18,7 +18,7 @@ from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.rigs.vllm.v2_engine import VllmEngine
-from nsa_plugin.rigs.vllm.v2_target import Batch, Seen, Shape, TargetRunner, hopper
+from nsa_plugin.rigs.vllm.v2_target import Batch, Shape, TargetRunner, hopper
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values
 
 POISON = 1 << 20
@@ -49,19 +49,6 @@ CASES = (
 )
 
 
-def undefined(seen: Seen) -> Values:
-    """What was read, without the block tables of padding and past a row's length, which a rebuild leaves as they are."""
-    values = dict(seen)
-    for name in [name for name in values if name.endswith("decode.block_table")]:
-        lengths = values[name.replace("block_table", "seq_lens")]
-        table, rows = values[name].clone(), len(values[name])
-        ends = lengths.reshape(rows, -1).max(1).values[:, None]
-        live = torch.arange(table.shape[1]) * 64 < ends
-        live[:, 0] = True
-        values[name] = table.masked_fill(~live, -1)
-    return values
-
-
 class TargetSession(Session):
     """A runner that has captured its target and its draft's first pass."""
 
@@ -82,7 +69,7 @@ class TargetSession(Session):
         assert self._batch is not None
         with self.runner.inference():
             target, first_pass = self.runner.replay(self._batch)
-        return [undefined(first_pass if self._first_pass else target)]
+        return [first_pass if self._first_pass else target]
 
     def buffers(self) -> list[Values]:
         """What builders keep."""
