@@ -41,7 +41,7 @@ def nsa_plugin_adapters() -> Sequence[Adapter]:
 def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchDescriptor] | None:
     """Provide the function that maps one of the engine's batches onto a `BatchDescriptor`.
 
-    Fires when a plan is made, with a batch of the captured shape. Return None to leave it to the next plugin, at last
+    Fires when something is bound for a captured size, with a batch of that size. Return None to leave it to the next plugin, at last
     to the adapter's own `describe`. The function is called at each replay; it must copy no tensor.
     """
     raise NotImplementedError
@@ -56,7 +56,7 @@ def nsa_plugin_bind_precompute(
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a precompute implementation bound to the buffers `out`.
 
-    Fires when a plan is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
+    Fires when a `ReplayPlan` is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
     bound function is called at each replay; it must write every live entry of `out`, allocate nothing and not sync.
     `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as vLLM's target does.
     With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph: it must read the flag on
@@ -72,7 +72,7 @@ def nsa_plugin_bind_copy(
 ) -> Callable[[], None] | None:
     """Provide a copy implementation bound to the buffers of `source` and `destinations`.
 
-    Fires when a plan with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
+    Fires when a `ReplayPlan` with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
     built-in implementation. The same duties as for `nsa_plugin_bind_precompute`.
     """
     raise NotImplementedError
@@ -109,7 +109,7 @@ def nsa_plugin_observe_replays(
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a function to be called after each replay of a plan.
 
-    Fires when a plan is made. Every plugin that returns a function has it called, outside of any CUDA graph.
+    Fires when something is bound for a captured size. Every plugin that returns a function has it called, outside of any CUDA graph.
     """
     raise NotImplementedError
 

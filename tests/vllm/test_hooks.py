@@ -20,7 +20,7 @@ from nsa_plugin.core.step_update import StepUpdate
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm import v1_draft
-from nsa_plugin.rigs.vllm.v2_draft import Draft
+from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
 from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, proposals, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -73,7 +73,8 @@ class ThirdParty:
 
         def described(live: Any) -> BatchDescriptor:
             self.described.append(type(live))
-            self._use("describe")
+            padded = isinstance(live, DraftBatch) and live.num_reqs == CAPTURED
+            self._use("describe" if padded else "describe without padding")
             if isinstance(live, DraftBatch):
                 return describe_draft(live)
             return describe(live, block_size=block_size, draft_steps=TOKENS - 1)
@@ -108,9 +109,7 @@ def v1(third_party: ThirdParty) -> Iterator[Callable[[], Host]]:
     patch.undo()
 
 
-def test_a_fused_draft_uses_what_is_provided(
-    install: Install, third_party: ThirdParty, expected: list[Step], hopper: None
-) -> None:
+def test_a_fused_draft_uses_what_is_provided(install: Install, third_party: ThirdParty, expected: list[Step]) -> None:
     host, _ = install("auto", third_party)
     draft = Draft(*LAYOUT, TOKENS)
     assert draft.fused
@@ -149,16 +148,15 @@ def test_a_describe_that_fails_after_a_draft_ends_its_observation(
     host, _ = install("auto", third_party)
     draft = Draft(*LAYOUT, TOKENS)
     third_party.seen.clear()
-    third_party.broken = "describe"
-    for _ in range(2):
-        draft.propose([100, 107, 126, 65], [0] * 4, 1)
+    third_party.broken = "describe without padding"
+    draft.propose([100, 107], [0] * 2, 1)
     assert third_party.seen == [] and not host.fallbacks
     assert len([line for line in log(logging.ERROR) if "could not be described for observers" in line]) == 1
 
 
 @pytest.mark.parametrize("broken", ["describe", "step update"])
 def test_a_plugin_that_fails_leaves_the_draft_to_vllm(
-    install: Install, third_party: ThirdParty, expected: list[Step], broken: str, hopper: None
+    install: Install, third_party: ThirdParty, expected: list[Step], broken: str
 ) -> None:
     third_party.broken = broken
     host, _ = install("auto", third_party)
@@ -192,7 +190,7 @@ def test_model_runner_v1_uses_what_is_provided_and_is_observed(third_party: Thir
     assert not host.fallbacks
 
 
-@pytest.mark.parametrize("broken", ["describe", "draft steps"])
+@pytest.mark.parametrize("broken", ["describe without padding", "draft steps"])
 def test_a_plugin_that_fails_leaves_drafts_of_model_runner_v1_to_vllm(
     third_party: ThirdParty, v1: Callable[[], Host], broken: str
 ) -> None:
