@@ -19,7 +19,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2.target import hooks
+from nsa_plugin.adapters.vllm.v2.target.late import LateMetadata
+from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
 from nsa_plugin.adapters.vllm.v2.target.replays import Replays
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
@@ -117,7 +118,7 @@ def test_a_refreshed_graph_reads_what_a_rebuild_writes(
     for seed, (requests, pad_to) in enumerate(ROUNDS):
         want = shipped(theirs, seed, requests, pad_to)
         metadata, *seen = refreshed(ours, seed, requests, pad_to)
-        assert isinstance(metadata, dict) and not metadata.built
+        assert isinstance(metadata, LateMetadata) and not metadata.built
         assert unequal(want, *seen) == []
         compared = {name.rpartition(".")[2] for name in want[0]}
         assert compared >= WRITTEN
@@ -150,7 +151,7 @@ class Mutated:
         return run
 
 
-def _each(name: str, change: Callable[[torch.Tensor, BatchDescriptor], None], last: bool = False) -> Any:
+def _each(name: str, change: Callable[[torch.Tensor, BatchDescriptor], object], last: bool = False) -> Any:
     def spoil(out: GroupMetadata, live: BatchDescriptor) -> None:
         planes = [plane for group in out.groups for key, (plane, _) in
                   {**group.vectors(live), **group.tables(live)}.items() if key.startswith(name)]  # fmt: skip
@@ -211,7 +212,7 @@ def test_a_schedule_that_is_not_made_anew_shows(
     stock: Callable[[Shape], TargetRunner], install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = stock(NATIVE)
-    monkeypatch.setattr(hooks.Refresh, "run", lambda refresh: refresh._run.__self__._precompute(refresh._static))
+    monkeypatch.setattr(Refresh, "run", lambda refresh: refresh._run.__self__._precompute(refresh._static))
     install("graph")
     wrong = unequal(shipped(theirs, 0, 3), *refreshed(TargetRunner(NATIVE), 0, 3)[1:])
     assert wrong and all("schedule_metadata" in name for name in wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pkgutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ pytest.importorskip("vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagrap
 from vllm.v1.attention.backends.mla import indexer
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2.target import hooks, refusals
+from nsa_plugin.adapters.vllm.v2.target import refusals
+from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.v2_target import Shape, TargetRunner, hopper
 from nsa_plugin.rigs.vllm.v2_target_engine import Failing
@@ -79,7 +81,7 @@ def config(**changes: Any) -> Any:
     ],
 )
 def test_engines_that_are_not_covered_are_named(changes: dict[str, Any], words: str) -> None:
-    state = object.__new__(refusals.pkgutil.resolve_name(refusals.STATE))
+    state = object.__new__(pkgutil.resolve_name(refusals.STATE))
     assert refusals.uncovered(config(), state) == ""
     assert refusals.uncovered(config(**changes), state).startswith(words)
     assert "prepares attention in a way of its own" in refusals.uncovered(config(), object())
@@ -175,7 +177,7 @@ def test_a_difference_is_reported_and_the_next_batch_is_vllms(
 def test_a_plane_that_the_graph_does_not_write_shows(install: Install) -> None:
     """vLLM's own build before the replay must not hide it."""
     host, _ = install("graph", verify=1)
-    with mock.patch.object(hooks.Refresh, "run", lambda refresh: None):
+    with mock.patch.object(Refresh, "run", lambda refresh: None):
         ours = TargetRunner(FLAT)
         refreshed(ours, 0, 3)
     assert any("lengths" in key[3] for key in host.mismatches)

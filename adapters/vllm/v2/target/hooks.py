@@ -108,7 +108,7 @@ class Target:
         def capture(manager: Any, create_forward_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not self._live() or not isinstance(manager, pkgutil.resolve_name(OWNERS["run_fullgraph"])):
                 return original(manager, create_forward_fn, *args, **kwargs)
-            replays = self._replays.set(manager, Replays())
+            replays = self._replays.set(manager, Replays(self._report))
 
             def create(desc: Any, *more: Any, **named: Any) -> Callable[..., Any]:
                 self._noted, self._noting = None, True
@@ -117,7 +117,7 @@ class Target:
                 finally:
                     self._noting = False
                 refresh = self._refresh(manager, replays, desc)
-                return forward if refresh is None else self._refreshed(replays, refresh, forward)
+                return forward if refresh is None else self._refreshed(replays, desc, refresh, forward)
 
             return original(manager, create, *args, **kwargs)
 
@@ -148,7 +148,9 @@ class Target:
         self._managers.set(noted.state, weakref.ref(manager))
         return refresh
 
-    def _refreshed(self, replays: Replays, refresh: Refresh, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _refreshed(
+        self, replays: Replays, desc: Any, refresh: Refresh, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
         """`forward`, after the refresh: run when vLLM warms up, recorded when it captures."""
 
         def refreshed_forward(*args: Any, **kwargs: Any) -> Any:
@@ -159,7 +161,7 @@ class Target:
                     refresh.failed = True
                     self._fail(replays, error)
                 else:
-                    refresh.recorded = True
+                    replays.record(desc, refresh)
                     for path in (self._report, self._first_pass):
                         path.using(STRATEGY)
             return forward(*args, **kwargs)

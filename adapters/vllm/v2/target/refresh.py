@@ -88,6 +88,11 @@ class Refresh:
         """A live batch."""
         return self._describe(TargetBatch(batch, block_tables, self.planes.first_block_size))
 
+    @property
+    def batch(self) -> BatchDescriptor:
+        """The batch that was captured: over the runner's buffers, and so of the values of the live one."""
+        return self._static
+
     def written(self) -> dict[str, torch.Tensor]:
         """All that it writes, by name: views of vLLM's buffers."""
         return self.planes.written(self._static)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.vllm.v2.target.late import LateMetadata
 from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
 from nsa_plugin.adapters.vllm.v2.target.verified import replay_verified
+from nsa_plugin.core.batch import BatchDescriptor
 
 
 class LateBatch(LateMetadata):
@@ -39,7 +41,9 @@ class Replays:
         The attention groups that were captured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, report: PathReport) -> None:
+        self._report = report
+        self._sizes: set[tuple[int, int]] = set()
         self.refreshes: dict[Any, Refresh] = {}
         self.late: LateBatch | None = None
         self.under_way: LateBatch | None = None
@@ -47,11 +51,12 @@ class Replays:
 
     def may_serve(self, batch: Any, groups: Any) -> bool:
         """Whether a graph of this size is refreshed; which of them it will be, `replay` knows."""
-        requests, tokens = batch.num_reqs_after_padding, batch.num_tokens_after_padding
-        return groups is self.groups and any(
-            refresh.usable and desc.num_reqs == requests and desc.num_tokens == tokens
-            for desc, refresh in self.refreshes.items()
-        )
+        return groups is self.groups and (batch.num_reqs_after_padding, batch.num_tokens_after_padding) in self._sizes
+
+    def record(self, desc: Any, refresh: Refresh) -> None:
+        """The graph of a descriptor has its refresh."""
+        refresh.recorded = True
+        self._sizes.add((desc.num_reqs, desc.num_tokens))
 
     def replay(self, desc: Any, original: Callable[[], Any]) -> Any:
         """The gate: a graph that is not refreshed now is replayed after vLLM's own build, never without."""
@@ -70,27 +75,36 @@ class Replays:
             if refresh.verification is None or not refresh.verification.is_due():
                 result = original()
             else:
-                result = replay_verified(
-                    refresh,
-                    refresh.verification,
-                    late.build,
-                    original,
-                    refresh.described(late.batch, late.block_tables),
-                )
+                result = replay_verified(self._report, refresh, refresh.verification, late.build, original)
         finally:
             self.under_way = None
         if refresh.observe is not None:
-            refresh.observe(refresh.described(late.batch, late.block_tables))
+            self._show(refresh, refresh.observe, late)
         return result
+
+    def _show(self, refresh: Refresh, observe: Callable[[BatchDescriptor], None], late: LateBatch) -> None:
+        """Tell observers of a replay."""
+        try:
+            live = refresh.described(late.batch, late.block_tables)
+        except Exception:
+            refresh.observe = None
+            self._report.logger.exception(
+                "nsa-plugin: %s: a batch could not be described for observers: its size is observed no more",
+                self._report.path,
+            )
+        else:
+            observe(live)
 
     def fail(self) -> None:
         """Leave every graph to vLLM from now on; what was about to do without its build, or does so now, gets it."""
+        self._sizes.clear()
         for refresh in self.refreshes.values():
             refresh.failed = True
         self._settle()
 
     def switch_off(self) -> None:
         """Leave every graph to vLLM, because the gate is about to go."""
+        self._sizes.clear()
         self._settle()
         for refresh in self.refreshes.values():
             refresh.obey(False)

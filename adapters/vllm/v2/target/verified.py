@@ -11,39 +11,48 @@ from typing import TypeVar
 
 import torch
 
+from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.verification import Verification
-from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
-from nsa_plugin.core.batch import BatchDescriptor
+from nsa_plugin.adapters.vllm.v2.target.refresh import STRATEGY, Refresh
 
 T = TypeVar("T")
 
 
 def replay_verified(
-    refresh: Refresh,
-    verification: Verification,
-    build: Callable[[], None],
-    replay: Callable[[], T],
-    batch: BatchDescriptor,
+    report: PathReport, refresh: Refresh, verification: Verification, build: Callable[[], None], replay: Callable[[], T]
 ) -> T:
     """Replay, and compare what the graph has written with what `build`, vLLM's own, writes for the batch.
 
     Before the replay the buffers get back what the batch before has left there: a plane that the graph does not write shows.
     """
     buffers = refresh.written()
-    before = {name: plane.clone() for name, plane in buffers.items()}
-    build()
-    expected = defined(refresh, batch)
-    for name, plane in buffers.items():
-        plane.copy_(before[name])
+    try:
+        before = {name: plane.clone() for name, plane in buffers.items()}
+        build()
+        expected = defined(refresh)
+        for name, plane in buffers.items():
+            plane.copy_(before[name])
+    except Exception as error:
+        _give_up(report, refresh, error)
+        build()
+        return replay()
     result = replay()
-    got = defined(refresh, batch)
-    verification.settle([(0, expected, got)], None, lambda: (batch, refresh.geometry, None))
+    try:
+        verification.settle([(0, expected, defined(refresh))], None, lambda: (refresh.batch, refresh.geometry, None))
+    except Exception as error:
+        _give_up(report, refresh, error)
     return result
 
 
-def defined(refresh: Refresh, batch: BatchDescriptor) -> dict[str, torch.Tensor]:
+def _give_up(report: PathReport, refresh: Refresh, error: Exception) -> None:
+    refresh.verification = None
+    report.fell_back("replay", STRATEGY, error)
+
+
+def defined(refresh: Refresh) -> dict[str, torch.Tensor]:
     """Copies of all that a refresh writes, by name, with -1 in the columns of page tables that are not defined."""
-    lengths, found = batch.seq_lens[: batch.batch_size], {}
+    batch, found = refresh.batch, dict[str, torch.Tensor]()
+    lengths = batch.seq_lens[: batch.batch_size]
     for name, plane in refresh.written().items():
         found[name] = plane.clone()
         if name.endswith("_pages"):
