@@ -13,25 +13,38 @@ from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
 
-FIXTURES = {"sglang": "nsa_plugin.rigs.sglang.engine:SglangEngine", "vllm": "nsa_plugin.rigs.vllm.v2_engine:VllmEngine"}
+FIXTURES = {
+    "sglang": ("nsa_plugin.rigs.sglang.engine:SglangEngine",),
+    "vllm": ("nsa_plugin.rigs.vllm.v2_engine:VllmEngine", "nsa_plugin.rigs.vllm.v2_target_engine:TargetEngine"),
+}
+"""What the kit is run with; all but the first may need more than an old release has."""
 
 
 def main(name: str) -> dict[str, Any]:
     """Problems by line of the contract, wrong values by path and strategy, and versions."""
-    module, _, kind = FIXTURES[name].partition(":")
-    engine = getattr(import_module(module), kind)()
-    logging.getLogger(engine.logger).propagate = False
-    kit = Conformance(engine)
     lines: dict[str, list[str]] = {}
     skipped: dict[str, str] = {}
-    for line in LINES:
-        try:
-            lines[line] = kit.problems(line)
-        except Skipped as reason:
-            skipped[line] = str(reason)
     values: dict[str, dict[str, list[str]]] = {}
-    if not lines["coverage"]:
-        for run in kit.runs:
+    for number, fixture in enumerate(FIXTURES[name]):
+        module, _, kind = fixture.partition(":")
+        try:
+            engine = getattr(import_module(module), kind)()
+        except ImportError as error:
+            if not number:
+                raise
+            skipped[kind] = str(error)
+            continue
+        logging.getLogger(engine.logger).propagate = False
+        kit = Conformance(engine)
+        found: dict[str, list[str]] = {}
+        for line in LINES:
+            try:
+                found[line] = kit.problems(line)
+            except Skipped as reason:
+                skipped[line] = str(reason)
+        for line, problems in found.items():
+            lines.setdefault(line, []).extend(problems)
+        for run in () if found["coverage"] else kit.runs:
             cell = values.setdefault(run.case.path, {}).setdefault(run.strategy, [])
             cell += [f"{run.case.name}: {problem}" for problem in (*run.wrong, *run.moved)]
     return {"lines": lines, "skipped": skipped, "values": values, "environment": _environment(name)}

@@ -10,6 +10,7 @@ from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
 from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 
 TESTS = Path(__file__).parents[2] / "tests"
 
@@ -80,7 +81,13 @@ ENGINES = {
     "vllm": Engine(
         releases=("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"),
         needs=(
-            Needs(vllm.MODULE, {"draft decode": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs))}),
+            Needs(
+                vllm.MODULE,
+                {
+                    "draft decode": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs)),
+                    v2_target.PATH: v2_target.needs(), v2_target.FIRST_PASS: v2_target.needs(),
+                },
+            ),
         ),
         strategies=("graph",),
         requirements=TESTS / "vllm" / "requirements.txt",

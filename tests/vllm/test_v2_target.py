@@ -21,23 +21,20 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2.target.late import LateMetadata
 from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
-from nsa_plugin.adapters.vllm.v2.target.replays import Replays
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
-from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v2_target import Batch, Seen, Shape, TargetRunner, hopper
+from nsa_plugin.rigs.vllm.v2_target import Batch, Shape, TargetRunner, hopper
+from tests.vllm.targets import FLAT, NATIVE, POISON, Mutated, each, refreshed, replays, shipped, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
-POISON = 1 << 20
 SHAPES = (
     Shape("bf16", 1), Shape("fp8 mixed", 2), Shape("fp8 separate", 3), Shape("bf16", 4), Shape("fp8 mixed", 5),
     Shape("fp8 separate", 6), Shape("bf16", 7), Shape("fp8 separate", 2, block_size=128), Shape("bf16", 3, block_size=128),
     Shape("fp8 mixed", 3, draft_heads=8), Shape("bf16", 4, block_size=128, draft_heads=8),
 )  # fmt: skip
 """2 to 8 tokens, lengths by request (2 and 4) and by row, three layouts, blocks of one and two pages, two and four groups."""
-NATIVE, FLAT = Shape("bf16", 3, draft_heads=8), Shape("fp8 separate", 2)
 WRITTEN = {
     "req_id_per_token", "seq_lens", "decode_lens", "per_req_decode_lens", "schedule_metadata", "block_table",
 }  # fmt: skip
@@ -70,44 +67,6 @@ def stock(stocks: dict[Shape, TargetRunner]) -> Callable[[Shape], TargetRunner]:
     return made
 
 
-def replays(runner: TargetRunner) -> Replays:
-    found: Replays = vars(runner.manager)["_nsa_plugin_target_replays"]
-    return found
-
-
-def shipped(runner: TargetRunner, seed: int, requests: int, pad_to: int = 0) -> tuple[Seen, ...]:
-    """What vLLM's own build makes the target and the first pass read, from buffers poisoned in two ways."""
-    seen: list[Seen] = []
-    with runner.inference():
-        for poison in (POISON, 2 * POISON):
-            batch = runner.batch(seed, requests, pad_to)
-            runner.poison(poison)
-            runner.prepare(batch)
-            seen += runner.replay(batch)
-    return tuple(seen)
-
-
-def refreshed(runner: TargetRunner, seed: int, requests: int, pad_to: int = 0) -> tuple[Any, Seen, Seen]:
-    """The metadata that a refreshed graph did without, and what was read."""
-    with runner.inference():
-        batch = runner.batch(seed, requests, pad_to)
-        runner.poison(POISON)
-        metadata = runner.prepare(batch)
-        return metadata, *runner.replay(batch)
-
-
-def unequal(want: tuple[Seen, ...], target: Seen, first_pass: Seen) -> list[str]:
-    """What differs where a build defines it, whatever was there before."""
-    wrong = []
-    for expected, again, got in ((want[0], want[2], target), (want[1], want[3], first_pass)):
-        assert expected.keys() == got.keys()
-        for name, value in expected.items():
-            there = value == again[name]
-            if not torch.equal(value[there], got[name][there]):
-                wrong.append(name)
-    return wrong
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.tokens + 1}-{s.layout}-{s.block_size}-{s.draft_heads}")
 def test_a_refreshed_graph_reads_what_a_rebuild_writes(
     shape: Shape, stock: Callable[[Shape], TargetRunner], install: Install
@@ -129,36 +88,6 @@ def test_two_stock_rebuilds_are_not_equal_by_chance(stock: Callable[[Shape], Tar
     """The comparison sees the batch: another one is read differently."""
     theirs = stock(NATIVE)
     assert unequal(shipped(theirs, 0, 3), *shipped(theirs, 1, 3)[:2])
-
-
-class Mutated:
-    """Provides the refresh of `api`, and spoils what it has written."""
-
-    def __init__(self, spoil: Callable[[GroupMetadata, BatchDescriptor], None]) -> None:
-        self._spoil = spoil
-
-    @hookimpl
-    def nsa_plugin_bind_precompute(self, batch: Any, out: Any, enabled: Any) -> Any:
-        if not isinstance(out, GroupMetadata):
-            return None
-        right = api.bind_precompute(batch, out, enabled=enabled)
-
-        def run(live: BatchDescriptor) -> None:
-            right(live)
-            if enabled is None or enabled:
-                self._spoil(out, live)
-
-        return run
-
-
-def _each(name: str, change: Callable[[torch.Tensor, BatchDescriptor], object], last: bool = False) -> Any:
-    def spoil(out: GroupMetadata, live: BatchDescriptor) -> None:
-        planes = [plane for group in out.groups for key, (plane, _) in
-                  {**group.vectors(live), **group.tables(live)}.items() if key.startswith(name)]  # fmt: skip
-        for plane in planes[-1:] if last else planes:
-            change(plane, live)
-
-    return spoil
 
 
 def _own_request(plane: torch.Tensor, live: BatchDescriptor) -> None:
@@ -183,17 +112,17 @@ def _shifted(plane: torch.Tensor, live: BatchDescriptor) -> None:
 
 
 MUTATIONS: dict[str, tuple[Shape, Any, str]] = {
-    "padding is mapped to its own request": (NATIVE, _each("request_map", _own_request), "req_id_per_token"),
-    "lengths of padding are not clamped": (FLAT, _each("lengths", _unclamped), "decode.seq_lens"),
-    "lengths are one token long": (NATIVE, _each("lengths", lambda plane, live: plane.add_(1)), "decode.seq_lens"),
-    "padding has rows": (NATIVE, _each("query_lens", _of_all), "per_req_decode_lens"),
-    "rows of one token are not written": (FLAT, _each("ones", _poisoned), "decode_lens"),
-    "rows have the next row's pages": (FLAT, _each("row_pages", _shifted), "block_table"),
-    "padding has pages": (FLAT, _each("row_pages", lambda plane, live: plane[:, 0].add_(1)), "block_table"),
-    "a second indexer is left out": (NATIVE, _each("lengths", _poisoned, last=True), "decode.seq_lens"),
+    "padding is mapped to its own request": (NATIVE, each("request_map", _own_request), "req_id_per_token"),
+    "lengths of padding are not clamped": (FLAT, each("lengths", _unclamped), "decode.seq_lens"),
+    "lengths are one token long": (NATIVE, each("lengths", lambda plane, live: plane.add_(1)), "decode.seq_lens"),
+    "padding has rows": (NATIVE, each("query_lens", _of_all), "per_req_decode_lens"),
+    "rows of one token are not written": (FLAT, each("ones", _poisoned), "decode_lens"),
+    "rows have the next row's pages": (FLAT, each("row_pages", _shifted), "block_table"),
+    "padding has pages": (FLAT, each("row_pages", lambda plane, live: plane[:, 0].add_(1)), "block_table"),
+    "a second indexer is left out": (NATIVE, each("lengths", _poisoned, last=True), "decode.seq_lens"),
     "pages of a block are the same one": (
         Shape("bf16", 3, block_size=128),
-        _each("request_pages", lambda plane, live: plane[:, 1::2].copy_(plane[:, ::2])), "block_table",
+        each("request_pages", lambda plane, live: plane[:, 1::2].copy_(plane[:, ::2])), "block_table",
     ),
 }  # fmt: skip
 
@@ -325,6 +254,20 @@ def test_an_undo_leaves_the_engine_as_it_was(stock: Callable[[Shape], TargetRunn
     want = shipped(theirs, 1, 3)
     metadata, *seen = refreshed(ours, 1, 3)
     assert type(metadata) is dict and unequal(want, *seen) == []
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_graphs_of_fewer_tokens_than_the_most_are_refreshed_by_what_they_read(width: int, install: Install) -> None:
+    """As with a number of draft tokens that changes: a builder for 4 tokens has lengths by request for 2, by row for 3."""
+    theirs, ours = TargetRunner(NATIVE), TargetRunner(NATIVE)
+    theirs.width = ours.width = width
+    theirs.capture()
+    install("graph")
+    ours.capture()
+    for seed, requests in enumerate((3, 2)):
+        late, *seen = refreshed(ours, seed, requests)
+        assert isinstance(late, LateMetadata) and not late.built
+        assert unequal(shipped(theirs, seed, requests), *seen) == []
 
 
 def test_a_dummy_run_of_a_full_graph_reads_dummies(stock: Callable[[Shape], TargetRunner], install: Install) -> None:

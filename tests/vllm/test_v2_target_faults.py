@@ -24,7 +24,7 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.v2_target import Shape, TargetRunner, hopper
 from nsa_plugin.rigs.vllm.v2_target_engine import Failing
 from nsa_plugin.testing.engine import Fault
-from tests.vllm.test_v2_target import FLAT, NATIVE, Mutated, _each, refreshed, replays, shipped, unequal
+from tests.vllm.targets import FLAT, NATIVE, Mutated, each, refreshed, replays, shipped, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -103,6 +103,7 @@ def compressed(runner: TargetRunner) -> None:
         (other_builder, "Another is not covered"),
         (compressed, "compressed indexer cache"),
         (lambda runner: setattr(runner.builders[-1], "dcp_world_size", 2), "decode context parallelism"),
+        (lambda runner: setattr(runner.builders[-1], "supports_varlen", True), "query lengths that vary"),
     ],
 )
 def test_builders_that_are_not_covered_are_left_to_vllm(
@@ -123,8 +124,9 @@ def _frozen(runner: TargetRunner) -> Any:
     real = indexer.DeepseekV32IndexerMetadataBuilder.build
 
     def build(builder: Any, *args: Any, **kwargs: Any) -> Any:
-        changed = {name: vars(builder).get(name) for name in ("compress_ratio", "dcp_world_size")}
-        vars(builder).update(compress_ratio=1, dcp_world_size=1)
+        plain = {"compress_ratio": 1, "dcp_world_size": 1, "supports_varlen": False}
+        changed = {name: vars(builder)[name] for name in plain}
+        vars(builder).update(plain)
         try:
             return real(builder, *args, **kwargs)
         finally:
@@ -162,7 +164,7 @@ def test_a_difference_is_reported_and_the_next_batch_is_vllms(
     plane: str, install: Install, log: Callable[[int], list[str]]
 ) -> None:
     theirs = TargetRunner(FLAT)
-    spoil = _each(plane, lambda values, live: values.flatten()[:1].add_(1))
+    spoil = each(plane, lambda values, live: values.flatten()[:1].add_(1))
     host, _ = install("graph", Mutated(spoil), verify=1)
     ours = TargetRunner(FLAT)
     refreshed(ours, 0, 3)
