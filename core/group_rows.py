@@ -113,13 +113,20 @@ def reference(out: GroupMetadata, batch: BatchDescriptor, enabled: torch.Tensor 
             _write(plane[:size], values.get(name, counts), enabled)
         for name, (table, size) in group.tables(batch).items():
             pages = _pages(out, group, table.shape[1])
-            live = torch.arange(table.shape[1], device=row.device) * out.geometry.page_size < seq_lens[:, None]
-            live[:, 0] = True
-            real = exists[::width]
+            real, live = exists[::width], live_pages(batch, out.geometry, table.shape[1], by_row=name == "row_pages")
             if name == "row_pages":
-                pages, live, real = pages[request], live[request], exists
+                pages, real = pages[request], exists
             there = table[:size]
             _write(there, torch.where(live, torch.where(real[:, None], pages, 0), there), enabled)
+
+
+def live_pages(batch: BatchDescriptor, geometry: Geometry, columns: int, *, by_row: bool) -> torch.Tensor:
+    """Which entries of a page table are defined: bool [requests, columns], or with `by_row` [rows, columns]."""
+    lengths = batch.seq_lens[: batch.batch_size]
+    if by_row:
+        lengths = lengths.repeat_interleave(batch.draft_tokens)
+    column = torch.arange(columns, device=lengths.device)
+    return (column == 0) | (column * geometry.page_size < lengths[:, None])
 
 
 def _pages(out: GroupMetadata, group: GroupRows, width: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ pytest.importorskip("vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagrap
 
 from vllm.v1.attention.backends.mla import indexer
 
+from nsa_plugin import repro
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2.target import refusals
 from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
@@ -27,6 +29,13 @@ from nsa_plugin.testing.engine import Fault
 from tests.vllm.targets import FLAT, NATIVE, Mutated, each, refreshed, replays, shipped, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logging_is_configured() -> None:
+    """vLLM's first configuration of a process sets levels anew, and would take the lines from who listens already."""
+    with hopper():
+        TargetRunner(FLAT)
 
 
 @pytest.fixture(autouse=True)
@@ -161,11 +170,11 @@ def test_a_verified_graph_is_the_graph_itself(shape: Shape, install: Install) ->
 
 @pytest.mark.parametrize("plane", ["request_map", "lengths", "query_lens", "row_pages"])
 def test_a_difference_is_reported_and_the_next_batch_is_vllms(
-    plane: str, install: Install, log: Callable[[int], list[str]]
+    plane: str, install: Install, log: Callable[[int], list[str]], tmp_path: Path
 ) -> None:
     theirs = TargetRunner(FLAT)
     spoil = each(plane, lambda values, live: values.flatten()[:1].add_(1))
-    host, _ = install("graph", Mutated(spoil), verify=1)
+    host, _ = install("graph", Mutated(spoil), verify=1, repro_dir=tmp_path)
     ours = TargetRunner(FLAT)
     refreshed(ours, 0, 3)
     assert {key[:3] for key in host.mismatches} == {("vllm", "target verify", "graph")}
@@ -174,6 +183,9 @@ def test_a_difference_is_reported_and_the_next_batch_is_vllms(
     assert "from the next batch on: this one was computed with the others" in line and not host.on
     metadata, *seen = refreshed(ours, 1, 3)
     assert type(metadata) is dict and unequal(shipped(theirs, 1, 3), *seen) == []
+    [file] = tmp_path.glob("*.npz")
+    computed = repro.recompute(repro.load(file), "reference")
+    assert computed["engine"] == [] and len(computed["plugin"]) == 1 and plane in computed["plugin"][0]
 
 
 def test_a_plane_that_the_graph_does_not_write_shows(install: Install) -> None:

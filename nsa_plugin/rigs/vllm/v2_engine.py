@@ -14,12 +14,14 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
+from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import v2_parts
 from nsa_plugin.adapters.vllm.describe import DraftBatch
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 from nsa_plugin.rigs.vllm.v2_draft import Draft
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values, without
 
@@ -133,8 +135,9 @@ class VllmEngine(Engine):
         return VllmSession(case)
 
     def patched(self) -> Sequence[object]:
-        """The builder that learns to update its metadata, the speculator, and Model Runner V1's proposer."""
-        owners = (releases.BUILDER, releases.INDEXER, releases.speculator(), releases.V1_PROPOSER)
+        """The builder that learns to update its metadata, the speculator, Model Runner V1's proposer, and around the target."""
+        owners = [releases.BUILDER, releases.INDEXER, releases.speculator(), releases.V1_PROPOSER]
+        owners += [] if missing(v2_target.needs()) else v2_target.OWNERS.values()
         return [pkgutil.resolve_name(owner) for owner in owners]
 
     def obstacles(self) -> Sequence[Obstacle]:

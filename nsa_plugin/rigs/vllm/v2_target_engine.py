@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -147,8 +146,8 @@ class TargetEngine(Engine):
         return TargetSession(case)
 
     def patched(self) -> Sequence[object]:
-        """What is hooked around the target, and what else this adapter patches."""
-        return [*VllmEngine().patched(), *map(pkgutil.resolve_name, hooks.OWNERS.values())]
+        """All that this adapter patches."""
+        return VllmEngine().patched()
 
     def obstacles(self) -> Sequence[Obstacle]:
         """Those of the adapter."""

@@ -14,6 +14,7 @@ import torch
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.verification import Verification
 from nsa_plugin.adapters.vllm.v2.target.refresh import STRATEGY, Refresh
+from nsa_plugin.core.group_rows import live_pages
 
 T = TypeVar("T")
 
@@ -51,14 +52,10 @@ def _give_up(report: PathReport, refresh: Refresh, error: Exception) -> None:
 
 def defined(refresh: Refresh) -> dict[str, torch.Tensor]:
     """Copies of all that a refresh writes, by name, with -1 in the columns of page tables that are not defined."""
-    batch, found = refresh.batch, dict[str, torch.Tensor]()
-    lengths = batch.seq_lens[: batch.batch_size]
+    found: dict[str, torch.Tensor] = {}
     for name, plane in refresh.written().items():
         found[name] = plane.clone()
         if name.endswith("_pages"):
-            seen = lengths if name.endswith("request_pages") else lengths.repeat_interleave(batch.draft_tokens)
-            columns = torch.arange(plane.shape[1], device=plane.device) * refresh.geometry.page_size
-            live = columns < seen[:, None]
-            live[:, 0] = True
-            found[name][~live] = -1
+            live = live_pages(refresh.batch, refresh.geometry, plane.shape[1], by_row=name.endswith("row_pages"))
+            found[name].masked_fill_(~live, -1)
     return found
