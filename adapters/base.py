@@ -13,8 +13,7 @@ from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
-from nsa_plugin.core.metadata import StepMetadata
-from nsa_plugin.core.plan import PlanStrategy
+from nsa_plugin.core.plan import Consumers, PlanStrategy
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 
 Strategy = Literal["graph", "share", "copy"]
@@ -84,7 +83,7 @@ class Host(Protocol):
         self,
         batch: BatchDescriptor,
         geometry: Geometry,
-        consumers: Sequence[StepMetadata],
+        consumers: Consumers,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
         enabled: torch.Tensor | None = None,

@@ -57,6 +57,8 @@ class Mismatch:
     limits : DraftLimits or None
         For engines that move positions on from step to step: how far. The fields of `values` are then named as the
         engine names them, a path of attributes.
+    used : bool
+        Whether the batch was computed with ours: what a CUDA graph does can't be repaired before it is used.
     """
 
     engine: str
@@ -66,6 +68,7 @@ class Mismatch:
     geometry: Geometry
     values: Values
     limits: DraftLimits | None = None
+    used: bool = False
 
     @property
     def fields(self) -> list[str]:
@@ -171,12 +174,14 @@ class PathReport:
         geometry: Geometry,
         values: Values,
         limits: DraftLimits | None = None,
+        *,
+        used: bool = False,
     ) -> None:
         """Count a mismatch, log it once, write a repro file, switch this process to the engine's own path.
 
         The parameters are the attributes of `Mismatch`.
         """
-        mismatch = Mismatch(self.engine, self.path, strategy, batch, geometry, values, limits)
+        mismatch = Mismatch(self.engine, self.path, strategy, batch, geometry, values, limits, used)
         self.sink.mismatched(self.logger, mismatch)
 
     def fell_back(self, stage: Stage, strategy: str, error: Exception) -> None:

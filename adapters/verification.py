@@ -57,7 +57,7 @@ class Verification:
         return verified
 
     def settle(
-        self, steps: Iterable[StepValues], repair: Callable[[], None], describe: Callable[[], Described]
+        self, steps: Iterable[StepValues], repair: Callable[[], None] | None, describe: Callable[[], Described]
     ) -> bool:
         """Whether all steps have the engine's own values; if not, `repair` puts these there, then the mismatch is reported.
 
@@ -65,16 +65,18 @@ class Verification:
         ----------
         steps : iterable of StepValues
             Copies of both sides. Steps that are equal may be left out.
-        repair : callable
+        repair : callable, or None
+            None where the batch has been computed with ours already.
         describe : callable
             The live batch; called only where something differs.
         """
         values = tuple((step, expected, got) for step, expected, got in steps if differing(expected, got))
         if not values:
             return True
-        repair()
+        if repair is not None:
+            repair()
         batch, geometry, limits = describe()
-        self._report.mismatched(self._strategy, batch, geometry, values, limits)
+        self._report.mismatched(self._strategy, batch, geometry, values, limits, used=repair is None)
         return False
 
 

@@ -11,6 +11,7 @@ from nsa_plugin.core import reference, triton_binding
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import boolean, instance, instances
 from nsa_plugin.core.errors import reject
+from nsa_plugin.core.group_rows import GroupMetadata, check_groups
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
 
@@ -95,16 +96,31 @@ def fast_copy(precomputed: PrecomputedMetadata, destinations: Sequence[StepMetad
 
 
 def bind_precompute(
-    batch: BatchDescriptor, out: PrecomputedMetadata, *, impl: Impl = "auto", enabled: torch.Tensor | None = None
+    batch: BatchDescriptor,
+    out: PrecomputedMetadata | GroupMetadata,
+    *,
+    impl: Impl = "auto",
+    enabled: torch.Tensor | None = None,
 ) -> BoundPrecompute:
     """Bind `impl` to the buffers `out`, for batches of the mode and size of `batch`.
 
     `enabled` means what it means in `ReplayPlan`. Raises what `precompute` raises.
     """
+    if isinstance(out, GroupMetadata):
+        check_batch(batch, out.geometry)
+        check_groups(out, batch)
+        check_enabled(enabled, batch, ())
+        return _bind_groups(GroupMetadata(out.groups, batch, out.geometry), impl, enabled)
     check_batch(batch, instance("out", out, PrecomputedMetadata).geometry)
     check_buffers(out, batch, out.geometry)
     check_enabled(enabled, batch, ())
     return _bind_precompute(batch, out, impl, enabled)
+
+
+def _bind_groups(out: GroupMetadata, impl: Impl, enabled: torch.Tensor | None) -> BoundPrecompute:
+    if resolve_impl(impl, out.batch.seq_lens.device) == "triton":
+        return triton_binding.bind_group_rows(out, enabled)
+    return lambda live: reference.group_rows(live, out, enabled)
 
 
 def _bind_precompute(
@@ -129,7 +145,7 @@ def _bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]
 
 def bind(
     batch: BatchDescriptor,
-    out: PrecomputedMetadata,
+    out: PrecomputedMetadata | GroupMetadata,
     destinations: Sequence[StepMetadata],
     *,
     impl: Impl = "auto",
@@ -141,6 +157,10 @@ def bind(
     `enabled` means what it means in `ReplayPlan`, and excludes `destinations`. Raises what `precompute` and `fast_copy`
     raise.
     """
+    if isinstance(out, GroupMetadata):
+        if instances("destinations", destinations, StepMetadata):
+            reject("destinations", "none for attention groups", len(destinations))
+        return bind_precompute(batch, out, impl=impl, enabled=enabled), None
     check_batch(batch, instance("out", out, PrecomputedMetadata).geometry)
     check_buffers(out, batch, out.geometry)
     if instances("destinations", destinations, StepMetadata):

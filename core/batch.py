@@ -103,6 +103,9 @@ class BatchDescriptor:
     extend_lens : int32 or int64 tensor [>= batch_size], or None
         DRAFT_EXTEND only: query rows of each request, 0 to `draft_tokens`. Requests' rows follow each other without
         gaps. None means `draft_tokens` rows for every request.
+    query_start_loc : int32 or int64 tensor [>= batch_size + 1], contiguous, or None
+        DRAFT_EXTEND without `extend_lens` only: 0, then the running sum of the rows that requests really have. Rows at or
+        past its entry `batch_size` are padding, which only `GroupRows` tell apart. None means that all rows exist.
     """
 
     mode: ForwardMode
@@ -113,6 +116,7 @@ class BatchDescriptor:
     step_offsets: tuple[int, ...] = ()
     draft_tokens: int = 1
     extend_lens: torch.Tensor | None = None
+    query_start_loc: torch.Tensor | None = None
 
     @property
     def rows_per_request(self) -> int:

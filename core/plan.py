@@ -11,6 +11,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import function, instance, instances
 from nsa_plugin.core.errors import reject
+from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, check_groups
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_shared
 
@@ -27,11 +28,15 @@ class Bind(Protocol):
     def __call__(
         self,
         batch: BatchDescriptor,
-        out: PrecomputedMetadata,
+        out: PrecomputedMetadata | GroupMetadata,
         destinations: Sequence[StepMetadata],
         *,
         enabled: torch.Tensor | None,
     ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]: ...
+
+
+Consumers = Sequence[StepMetadata] | Sequence[GroupRows]
+"""What a plan fills: the buffers of each step, or of each attention group."""
 
 
 class ReplayPlan:
@@ -42,11 +47,13 @@ class ReplayPlan:
     batch : BatchDescriptor
         A batch of the captured mode and (padded) size. The plan checks its tensors and reads no value.
     geometry : Geometry
-    consumers : sequence of StepMetadata
+    consumers : sequence of StepMetadata, or of GroupRows
         The buffers that captured kernels read, one set per step.
         With `copy`, each step has buffers of its own; the metadata is computed once and written to all of them.
         With `share`, the metadata is computed in place. Steps of equal lengths all have the buffers of `consumers[0]`.
         Steps of different lengths have vectors of their own and share the page tables.
+        `GroupRows` are those of attention groups, any number of them: with `share`, and a batch that has
+        `query_start_loc`. Their block tables stay those of `batch`.
     strategy : "copy" or "share"
     derive : callable () -> None, optional
         Computes the derived planes of `consumers[0]` from its other planes (an engine's own functions).
@@ -95,7 +102,7 @@ class ReplayPlan:
         self,
         batch: BatchDescriptor,
         geometry: Geometry,
-        consumers: Sequence[StepMetadata],
+        consumers: Consumers,
         *,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None = None,
@@ -105,7 +112,6 @@ class ReplayPlan:
         if strategy not in ("copy", "share"):
             reject("strategy", "'copy' or 'share'", repr(strategy))
         check_batch(batch, geometry)
-        instances("consumers", consumers, StepMetadata)
         function("derive", derive, optional=True)
         function("bind", bind)
         self.strategy = strategy
@@ -113,21 +119,16 @@ class ReplayPlan:
         self.batch_size = batch.batch_size
         self._bound = _shape(batch)
         self._derive = derive
-        distinct = len(batch.offsets)
-        if len(consumers) not in {1, batch.num_steps} or len(consumers) < distinct:
-            reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
-        if strategy == "share" or distinct == 1:
-            self.metadata = PrecomputedMetadata(tuple(consumers[:distinct]), batch, geometry)
-            copies = consumers[1:] if strategy == "copy" else ()
+        self.metadata: PrecomputedMetadata | GroupMetadata
+        copies: Sequence[StepMetadata] = ()
+        if isinstance(consumers, Sequence) and consumers and isinstance(consumers[0], GroupRows):
+            if strategy != "share":
+                reject("strategy", "'share' for attention groups", repr(strategy))
+            self.metadata = GroupMetadata(instances("consumers", consumers, GroupRows), batch, geometry)
+            check_groups(self.metadata, batch)
         else:
-            tokens = consumers[0].positions is not None
-            self.metadata = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
-            copies = consumers
-        check_buffers(self.metadata, batch, geometry)
-        if strategy == "share" and distinct == 1:
-            check_shared(consumers)
-        if copies:
-            check_destinations(self.metadata, copies)
+            steps = instances("consumers", consumers, StepMetadata)
+            self.metadata, copies = _of_steps(batch, geometry, steps, strategy)
         check_enabled(enabled, batch, copies)
         self._precompute, self._copy = bind(batch, self.metadata, copies, enabled=enabled)
 
@@ -142,7 +143,7 @@ class ReplayPlan:
         InvalidTypeError, InvalidValueError
             The batch has another mode, size or layout (`LAYOUT`) than the planned one. Nothing was written.
         """
-        size, mode, draft_tokens, step_offsets, static, slots = self._bound
+        size, mode, draft_tokens, step_offsets, static, all_exist, slots = self._bound
         try:
             other = (
                 batch.batch_size != size
@@ -150,6 +151,7 @@ class ReplayPlan:
                 or batch.draft_tokens != draft_tokens
                 or batch.step_offsets != step_offsets
                 or (batch.extend_lens is None) is not static
+                or (batch.query_start_loc is None) is not all_exist
                 or batch.slots.__class__ is not slots
             )
         except AttributeError:
@@ -174,12 +176,35 @@ class ReplayPlan:
         raise AssertionError("the batch is what the plan was made for")
 
 
-LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "slots")
+LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "slots")
 """What must be equal in every batch of a plan, besides mode and size. Of `slots` the class counts, no value."""
+
+
+def _of_steps(
+    batch: BatchDescriptor, geometry: Geometry, consumers: Sequence[StepMetadata], strategy: PlanStrategy
+) -> tuple[PrecomputedMetadata, Sequence[StepMetadata]]:
+    """What is computed for these consumers, and to which of them it is copied."""
+    distinct = len(batch.offsets)
+    copies: Sequence[StepMetadata] = ()
+    if len(consumers) not in {1, batch.num_steps} or len(consumers) < distinct:
+        reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
+    if strategy == "share" or distinct == 1:
+        metadata = PrecomputedMetadata(tuple(consumers[:distinct]), batch, geometry)
+        copies = consumers[1:] if strategy == "copy" else ()
+    else:
+        tokens = consumers[0].positions is not None
+        metadata = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
+        copies = consumers
+    check_buffers(metadata, batch, geometry)
+    if strategy == "share" and distinct == 1:
+        check_shared(consumers)
+    if copies:
+        check_destinations(metadata, copies)
+    return metadata, copies
 
 
 def _shape(batch: BatchDescriptor) -> tuple[Any, ...]:
     return (
         batch.batch_size, batch.mode, batch.draft_tokens, batch.step_offsets, batch.extend_lens is None,
-        type(batch.slots),
+        batch.query_start_loc is None, type(batch.slots),
     )  # fmt: skip

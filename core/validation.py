@@ -44,6 +44,10 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
         if batch.mode is not ForwardMode.DRAFT_EXTEND:
             reject("extend_lens", "None outside DRAFT_EXTEND", f"a tensor in {batch.mode.name}")
         checks.vector("extend_lens", batch.extend_lens, batch.batch_size, INTEGERS)
+    if batch.query_start_loc is not None:
+        checks.vector("query_start_loc", batch.query_start_loc, batch.batch_size + 1, INTEGERS, contiguous=True)
+        if batch.mode is not ForwardMode.DRAFT_EXTEND or batch.extend_lens is not None:
+            reject("query_start_loc", "None outside DRAFT_EXTEND of the static width", f"a tensor in {batch.mode.name}")
 
 
 def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:

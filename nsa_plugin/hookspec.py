@@ -14,6 +14,7 @@ import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
+from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
 
@@ -49,13 +50,17 @@ def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchD
 
 @hookspec(firstresult=True)
 def nsa_plugin_bind_precompute(
-    batch: BatchDescriptor, geometry: Geometry, out: PrecomputedMetadata, enabled: torch.Tensor | None
+    batch: BatchDescriptor,
+    geometry: Geometry,
+    out: PrecomputedMetadata | GroupMetadata,
+    enabled: torch.Tensor | None,
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a precompute implementation bound to the buffers `out`.
 
     Fires when a `ReplayPlan` is made. Return None to leave the buffers to the next plugin; the built-in implementation is
     the last resort. The bound function is called at each replay. It must write every live entry of `out`, allocate
-    nothing and not sync.
+    nothing and not sync. `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as vLLM's
+    target does.
     With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph. It must read the flag on
     the device at each run, and leave `out` as it is where the flag is 0. An implementation that lacks the parameter is
     not recorded.

@@ -18,8 +18,7 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.core.api import best_impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps
-from nsa_plugin.core.metadata import StepMetadata
-from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
+from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
@@ -155,11 +154,14 @@ class Host(Switch):
         if first:
             logger.error(
                 "nsa-plugin: %s: strategy %s computed other values than %s's own path (%s); its own values are used, "
-                "for this batch too. %s",
+                "%s. %s",
                 mismatch.path,
                 mismatch.strategy,
                 mismatch.engine,
                 ", ".join(fields),
+                "from the next batch on: this one was computed with the others"
+                if mismatch.used
+                else "for this batch too",
                 self._write_repro(mismatch),
             )
         self.switch(False, "a verification found a difference")
@@ -183,7 +185,7 @@ class Host(Switch):
         self,
         batch: BatchDescriptor,
         geometry: Geometry,
-        consumers: Sequence[StepMetadata],
+        consumers: Consumers,
         strategy: PlanStrategy,
         derive: Callable[[], None] | None,
         enabled: torch.Tensor | None = None,

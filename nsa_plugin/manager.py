@@ -16,6 +16,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
 
@@ -113,7 +114,7 @@ class Manager:
     def bind(
         self,
         batch: BatchDescriptor,
-        out: PrecomputedMetadata,
+        out: PrecomputedMetadata | GroupMetadata,
         destinations: Sequence[StepMetadata],
         *,
         enabled: torch.Tensor | None = None,
@@ -126,17 +127,19 @@ class Manager:
             `enabled` is given, and the precompute of the plugin that answers does not take it.
         """
         precompute = self._bind_precompute(batch, out, enabled)
+        if precompute is not None and not destinations:
+            return precompute, None
         copy: api.BoundCopy | None = (
             self._relay.hook.nsa_plugin_bind_copy(source=out, destinations=destinations) if destinations else None
         )
-        if precompute is None and copy is None:
+        if isinstance(out, GroupMetadata) or (precompute is None and copy is None):
             return api.bind(batch, out, destinations, enabled=enabled)
         if copy is None and destinations:
             copy = api.bind_copy(out, destinations)
         return api.bind_precompute(batch, out, enabled=enabled) if precompute is None else precompute, copy
 
     def _bind_precompute(
-        self, batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None
+        self, batch: BatchDescriptor, out: PrecomputedMetadata | GroupMetadata, enabled: torch.Tensor | None
     ) -> api.BoundPrecompute | None:
         """The precompute of the first plugin that answers. They are asked one by one, to know whose answer it is."""
         name = "nsa_plugin_bind_precompute"

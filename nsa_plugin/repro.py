@@ -22,6 +22,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.core.errors import InvalidValueError, NsaPluginError, UnavailableError, reject
+from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, live_pages
 from nsa_plugin.core.metadata import TABLES, VECTORS, equal_in_pieces, live_entries
 from nsa_plugin.settings import Settings
 
@@ -134,7 +135,7 @@ def load(path: Path) -> Repro:
             slots = BlockTable(arrays["table"], facts["block_size"])
         batch = BatchDescriptor(
             ForwardMode(facts["mode"]), facts["batch_size"], arrays["seq_lens"], slots, facts["num_steps"],
-            tuple(facts["step_offsets"]), facts["draft_tokens"], arrays.get("extend_lens"),
+            tuple(facts["step_offsets"]), facts["draft_tokens"], arrays.get("extend_lens"), arrays.get("query_start_loc"),
         )  # fmt: skip
         geometry = Geometry(**facts["geometry"])
         limits = facts.get("limits")
@@ -185,7 +186,10 @@ def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
     """
     if impl == "triton" and torch.cuda.is_available():
         repro = _on_gpu(repro)
-    computed = _draft_steps(repro, impl) if repro.limits is not None else _planes(repro, impl)
+    if repro.batch.query_start_loc is not None:
+        computed = _groups(repro, impl)
+    else:
+        computed = _draft_steps(repro, impl) if repro.limits is not None else _planes(repro, impl)
     differences: dict[str, list[str]] = {"engine": [], "plugin": []}
     for who, recorded in (("engine", repro.expected), ("plugin", repro.got)):
         for (step, name), value in sorted(recorded.items()):
@@ -207,6 +211,24 @@ def _planes(repro: Repro, impl: api.Impl) -> Computed:
         if name not in VECTORS + TABLES:
             return None
         return live_entries(result, result.step(step), step, (name,)).get(name, torch.empty(0))
+
+    return computed
+
+
+def _groups(repro: Repro, impl: api.Impl) -> Computed:
+    """What attention groups keep of the rows, "group N plane". Pages of tables and blocks of a group's own are not known."""
+    batch, geometry = repro.batch, repro.geometry
+
+    def computed(step: int, name: str, recorded: torch.Tensor) -> torch.Tensor | None:
+        plane, made = name.split(" ")[-1].partition("[")[0], torch.zeros_like(recorded, device=batch.seq_lens.device)
+        if plane not in GroupRows.__dataclass_fields__:
+            return None
+        value: Any = (made,) if plane == "query_lens" else made
+        out = GroupMetadata((GroupRows(**{plane: value}),), batch, geometry)
+        api.bind_precompute(batch, out, impl=impl)(batch)
+        if made.dim() == 2:
+            made.masked_fill_(~live_pages(batch, geometry, made.shape[1], by_row=plane == "row_pages"), -1)
+        return made
 
     return computed
 
@@ -253,6 +275,8 @@ def _batch(batch: BatchDescriptor, geometry: Geometry) -> tuple[dict[str, torch.
     arrays = {"seq_lens": seq_lens}
     if batch.extend_lens is not None:
         arrays["extend_lens"] = batch.extend_lens[:size]
+    if batch.query_start_loc is not None:
+        arrays["query_start_loc"] = batch.query_start_loc[: size + 1]
     block_size = None
     if isinstance(batch.slots, TokenTable):
         used, rows = torch.unique(batch.slots.req_pool_indices[:size], return_inverse=True)
@@ -274,9 +298,8 @@ def _on_gpu(repro: Repro) -> Repro:
     moved = dataclasses.replace(
         slots, **{field.name: _to_gpu(getattr(slots, field.name)) for field in dataclasses.fields(slots)}
     )
-    batch = dataclasses.replace(
-        batch, seq_lens=batch.seq_lens.cuda(), slots=moved, extend_lens=_to_gpu(batch.extend_lens)
-    )
+    optional = {name: _to_gpu(getattr(batch, name)) for name in ("extend_lens", "query_start_loc")}
+    batch = dataclasses.replace(batch, seq_lens=batch.seq_lens.cuda(), slots=moved, **optional)
     return dataclasses.replace(repro, batch=batch)
 
 

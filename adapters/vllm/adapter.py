@@ -13,6 +13,7 @@ from nsa_plugin.adapters.vllm.reports import ENGINE, logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 
 
 class VllmAdapter:
@@ -25,6 +26,7 @@ class VllmAdapter:
         self._patches: tuple[PatchSet, ...] = ()
         self._served: list[str] = []
         self._host: Host | None = None
+        self._target: v2_target.Target | None = None
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
@@ -32,7 +34,7 @@ class VllmAdapter:
 
     def untested(self) -> list[str]:
         """Hooked functions of the installed vLLM with parameters that no tested release has."""
-        parts = (*ledger.v2_essential(), ledger.v2_not_fused(), ledger.v1_proposals())
+        parts = (*ledger.v2_essential(), ledger.v2_not_fused(), *ledger.v2_target(), ledger.v1_proposals())
         return untested(tuple(need for part in parts for need in part.needs))
 
     def install(self, host: Host) -> list[str]:
@@ -48,16 +50,21 @@ class VllmAdapter:
         if "copy" not in host.configured:
             return ["looked for a strategy to try, found none; NSA_PLUGIN_STRATEGY is auto, graph, share or copy"]
         fused = "graph" in host.configured
+        target = v2_target.Target(host) if fused else None
         v2, v1 = ledger.v2_patches(fused), ledger.v1_patches()
-        self._host, self._patches = host, (v2, v1)
+        self._host, self._target, self._patches = host, target, (v2, v1)
         if problems := v2.install(host):
             return problems
         v1.report(v1.install(host))
-        if fused:
+        if target is not None:
+            refreshed = ledger.target_patches(target)
+            self._patches = (*self._patches, refreshed)
+            refreshed.report(refreshed.install(host))
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
             )
+            self._served.append("the target's graph refreshes the metadata of the tokens that it verifies")
         self._served.append("steps of its drafts that are not fused keep the metadata of the first one")
         self._served.append("Model Runner V1's draft steps are computed at once")
         return []
@@ -66,13 +73,15 @@ class VllmAdapter:
         """Put back every attribute, by identity. What goes on in captured drafts is logged."""
         for line in () if self._host is None else v2_switch.undo(self._host):
             logger.warning("nsa-plugin: undone: %s", line)
+        if self._target is not None:
+            self._target.undo()
         for patches in reversed(self._patches):
             patches.undo()
-        self._patches, self._served = (), []
+        self._patches, self._served, self._target = (), [], None
 
     def ledger(self) -> Sequence[LedgerRow]:
         """Every attribute that `install` replaces in the installed engine, a row each."""
-        sets = self._patches or (ledger.v2_patches(), ledger.v1_patches())
+        sets = self._patches or (ledger.v2_patches(), ledger.v1_patches(), ledger.target_patches())
         return [row for patches in sets for row in patches.ledger()]
 
     def summary(self) -> str:
@@ -81,7 +90,8 @@ class VllmAdapter:
 
     def switch(self, on: bool) -> list[str]:
         """What goes on as before: drafts of Model Runner V2 that other ranks share, whose metadata CUDA graphs compute."""
-        return [] if self._host is None else [f"{ENGINE}: {line}" for line in v2_switch.lines(self._host, on)]
+        lines = [] if self._host is None else v2_switch.lines(self._host, on)
+        return [f"{ENGINE}: {line}" for line in (*lines, *(() if self._target is None else self._target.lines(on)))]
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
@@ -90,6 +100,14 @@ class VllmAdapter:
             (v2_switch.PATH, "graph", *_plan_v2(host), self.probe()),
             (f"{v2_unfused.PATH} ({ledger.V2})", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
             (v1_proposer.PATH, "copy", "copy", "vLLM captures no whole draft there", ledger.v1_patches().probe()),
+            (f"{v2_target.PATH} ({ledger.V2})", "graph", "graph", "", ledger.target_patches().probe()),
+            (
+                f"{v2_target.FIRST_PASS} ({ledger.V2})",
+                "graph",
+                "graph",
+                v2_target.READS,
+                ledger.target_patches().probe(),
+            ),
         ):
             if needs not in host.strategies:
                 plans.append(PathPlan(path, "off", f"it takes {needs}, which NSA_PLUGIN_STRATEGY leaves out"))

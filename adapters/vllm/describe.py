@@ -88,3 +88,34 @@ def positions_geometry(batch: BatchDescriptor, longest: int, block_size: int, to
         num_sms=multiprocessors(batch.seq_lens.device),
         wide_page_table=False,
     )
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """A uniform batch of tokens to verify, padded to a captured size: what `prepare_attn` of a model's state is given.
+
+    Attributes
+    ----------
+    input_batch : InputBatch
+        Its lengths have the tokens to verify already.
+    block_tables : tuple of int32 tensors [requests, blocks]
+        One per KV-cache group.
+    block_size : int
+        Tokens per entry of the first one.
+    """
+
+    input_batch: Any
+    block_tables: Any
+    block_size: int
+
+
+def describe_target(batch: Any) -> BatchDescriptor:
+    """Describe a `TargetBatch`, or what has its attributes. Padding is what its `query_start_loc` leaves out."""
+    given = batch.input_batch
+    requests = given.num_reqs_after_padding
+    slots = BlockTable(batch.block_tables[0], batch.block_size)
+    width = given.num_tokens_after_padding // requests
+    return BatchDescriptor(
+        ForwardMode.DRAFT_EXTEND, requests, given.seq_lens, slots, draft_tokens=width,
+        query_start_loc=given.query_start_loc,
+    )  # fmt: skip

@@ -7,8 +7,10 @@ vLLM imports their modules. Nothing is patched that is not here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import Part, PatchSet
 from nsa_plugin.adapters.probe import warn_if_untested
@@ -22,6 +24,8 @@ from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_hooks
+from nsa_plugin.adapters.vllm.v2.target.hooks import Target
 
 V2, V1 = "Model Runner V2", "Model Runner V1"
 NOT_PROPOSED = "not proposed"
@@ -109,12 +113,31 @@ def v1_proposals() -> Part:
     )  # fmt: skip
 
 
+def v2_target(target: Target | None = None) -> tuple[Part, ...]:
+    """The target of Model Runner V2: all of it is patched, or nothing; without a `target`, to be looked at. Imports nothing."""
+    make = _looked_at if target is None else target.hooks
+    rows = {row.target: row for row in v2_hooks.LEDGER}
+    return tuple(
+        Part(v2_hooks.PATH, owner, v2_hooks.NEEDS[name], make, (rows[f"{owner}.{name}"],), essential=True)
+        for name, owner in v2_hooks.OWNERS.items()
+    )
+
+
+def _looked_at(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., Any]]:
+    raise AssertionError("these parts were made to be looked at")
+
+
 def v2_patches(fused: bool = True) -> PatchSet:
     """What is patched of Model Runner V2: all of it, or only the drafts that are not fused."""
     parts = (*v2_essential(), *v2_more()) if fused else ()
     # The set calls it after each essential part; one warning is enough.
     used = functools.cache(lambda: warn_if_untested(logger, "vllm", releases.TESTED))
     return PatchSet(V2, (*parts, v2_not_fused()), logger, used)
+
+
+def target_patches(target: Target | None = None) -> PatchSet:
+    """What is patched around the target of Model Runner V2; without a `target`, to be looked at."""
+    return PatchSet(f"{V2}'s target", v2_target(target), logger)
 
 
 def v1_patches() -> PatchSet:

@@ -13,6 +13,7 @@ from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
 from nsa_plugin.adapters.vllm.builders import ESSENTIAL
 from nsa_plugin.adapters.vllm.v1.proposer import PATH as V1_PATH
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 
 TESTS = Path(__file__).parents[2] / "tests"
 
@@ -87,6 +88,8 @@ ENGINES = {
                 {
                     "draft decode": {"graph": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs))},
                     V1_PATH: {"copy": vllm.V1_NEEDS},
+                    v2_target.PATH: {"graph": v2_target.needs()},
+                    v2_target.FIRST_PASS: {"graph": v2_target.needs()},
                 },
             ),
         ),

@@ -128,9 +128,7 @@ def test_a_plan_uses_the_implementations_that_it_is_given() -> None:
     consumers = [made.steps[0] for made in poisoned(batch, geometry, 2)]
     seen: list[str] = []
 
-    def bind(
-        batch: BatchDescriptor, out: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, enabled: object
-    ) -> Any:
+    def bind(batch: BatchDescriptor, out: Any, destinations: Sequence[StepMetadata], *, enabled: object) -> Any:
         return (
             lambda live: seen.append(f"precompute {live.batch_size} for {len(out.steps)}"),
             lambda: seen.append(f"copy to {len(destinations)}"),

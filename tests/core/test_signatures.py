@@ -23,6 +23,7 @@ from nsa_plugin import (
 from nsa_plugin.core import api, draft_steps, plan, step_update
 from nsa_plugin.core.step_update import StepUpdate
 from tests.batches import poisoned
+from tests.core.test_group_rows import grouped
 from tests.core.test_strides import GEOMETRY, batch, draft, update
 
 TYPED = (InvalidTypeError, InvalidValueError, UnavailableError)
@@ -83,6 +84,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
 MORE: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "precompute ragged": (api.precompute, ragged), "precompute blocks": (api.precompute, blocks),
     "PrecomputedMetadata.allocate": (PrecomputedMetadata.allocate, lambda: {**core(), "tokens": True}),
+    "ReplayPlan of groups": (ReplayPlan, lambda: {**core(), **grouped()}),
 }  # fmt: skip
 UNREAD = {"precompute": ("out.batch", "out.geometry"), "bind_precompute": ("out.batch",)}
 """What stands beside the buffers that are asked for."""

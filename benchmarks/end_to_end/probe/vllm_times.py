@@ -16,6 +16,7 @@ TARGETS = (
     (SPECULATOR, "_fused_multi_step_decode", "draft steps, fused"),
     (SPECULATOR, "propose", "draft"),
     ("vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager", "run_fullgraph", "graph launch"),
+    ("vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager", "run_fullgraph", "verify graph"),
     (f"{WORKER}.GPUModelRunner", "sample_tokens", "sample and draft"),
 )
 
