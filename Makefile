@@ -2,9 +2,10 @@
 PYTHON ?= python3
 # A CPU build of torch wherever one is at hand; the tests need no GPU.
 TORCH ?= torch==2.13.0
-# Two processes, each of which imports the engine; a file's tests stay in one, because they share what is slow to set up.
+# Two processes. A file's tests stay in one of them, because they share what is slow to set up.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
-PIP = -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: most of an engine's never are.
+PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 
 CORE = .venv
 SGLANG = .venv-sglang
@@ -20,7 +21,7 @@ demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo --trace examples/traces/sglang_h100.jsonl
 
 test: $(CORE)/ready
-	$(CORE)/bin/python -m pytest
+	$(CORE)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(CORE)/ready
 	$(CORE)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""State that belongs to an object of the engine, for as long as that lives."""
+"""At capture and at every replay: values that adapters attach to objects of the engine, and that go with them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ Value = TypeVar("Value")
 
 
 class Attached(Generic[Value]):
-    """A mapping from owners, compared by identity, to values that live and die with them.
+    """A mapping from owners, compared by identity, to values that live as long as their owners.
 
-    The values are attributes of their owners. In a `WeakKeyDictionary` a value that refers to its own key would keep
-    both alive for ever. A copy of an owner, which takes its attributes along, is not an owner. One thread may iterate
-    while another adds.
+    Each value is an attribute of its owner. A `WeakKeyDictionary` would keep an owner alive for ever if its value refers to
+    it. A copy of an owner takes the attributes along, but is not an owner. One thread may iterate while another adds.
 
     Parameters
     ----------
     name : str
-        What the values are, for the name of the attribute.
+        Names the attribute: "prepared" becomes `_nsa_plugin_prepared`.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,7 +31,7 @@ class Attached(Generic[Value]):
         return value
 
     def setdefault(self, owner: Any, default: Value) -> Value:
-        """The owner's value; `default` becomes it if there is none."""
+        """The owner's value. An owner without one gets `default`."""
         if not self._owns(owner):
             setattr(owner, self._name, default)
             number = id(owner)
@@ -41,18 +40,18 @@ class Attached(Generic[Value]):
         return value
 
     def set(self, owner: Any, value: Value) -> Value:
-        """Give the owner a value, whether it has one or not; returns it."""
+        """Give the owner this value in place of the one it may have; returns it."""
         self.setdefault(owner, value)
         setattr(owner, self._name, value)
         return value
 
     def values(self) -> Iterator[Value]:
-        """The values of all owners that are alive."""
+        """The values of the owners that are alive."""
         for _, value in self.items():
             yield value
 
     def items(self) -> Iterator[tuple[Any, Value]]:
-        """All owners that are alive, with their values."""
+        """The owners that are alive, with their values."""
         for owner in self._alive():
             yield owner, vars(owner)[self._name]
 

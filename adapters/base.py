@@ -1,4 +1,4 @@
-"""What an adapter is, and what it may ask of the package that installs it."""
+"""The two contracts: `Adapter` is what an engine brings, `Host` is what the package that installs it offers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
@@ -21,58 +22,62 @@ Strategy = Literal["graph", "share", "copy"]
 
 @dataclass(frozen=True)
 class PathPlan:
-    """What an adapter would do for one of its paths; what is only known at capture is said so.
+    """What an adapter would do for one of its paths, as far as that is known before a capture.
 
     Attributes
     ----------
     path : str
     strategy : str
-        The first that would be tried; "off" if the engine's own path stays.
+        The strategy that would be tried first; "off" if the engine's own path stays.
     why : str
-        Why not a better one; empty if there is none.
+        The reason why no better strategy is tried; empty if none is better.
+    gpus : frozenset of str, or None
+        Where an engine chooses this by itself: the major compute capabilities of GPUs ("9" is Hopper); None is everywhere.
+        Empty for what it chooses on other hardware, for other models, or when asked by name.
     """
 
     path: str
     strategy: str
     why: str
+    gpus: frozenset[str] | None = None
 
 
 class Host(Protocol):
-    """The side of the package that an adapter talks to."""
+    """What the package offers to an adapter."""
 
     @property
     def on(self) -> bool:
-        """Whether to do anything but the engine's own path: one attribute read.
+        """Whether the plugin is switched on. While it is off, the engine's own path does everything.
 
-        Any thread may change it at any time. Read it once when a capture, a replay or a draft is prepared, and decide
-        everything by that.
+        The read costs one attribute. Any thread may change the value at any time. Read it once for each capture, replay or
+        draft, and go by what was read.
         """
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it is off; empty while it is on."""
+        """Who switched the plugin off, and why; empty while it is on."""
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
-        """Strategies to try, best first; empty while switched off. Read it once per decision: see `on`."""
+        """Strategies to try, best first; empty while the plugin is off. Read it once for each capture, see `on`."""
 
     @property
     def configured(self) -> tuple[Strategy, ...]:
-        """Strategies that the settings name, best first, switched off or not.
+        """Strategies that the settings name, best first, whether the plugin is on or off.
 
-        What `install` goes by: switched off at the start, an engine may be switched on later.
+        `install` goes by these: an engine that is switched off at the start may be switched on later.
         """
 
     @property
     def verify(self) -> int:
-        """Every how many replays to compare with the engine's own path; 0 is never."""
+        """One replay in how many is compared with the engine's own path; 0 is none."""
 
     @property
     def exact_step_lengths(self) -> bool:
-        """Whether draft steps shall see the draft tokens before them, whatever the engine's own path does."""
+        """Whether draft steps shall see the draft tokens before them, even where the engine's own path hides them."""
 
     def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
-        """What a path of an engine reports to: counters, metrics, observers, and the engine's own `logger`."""
+        """The reports of a path of an engine. They go to counters, metrics, observers and the engine's own `logger`."""
 
     def plan(
         self,
@@ -83,9 +88,25 @@ class Host(Protocol):
         derive: Callable[[], None] | None,
         enabled: torch.Tensor | None = None,
     ) -> Callable[[BatchDescriptor], None]:
-        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`.
+        """Make a `ReplayPlan` with the implementations that plugins provide; returns its `run`.
 
-        Raises `UnavailableError` if `enabled` is given and a plugin's implementation does not take it.
+        Parameters
+        ----------
+        batch : BatchDescriptor
+            The captured batch.
+        geometry : Geometry
+        consumers : sequence of StepMetadata
+            The buffers that captured kernels read, one for each draft step or the one of another pass.
+        strategy : "share" or "copy"
+        derive : callable or None
+            Refreshes planes that the engine's own functions compute, after the others are written.
+        enabled : int32 tensor [1] on the batch's device, optional
+            While it is 0, the work leaves every buffer as it is.
+
+        Raises
+        ------
+        UnavailableError
+            `enabled` is given and a plugin's implementation does not take it.
         """
 
     def step_update(
@@ -98,47 +119,50 @@ class Host(Protocol):
 
 
 class Adapter(Protocol):
-    """One engine. See the contract in each method.
+    """What brings the plugin to one engine.
 
     Attributes
     ----------
     name : str
-        The engine's.
+        The name of the engine.
     features : frozenset of str
-        Fields of `Settings` that it can honour beyond the strategy: "verify", "step_lengths".
+        Fields of `Settings` that the adapter can honour beyond the strategy: "verify", "step_lengths".
     """
 
     name: str
     features: frozenset[str]
 
     def probe(self) -> list[str]:
-        """What is missing in the installed engine: empty if it fits.
+        """What the installed engine lacks, a line each; empty if it fits.
 
-        Looks at capabilities, never at the version alone; each problem says what was looked for, what was found and
-        what to do. Imports the engine, changes nothing.
+        The probe looks at capabilities, never at the version alone. Each line says what was looked for, what was found and
+        what to do. The probe imports the engine and changes nothing.
         """
 
     def untested(self) -> list[str]:
-        """Hooked functions with parameters that no tested release has, a line each; empty once installed."""
+        """Hooked functions with parameters that no tested release has, a line each; to be asked before `install`."""
 
     def install(self, host: Host) -> list[str]:
-        """Patch the engine, completely or not at all; returns the problems that kept it from doing so.
+        """Patch the engine, completely or not at all; returns the problems because of which it was left alone.
 
-        Does nothing if it is installed already.
+        A second call does nothing.
         """
+
+    def ledger(self) -> Sequence[LedgerRow]:
+        """Every attribute that `install` replaces in the installed engine, a row each."""
 
     def undo(self) -> None:
         """Put back every attribute that `install` or a later capture replaced, by identity."""
 
     def summary(self) -> str:
-        """What is accelerated and what is left alone, for one log line."""
+        """One line for the log: what is accelerated, and what is left to the engine."""
 
     def switch(self, on: bool) -> list[str]:
-        """Say what goes on as before although the host was switched, one line each with the reason.
+        """What goes on as before although the host was switched, a line each with the reason.
 
-        That is work recorded in CUDA graphs which can't be switched there, or what was captured while switched off. Called
-        from any thread, after the change, one call at a time; what acts on the change is `Host.on`.
+        That is work in CUDA graphs that can't be switched there, and what was captured while the plugin was off. The host
+        calls this after the change, from any thread, one call at a time. Code acts on the change by reading `Host.on`.
         """
 
     def paths(self, host: Host) -> list[PathPlan]:
-        """What would be done for each path with the host's settings. Captures nothing, needs no GPU."""
+        """What would be done for each path with the host's settings. The question captures nothing and needs no GPU."""

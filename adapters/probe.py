@@ -1,4 +1,4 @@
-"""What an adapter needs of its engine, and the check that it is there: by capability, never by version alone."""
+"""At start: what an adapter needs of its engine, and the check that it is there, by capability and never by version alone."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 @dataclass(frozen=True)
 class Need:
-    """Something of an engine that must be there.
+    """Something that an engine must have.
 
     Attributes
     ----------
     path : str
-        Dotted path.
+        Dotted path of a function, a class, or a constant.
     parameters : tuple of str
         Parameters that the callable must accept, or fields that the dataclass must have.
     why : str
-        What it is used for.
+        What the plugin uses it for.
     hooked : bool
-        Whether the plugin stands in for this function, and so passes on what it does not know.
+        Whether the plugin stands in for this function. It then passes on arguments that it does not know.
     known : tuple of str
-        Of a hooked function: what else tested releases pass, besides `parameters`; see `untested`.
+        Further parameters of a hooked function that tested releases have; see `untested`.
     """
 
     path: str
@@ -61,8 +61,8 @@ def missing(needs: tuple[Need, ...]) -> list[str]:
 def untested(needs: tuple[Need, ...]) -> list[str]:
     """A line for each hooked function with parameters that no tested release has; to be asked before it is hooked.
 
-    They are passed on. What they mean for the values that this plugin computes is not known. A function that is not
-    there is for `missing` to name.
+    The hook passes them on. Nobody knows what they mean for the values that this plugin computes. `missing` names
+    functions that are not there.
     """
     lines = []
     for need in needs:
@@ -79,11 +79,11 @@ def untested(needs: tuple[Need, ...]) -> list[str]:
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-"""What wrappers of others have."""
+"""Kinds of parameters by which wrappers pass everything on."""
 
 
 def warn_of_untested(logger: logging.Logger, needs: tuple[Need, ...]) -> None:
-    """Say what is `untested`, a line each, when hooks are about to be installed."""
+    """Warn of what is `untested`, a line each, when hooks are about to be installed."""
     for line in untested(needs):
         logger.warning("nsa-plugin: untested: %s", line)
 
@@ -99,7 +99,7 @@ def installed_version(distribution: str) -> str:
 def warn_if_untested(
     logger: logging.Logger, distribution: str, tested: tuple[str, ...], release: str | None = None
 ) -> None:
-    """Say once that a release (default: the installed one) is used although no conformance test runs against it."""
+    """Warn that a release (default: the installed one) is used although no conformance test runs against it."""
     release = installed_version(distribution) if release is None else release
     if release not in tested:
         logger.warning(
@@ -111,6 +111,6 @@ def warn_if_untested(
 
 
 def problem_line(need: Need, found: str) -> str:
-    """What every problem of a probe says: what was looked for, what was found, what to do."""
+    """The line for a need that is not met: what was looked for, what was found, what to do."""
     wanted = need.path + (f"({', '.join(need.parameters)})" if need.parameters else "")
     return f"looked for {wanted} ({need.why}), found {found}; use a release of the engine that has it, or another of this plugin"

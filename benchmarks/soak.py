@@ -280,10 +280,12 @@ def main() -> int:
         result = soak(core_subjects(sizes), options.replays, sizes, options.seed)
     else:
         from nsa_plugin.host import Host
-        from nsa_plugin.rigs.sglang.backends import installed_sglang
+        from nsa_plugin.rigs.requirements import require
+        from nsa_plugin.rigs.sglang.backends import stand_ins
         from nsa_plugin.settings import Settings
 
-        with installed_sglang():
+        require("sglang")
+        with stand_ins():
             host = Host(Settings(strategy=options.strategy, verify=options.verify))
             adapter = host.manager.adapters()["sglang"]
             if problems := adapter.install(host):

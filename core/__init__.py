@@ -1,1 +1,1 @@
-"""The engine: batch descriptor, metadata buffers, reference, kernels, fast copy and replay plans. Knows no engine."""
+"""The core: batch descriptor, metadata buffers, reference, Triton kernels and replay plans. It imports no engine."""

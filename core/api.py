@@ -1,4 +1,4 @@
-"""The two functions of the engine, and how an implementation is chosen and bound."""
+"""`precompute` and `fast_copy`, and how an implementation of them is chosen and bound to buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from nsa_plugin.core import group_rows, reference, triton_impl
+from nsa_plugin.core import group_rows, reference, triton_binding
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import boolean, instance, instances
 from nsa_plugin.core.errors import reject
@@ -16,6 +16,7 @@ from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
 
 Impl = Literal["auto", "reference", "triton"]
+BoundImpl = Literal["reference", "triton"]
 BoundPrecompute = Callable[[BatchDescriptor], None]
 """Writes the metadata of a batch into the buffers that it was bound to."""
 BoundCopy = Callable[[], None]
@@ -39,11 +40,12 @@ def precompute(
     impl : "auto", "reference" or "triton"
         "auto" is Triton on a CUDA device and the plain torch reference elsewhere. All give equal live entries.
     out : PrecomputedMetadata, optional
-        Buffers to write into; fresh ones are made without it. What entries that are not live hold afterwards means nothing.
+        Buffers to write into, as `PrecomputedMetadata.allocate` makes them; by default fresh ones. Only live entries
+        are defined afterwards.
     checked : bool
-        Also check values, which reads them on the host (a sync on a GPU): lengths fit the table, `extend_lens` are at
-        most `draft_tokens` and the length, request indices are rows of the table, live slots or blocks are not negative.
-        Without `extend_lens` a request may be shorter than its rows (padding): the rows before its start see nothing.
+        Also check values, which takes a host sync on a GPU: lengths fit the table, `extend_lens` are at most
+        `draft_tokens` and the length, request indices are rows of the table, live slots or blocks are not negative.
+        Without `extend_lens` a request may have fewer tokens than rows (padding): rows before its start see no token.
 
     Returns
     -------
@@ -78,9 +80,10 @@ def fast_copy(precomputed: PrecomputedMetadata, destinations: Sequence[StepMetad
     precomputed : PrecomputedMetadata
         Destination i gets `precomputed.step(i)`.
     destinations : sequence of StepMetadata
-        Where the source has several steps, one for each. Buffers may be larger than the source's; derived planes that
-        a destination names must be in the source, with equal shape and dtype.
-    impl : as in `precompute`
+        One per step where the source has several. Buffers may be larger than those of the source. Derived planes of a
+        destination must be in the source, with equal shape and dtype.
+    impl : "auto", "reference" or "triton"
+        As in `precompute`.
 
     Raises
     ------
@@ -99,9 +102,9 @@ def bind_precompute(
     impl: Impl = "auto",
     enabled: torch.Tensor | None = None,
 ) -> BoundPrecompute:
-    """Bind `impl` to the buffers `out`, for batches of the mode and size of `batch`; raises as `precompute`.
+    """Bind `impl` to the buffers `out`, for batches of the mode and size of `batch`.
 
-    `enabled` as in `ReplayPlan`.
+    `enabled` means what it means in `ReplayPlan`. Raises what `precompute` raises.
     """
     if isinstance(out, GroupMetadata):
         check_batch(batch, out.geometry)
@@ -117,26 +120,26 @@ def bind_precompute(
 def _bind_groups(out: GroupMetadata, impl: Impl, enabled: torch.Tensor | None) -> BoundPrecompute:
     if resolve_impl(impl, out.batch.seq_lens.device) == "triton":
         return group_rows.bind_triton(out, enabled)
-    return lambda live: group_rows.reference(out, live, enabled)
+    return lambda live: reference.group_rows(out, live, enabled)
 
 
 def _bind_precompute(
     batch: BatchDescriptor, out: PrecomputedMetadata, impl: Impl, enabled: torch.Tensor | None
 ) -> BoundPrecompute:
     if resolve_impl(impl, batch.seq_lens.device) == "triton":
-        return triton_impl.bind_precompute(batch, out, enabled=enabled)
-    return lambda live: reference.precompute(live, out, enabled)
+        return triton_binding.bind_precompute(batch, out, enabled=enabled)
+    return lambda replayed: reference.precompute(replayed, out, enabled)
 
 
 def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], *, impl: Impl = "auto") -> BoundCopy:
-    """Bind `impl` to the buffers of `source` and `destinations`; raises as `fast_copy`."""
+    """Bind `impl` to the buffers of `source` and `destinations`. Raises what `fast_copy` raises."""
     check_destinations(source, destinations)
     return _bind_copy(source, destinations, impl)
 
 
 def _bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata], impl: Impl) -> BoundCopy:
     if resolve_impl(impl, source.batch.seq_lens.device) == "triton":
-        return triton_impl.bind_copy(source, destinations)
+        return triton_binding.bind_copy(source, destinations)
     return lambda: reference.fast_copy(source, destinations)
 
 
@@ -148,10 +151,11 @@ def bind(
     impl: Impl = "auto",
     enabled: torch.Tensor | None = None,
 ) -> tuple[BoundPrecompute, BoundCopy | None]:
-    """Bind a precompute into `out` and what must be called after it to fill `destinations` too.
+    """Bind a precompute into `out`, and the copy that then fills `destinations` (None if nothing is left to copy).
 
-    With Triton one launch computes and writes all of them, and only derived planes are left to copy. `enabled` as in
-    `ReplayPlan`: not with `destinations`. Raises as `precompute` and `fast_copy`.
+    With Triton one launch computes the metadata and writes it to all of them; the copy moves derived planes only.
+    `enabled` means what it means in `ReplayPlan`, and excludes `destinations`. Raises what `precompute` and `fast_copy`
+    raise.
     """
     if isinstance(out, GroupMetadata):
         if instances("destinations", destinations, StepMetadata):
@@ -165,7 +169,7 @@ def bind(
     tables = out.steps[0].page_table_1 is None
     fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)
     if fusible and resolve_impl(impl, batch.seq_lens.device) == "triton":
-        return triton_impl.bind_precompute(batch, out, destinations, enabled), _bind_derived_copy(out, destinations)
+        return triton_binding.bind_precompute(batch, out, destinations, enabled), _bind_derived_copy(out, destinations)
     copy = _bind_copy(out, destinations, impl) if destinations else None
     return _bind_precompute(batch, out, impl, enabled), copy
 
@@ -178,13 +182,21 @@ def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepM
     return lambda: torch._foreach_copy_(targets, origins)  # one launch for all of them
 
 
-def resolve_impl(impl: Impl, device: torch.device) -> Literal["reference", "triton"]:
-    """What `impl` means on `device`; raises `UnavailableError` if it can't be had."""
+def resolve_impl(impl: Impl, device: torch.device) -> BoundImpl:
+    """Which implementation `impl` names on `device`; raises `UnavailableError` if it can't run there."""
     instance("device", device, torch.device)
     if impl not in get_args(Impl):
         reject("impl", " or ".join(map(repr, get_args(Impl))), repr(impl))
     if impl == "auto":
-        return "triton" if device.type == "cuda" and not triton_impl.is_available(device) else "reference"
+        return best_impl(device) if device.type == "cuda" else "reference"
     if impl == "triton":
-        triton_impl.require(device)
+        triton_binding.require(device)
     return impl
+
+
+def best_impl(device: torch.device) -> BoundImpl:
+    """ "triton" where its kernels can run on tensors of `device`, else "reference".
+
+    Unlike "auto" it takes Triton's interpreter on a CPU too: for an engine whose own kernels are interpreted there.
+    """
+    return "reference" if triton_binding.unavailable_because(instance("device", device, torch.device)) else "triton"

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+PAD_SLOT = -1
+"""KV slot of a token that is not written to the cache."""
+
 
 class ForwardMode(enum.Enum):
     """The three forward passes of a speculative round that need sparse-attention metadata."""
@@ -21,12 +24,12 @@ class ForwardMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """Where KV slots are when every token has its own entry (sglang).
+    """KV slots of a batch whose table has one entry per token (sglang).
 
     Parameters
     ----------
     req_to_token : int32 or int64 tensor [num_requests, >= Geometry.table_width], any strides
-        Slot of token t of pooled request r.
+        Entry [r, t] is the slot of token t of pooled request r.
     req_pool_indices : int32 or int64 tensor [>= batch_size], any stride
         Row of `req_to_token` of each request of the batch.
     """
@@ -49,12 +52,12 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class BlockTable:
-    """Where KV slots are when the cache is handed out in blocks (vLLM).
+    """KV slots of a batch whose table has one entry per block of tokens (vLLM).
 
     Parameters
     ----------
     block_table : int32 or int64 tensor [>= batch_size, max_blocks], any strides
-        Block that holds tokens `[i * block_size, (i + 1) * block_size)` of each request.
+        Entry [r, i] is the block of tokens i * block_size to (i + 1) * block_size - 1 of request r.
     block_size : int
         Tokens per block.
     """
@@ -80,7 +83,7 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True)
 class BatchDescriptor:
-    """One batch, as the metadata engine sees it. Tensors are held by reference; nothing is copied.
+    """One batch, as the core sees it. It holds tensors by reference and copies nothing.
 
     Parameters
     ----------
@@ -93,15 +96,15 @@ class BatchDescriptor:
     num_steps : int >= 1
         Consumers of this metadata: draft steps in DECODE, else 1.
     step_offsets : tuple of num_steps ints >= 0, or ()
-        Added to `seq_lens` for each step; () means 0 for all (sglang). vLLM's step i adds i. Lengths that grow
-        stop at `Geometry.table_width`, as vLLM's Model Runner V2 clamps them to the model's length.
+        What each step adds to `seq_lens`. () means 0 for all steps (sglang); vLLM's step i adds i. With offsets,
+        lengths stop at `Geometry.table_width`, as vLLM's Model Runner V2 clamps them to the model's length.
     draft_tokens : int >= 1
-        Query rows per request in TARGET_VERIFY and DRAFT_EXTEND (there the most that one request can have).
+        Query rows per request in TARGET_VERIFY and DRAFT_EXTEND. With `extend_lens`, the largest number of them.
     extend_lens : int32 or int64 tensor [>= batch_size], or None
-        DRAFT_EXTEND only: query rows of each request, 0 to `draft_tokens`, laid out one after another.
-        None means `draft_tokens` for every request (the static width).
+        DRAFT_EXTEND only: query rows of each request, 0 to `draft_tokens`. Requests' rows follow each other without
+        gaps. None means `draft_tokens` rows for every request.
     query_start_loc : int32 or int64 tensor [>= batch_size + 1], contiguous, or None
-        DRAFT_EXTEND of the static width only: 0, then the running sum of the rows that requests really have. Rows at or
+        DRAFT_EXTEND without `extend_lens` only: 0, then the running sum of the rows that requests really have. Rows at or
         past its entry `batch_size` are padding, which only `GroupRows` tell apart. None means that all exist.
     """
 
@@ -117,7 +120,7 @@ class BatchDescriptor:
 
     @property
     def rows_per_request(self) -> int:
-        """Query rows that each request has (at most, if `extend_lens` is given)."""
+        """Query rows of each request; with `extend_lens`, the largest number of them."""
         return 1 if self.mode is ForwardMode.DECODE else self.draft_tokens
 
     @property
@@ -127,12 +130,12 @@ class BatchDescriptor:
 
     @property
     def added_tokens(self) -> int:
-        """What the mode adds to `seq_lens` to get the tokens that a request's rows may see."""
+        """Tokens that the mode adds to `seq_lens`: their sum is what the request's last row sees."""
         return self.draft_tokens if self.mode is ForwardMode.TARGET_VERIFY else 0
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """One length offset per set of planes: a single one where all steps see the same lengths."""
+        """Length offsets, one per distinct set of planes: a single one where all steps see the same lengths."""
         offsets = self.step_offsets or (0,)
         return offsets if len(set(offsets)) > 1 else offsets[:1]
 
@@ -151,13 +154,13 @@ class Geometry:
     index_topk : int
         Tokens that sparse attention keeps per query row.
     page_size : int
-        Tokens per page of the real page table, a power of two; 1 makes it the same table as `page_table_1`.
+        Tokens per page of the real page table, a power of two. With 1 that table is `page_table_1`.
     table_width : int
         Token positions per row of `page_table_1`.
     num_sms : int
         Streaming multiprocessors to spread the work over.
     wide_page_table : bool
-        Whether anything reads `page_table_1`; without it only the real page table is written.
+        Whether a kernel reads `page_table_1`. If not, only the real page table is written.
     """
 
     index_topk: int

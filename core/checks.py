@@ -1,4 +1,4 @@
-"""Checks of what a caller hands in, one field at a time: each names the field, what was expected, what came, what to do."""
+"""Checks of single fields. An error names the field, what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def boolean(name: str, value: object) -> None:
         reject(name, "True or False", repr(value), error=InvalidTypeError)
 
 
+def function(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise unless `value` is callable, or None where it is `optional`."""
+    if not callable(value) and not (optional and value is None):
+        reject(name, "a callable", type(value).__name__, error=InvalidTypeError)
+
+
 def at_least(name: str, value: object, least: int) -> None:
     """Raise unless `value` is an int of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
@@ -49,21 +55,21 @@ def at_least(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TensorChecks:
-    """Checks of tensors that belong together (shapes, dtypes, devices, strides; no values).
+    """Checks of tensors on one device: shapes, dtypes, devices and strides, no values.
 
     Parameters
     ----------
     device : torch.device
-        Where all of them must be.
+        Device that every tensor must be on.
     of : str
-        The field that says so, for messages.
+        Field whose device that is; messages name it.
     """
 
     device: torch.device
     of: str
 
     def tensor(self, name: str, value: object, dimensions: int, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
-        """Raise unless `value` is a tensor of one of `dtypes`, of so many dimensions, on the device; return it."""
+        """Raise unless `value` is a tensor of one of `dtypes`, with that many dimensions, on the device; return it."""
         if not isinstance(value, torch.Tensor):
             reject(name, "a tensor", type(value).__name__, error=InvalidTypeError)
         if value.dtype not in dtypes:
@@ -78,7 +84,7 @@ class TensorChecks:
     def vector(
         self, name: str, value: object, size: int, dtypes: tuple[torch.dtype, ...] = INT32, *, contiguous: bool = False
     ) -> None:
-        """Raise unless `value` is a vector of at least `size` entries, none of them the same one twice."""
+        """Raise unless `value` is a vector of at least `size` entries, each in memory of its own."""
         tensor = self.tensor(name, value, 1, dtypes)
         if tensor.shape[0] < size:
             reject(name, f"at least {size} entries", tensor.shape[0], fix="make the buffers for the largest batch")
@@ -91,7 +97,7 @@ class TensorChecks:
         self, name: str, value: object, rows: int, columns: int, dtypes: tuple[torch.dtype, ...] = INT32,
         *, contiguous_rows: bool = False,
     ) -> None:  # fmt: skip
-        """Raise unless `value` has at least so many rows and columns, no entry of which is the same as another."""
+        """Raise unless `value` is a matrix of at least `rows` by `columns` entries, each in memory of its own."""
         tensor = self.tensor(name, value, 2, dtypes)
         if tensor.shape[0] < rows:
             reject(name, f"at least {rows} rows", tensor.shape[0], fix="make the buffers for the largest batch")
@@ -104,11 +110,11 @@ class TensorChecks:
 
 
 Dimensions = Sequence[tuple[int, int]]
-"""(stride, size) of each dimension in bytes and entries, from the widest stride to the narrowest."""
+"""(stride in bytes, number of entries) of each dimension, from the widest stride to the narrowest."""
 
 
 def overlaps_itself(table: torch.Tensor, rows: int, columns: int) -> bool:
-    """Whether two entries of the first rows and columns of a table are the same one."""
+    """Whether two entries of the first `rows` by `columns` of a table share memory."""
     if (rows > 1 and table.stride(0) == 0) or (columns > 1 and table.stride(1) == 0):
         return rows * columns > 1
     dimensions = _dimensions(table, (rows, columns))
@@ -119,7 +125,7 @@ def overlaps_itself(table: torch.Tensor, rows: int, columns: int) -> bool:
 
 
 def overlap(a: torch.Tensor, a_shape: Sequence[int], b: torch.Tensor, b_shape: Sequence[int]) -> bool:
-    """Whether the leading parts of two tensors, of these shapes, have an entry in common."""
+    """Whether the leading part of `a`, of shape `a_shape`, shares memory with that of `b`."""
     if a.device != b.device or 0 in a_shape or 0 in b_shape:
         return False
     return _meet(b.data_ptr() - a.data_ptr(), _dimensions(a, a_shape), _dimensions(b, b_shape))
@@ -132,12 +138,12 @@ def _dimensions(tensor: torch.Tensor, shape: Sequence[int]) -> Dimensions:
 
 
 def _extent(dimensions: Dimensions) -> int:
-    """How far the last entry is from the first."""
+    """Bytes from the first entry to the last."""
     return sum(stride * (size - 1) for stride, size in dimensions)
 
 
 def _meet(distance: int, left: Dimensions, right: Dimensions) -> bool:
-    """Whether an entry of `left` is one of `right`, which starts `distance` bytes later."""
+    """Whether an entry of `left` has the address of one of `right`, which starts `distance` bytes later."""
     if distance > _extent(left) or -distance > _extent(right):
         return False
     if not left and not right:
@@ -145,7 +151,7 @@ def _meet(distance: int, left: Dimensions, right: Dimensions) -> bool:
     if not left or (right and right[0][0] > left[0][0]):
         return _meet(-distance, right, left)
     (stride, size), inner = left[0], left[1:]
-    if right and right[0][0] == stride:  # what counts is how many steps the two are apart
+    if right and right[0][0] == stride:  # equal strides: only the difference of the two steps matters
         last, other = right[0][1] - 1, right[1:]
         first_step = max(-(size - 1), -((distance + _extent(other)) // stride))
         last_step = min(last, (_extent(inner) - distance) // stride)

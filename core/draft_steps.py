@@ -1,6 +1,7 @@
-"""Where the draft steps of a batch are: position, KV slot and sequence length of every request at every step.
+"""Position, KV slot and sequence length of every request at every draft step, filled in one launch.
 
-They follow from where the requests are now and from their block table, so that one launch gives those of all steps.
+They follow from positions and lengths before the first step, and from the block table. The definition is
+`reference.draft_steps`.
 """
 
 from __future__ import annotations
@@ -11,40 +12,43 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_plugin.core import reference, triton_binding
 from nsa_plugin.core.api import Impl, resolve_impl
-from nsa_plugin.core.batch import BlockTable
-from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least, instance, instances
+from nsa_plugin.core.batch import PAD_SLOT, BlockTable
+from nsa_plugin.core.checks import INTEGERS, TensorChecks, at_least, function, instance, instances
 from nsa_plugin.core.errors import reject
-
-BLOCK = 128
-"""Rows that a program of the kernel takes through all steps."""
 
 
 class PastEnd(enum.Enum):
     """What becomes of a request whose next position would be `max_model_len` or more."""
 
     PAD = "pad"
-    """Position 0, length 1 and the padding slot; the step after goes on from there (vLLM's Model Runner V1)."""
+    """It gets position 0, length 1 and the padding slot, and the next step continues from there (vLLM's runner V1)."""
     CLAMP = "clamp"
-    """It stays at the last position, with the length and the slot that go with it (vLLM's Model Runner V2)."""
+    """It stays at the last position and in that position's slot (vLLM's runner V2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """How far a draft goes.
+    """Limits of the positions of a draft.
 
     Parameters
     ----------
     max_model_len : int >= 1
-        Positions that a request can have; also the longest length.
+        Number of positions that a request can have, and so its longest length in tokens.
     past_end : PastEnd
     padding_slot : int
-        The slot that means "write nowhere".
+        Slot of a token that is not written to the KV cache.
     """
 
     max_model_len: int
     past_end: PastEnd
-    padding_slot: int = -1
+    padding_slot: int = PAD_SLOT
+
+    @property
+    def pads(self) -> bool:
+        """Whether a request past the end becomes padding."""
+        return self.past_end is PastEnd.PAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class DraftStep:
     ----------
     positions : int64 tensor [>= batch_size], contiguous
     slots : int64 tensor [>= num_rows], contiguous
-        Rows from `batch_size` to `num_rows` (padding of a CUDA graph) get the padding slot.
+        Rows `batch_size` to `num_rows` - 1 (padding of a CUDA graph) get the padding slot.
     seq_lens : int32 tensor [>= batch_size], contiguous
         Tokens that the step's query sees, itself included.
     """
@@ -70,83 +74,50 @@ FillDraftSteps = Callable[[torch.Tensor, torch.Tensor, BlockTable, int, int], No
 
 
 BindDraftSteps = Callable[[Sequence[DraftStep], DraftLimits], FillDraftSteps | None]
-"""Provides an implementation bound to these destinations, or None."""
+"""Provides a `fill` bound to these destinations, or None for the built-in one."""
 
 
 def bind_draft_steps(
     steps: Sequence[DraftStep], limits: DraftLimits, *, impl: Impl = "auto", bind: BindDraftSteps | None = None
 ) -> FillDraftSteps:
-    """Bind the destinations of consecutive draft steps; the result fills all of them, with Triton in one launch.
+    """Bind the destinations of consecutive draft steps to a function that fills all of them.
 
-    The returned `fill(positions, seq_lens, table, batch_size, num_rows)` takes positions (int32 or int64
-    [>= batch_size], any stride) and lengths (the same) of the step before the first, and the block table of the batch.
-    Step i is step i - 1 moved on by one token. It checks nothing, syncs nothing and allocates nothing with Triton.
-    Sources may be destinations of a single step (an update in place). `bind` is asked first for an implementation; where
-    it returns None, `impl` is used.
+    Parameters
+    ----------
+    steps : sequence of DraftStep
+        Destinations, at least one. Step i is one token after step i - 1.
+    limits : DraftLimits
+    impl : "auto", "reference" or "triton"
+        As in `precompute`. With Triton `fill` is one launch.
+    bind : BindDraftSteps, optional
+        Provides an implementation. `impl` is used without it, or where it returns None.
+
+    Returns
+    -------
+    fill : callable (positions, seq_lens, table, batch_size, num_rows) -> None
+        `positions` and `seq_lens` are those before the first step: int32 or int64 [>= batch_size], any stride.
+        `table` is the BlockTable of the batch. `num_rows` is `batch_size` with the padding of a CUDA graph.
+        With Triton `fill` allocates nothing and does not sync. It checks nothing: `check_source` does.
+        With a single step, the sources may be its destinations (an update in place).
 
     Raises
     ------
     InvalidTypeError, InvalidValueError
-        A destination has another dtype, device or layout than `DraftStep` says, or `limits` make no sense.
+        A destination has another dtype, device or layout than `DraftStep` says, or a limit is out of range.
     UnavailableError
         `impl` can't run here.
     """
     _check(steps, limits)
-    provided = bind(steps, limits) if bind is not None else None
-    if provided is not None:
+    function("bind", bind, optional=True)
+    if bind is not None and (provided := bind(steps, limits)) is not None:
         return provided
-    device = steps[0].positions.device
-    if resolve_impl(impl, device) == "reference":
-        return lambda *batch: fill_reference(steps, limits, *batch)
-    from nsa_plugin.core.kernels.draft_steps import draft_steps_kernel
-
-    addresses = [[step.positions.data_ptr(), step.slots.data_ptr(), step.seq_lens.data_ptr()] for step in steps]
-    records = torch.tensor(addresses, dtype=torch.int64).to(device)
-    pad = limits.past_end is PastEnd.PAD
-
-    def fill(
-        positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int, num_rows: int
-    ) -> None:
-        blocks = table.block_table
-        draft_steps_kernel[(-(-num_rows // BLOCK),)](
-            positions, seq_lens, blocks, records,
-            positions.stride(0), seq_lens.stride(0), *blocks.stride(), len(steps), batch_size, num_rows, blocks.shape[1],
-            table.block_size, limits.max_model_len, limits.padding_slot, PAD=pad, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-
-    return fill
-
-
-def fill_reference(
-    steps: Sequence[DraftStep],
-    limits: DraftLimits,
-    positions: torch.Tensor,
-    seq_lens: torch.Tensor,
-    table: BlockTable,
-    batch_size: int,
-    num_rows: int,
-) -> None:
-    """The definition, in plain torch. See `bind_draft_steps`."""
-    position, length = positions[:batch_size].long(), seq_lens[:batch_size].long()
-    blocks, block_size = table.block_table[:batch_size], table.block_size
-    for step in steps:
-        position = position + 1
-        length = (length + 1).clamp(max=limits.max_model_len)
-        past = position >= limits.max_model_len
-        pad = past if limits.past_end is PastEnd.PAD else torch.zeros_like(past)
-        position = torch.where(pad, 0, position.clamp(max=limits.max_model_len - 1))
-        length = torch.where(pad, 1, length)
-        column = (position // block_size).clamp(max=blocks.shape[1] - 1)
-        block = blocks.gather(1, column[:, None])[:, 0].long()
-        slot = torch.where(pad, limits.padding_slot, block * block_size + position % block_size)
-        step.positions[:batch_size] = position
-        step.slots[:batch_size] = slot
-        step.slots[batch_size:num_rows] = limits.padding_slot
-        step.seq_lens[:batch_size] = length
+    if resolve_impl(impl, steps[0].positions.device) == "triton":
+        return triton_binding.bind_draft_steps(steps, limits)
+    return lambda *batch: reference.draft_steps(steps, limits, *batch)
 
 
 def check_source(positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int) -> None:
-    """Raise unless `fill` can read a batch of `batch_size` requests from these tensors (shapes and dtypes, no values)."""
+    """Raise unless `fill` can read `batch_size` requests from these tensors. Checks shapes and dtypes, no values."""
     checks = TensorChecks(instance("positions", positions, torch.Tensor).device, "positions")
     at_least("batch_size", batch_size, 0)
     instance("table", table, BlockTable)

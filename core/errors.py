@@ -10,15 +10,15 @@ class NsaPluginError(Exception):
 
 
 class InvalidValueError(NsaPluginError, ValueError):
-    """A value, shape, stride or device that the metadata engine can't work with."""
+    """A value, shape, stride or device that the core can't work with."""
 
 
 class InvalidTypeError(NsaPluginError, TypeError):
-    """A dtype or Python type that the metadata engine can't work with."""
+    """A dtype or Python type that the core can't work with."""
 
 
 class UnavailableError(NsaPluginError, RuntimeError):
-    """Something optional (an implementation, an engine) was asked for and can't be had here."""
+    """Something optional (an implementation, an engine, a package) is asked for and is not available here."""
 
 
 def reject(

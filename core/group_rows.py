@@ -94,32 +94,6 @@ class GroupMetadata:
         return slots
 
 
-def reference(out: GroupMetadata, batch: BatchDescriptor, enabled: torch.Tensor | None = None) -> None:
-    """The definition of right, in plain torch, without a host sync; writes nothing where `enabled` (int32 [1]) is 0."""
-    bs, rows, width = batch.batch_size, batch.num_rows, batch.draft_tokens
-    assert batch.query_start_loc is not None
-    starts, seq_lens = batch.query_start_loc[: bs + 1].long(), batch.seq_lens[:bs].long()
-    row = torch.arange(rows, device=seq_lens.device)
-    request = row // width
-    exists = row < starts[bs]
-    values = {
-        "request_map": torch.where(exists, request, 0),
-        "lengths": (seq_lens[request] - width + 1 + row % width).clamp(min=0),
-        "ones": torch.ones_like(row),
-    }
-    counts = starts[1:] - starts[:-1]
-    for group in out.groups:
-        for name, (plane, size) in group.vectors(batch).items():
-            _write(plane[:size], values.get(name, counts), enabled)
-        for name, (table, size) in group.tables(batch).items():
-            pages = _pages(out, group, table.shape[1])
-            real, live = exists[::width], live_pages(batch, out.geometry, table.shape[1], by_row=name == "row_pages")
-            if name == "row_pages":
-                pages, real = pages[request], exists
-            there = table[:size]
-            _write(there, torch.where(live, torch.where(real[:, None], pages, 0), there), enabled)
-
-
 def live_pages(batch: BatchDescriptor, geometry: Geometry, columns: int, *, by_row: bool) -> torch.Tensor:
     """Which entries of a page table are defined: bool [requests, columns], or with `by_row` [rows, columns]."""
     lengths = batch.seq_lens[: batch.batch_size]
@@ -127,20 +101,6 @@ def live_pages(batch: BatchDescriptor, geometry: Geometry, columns: int, *, by_r
         lengths = lengths.repeat_interleave(batch.draft_tokens)
     column = torch.arange(columns, device=lengths.device)
     return (column == 0) | (column * geometry.page_size < lengths[:, None])
-
-
-def _pages(out: GroupMetadata, group: GroupRows, width: int) -> torch.Tensor:
-    """Pages [batch_size, width] of each request; columns past its block table hold those of block 0."""
-    slots = out.block_table(group)
-    per_block = slots.block_size // out.geometry.page_size
-    columns = torch.arange(width, device=slots.block_table.device)
-    blocks, last = columns // per_block, slots.block_table.shape[1] - 1
-    numbers = slots.block_table[: out.batch.batch_size, blocks.clamp(max=last)].long() * (blocks <= last)
-    return numbers * (group.page_stride or per_block) + columns % per_block
-
-
-def _write(there: torch.Tensor, values: torch.Tensor, enabled: torch.Tensor | None) -> None:
-    there.copy_(values if enabled is None else torch.where(enabled != 0, values.to(there.dtype), there))
 
 
 def bind_triton(out: GroupMetadata, enabled: torch.Tensor | None) -> Callable[[BatchDescriptor], None]:

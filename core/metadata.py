@@ -13,19 +13,19 @@ from nsa_plugin.core.checks import boolean
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata:
-    """One consumer's metadata, as views of its buffers (all int32, any strides).
+    """One consumer's metadata, as views of its buffers. All are int32 with any strides, unless said otherwise.
 
-    With bs requests and R = bs * rows_per_request rows. Only live entries are defined: of each page-table row
-    the columns below its request's cache length, of ragged batches the rows that exist. Tails may be stale.
+    Shapes are in bs = batch_size and R = bs * rows_per_request. Only live entries are defined: in a row of a page table
+    the columns below the request's cache length, in a ragged batch the rows that exist. Other entries may be stale.
 
     Attributes
     ----------
     cache_seqlens : [>= bs]
-        Tokens each request's rows may see.
+        Tokens that each request's last row sees.
     cu_seqlens_k : [>= bs + 1]
         0, then the running sum of `cache_seqlens`.
     seqlens_expanded : [>= R]
-        Tokens each row sees, never negative. In DECODE it may be `cache_seqlens` itself.
+        Tokens that each row sees, at least 0. In DECODE it may be `cache_seqlens` itself.
     nsa_cache_seqlens : [>= R]
         min(seqlens_expanded, index_topk).
     nsa_cu_seqlens_k : [>= R + 1]
@@ -33,12 +33,13 @@ class StepMetadata:
     page_table_1 : [>= R, >= table_width] or None
         KV slot of each token.
     real_page_table : [>= R, >= ceil(table_width / page_size)]
-        KV page of each page of tokens; with page size 1 `page_table_1` itself.
+        KV page of each page of tokens. With page size 1 it is `page_table_1` itself.
     derived : mapping of name to contiguous tensor of 4-byte elements
-        Planes that an engine's own functions compute from the others (schedules, plans): copied whole.
-    positions, slot_mapping : [>= bs] int64, or None where nobody reads them
-        DECODE: position of each request's newest token (`cache_seqlens` - 1, at least 0), and its KV slot; -1 for a
-        request without tokens.
+        Planes that an engine's own functions compute from the others (schedules, plans). A copy takes them whole.
+    positions : int64 [>= bs] or None
+        DECODE only: position of each request's newest token, `cache_seqlens` - 1 and at least 0.
+    slot_mapping : int64 [>= bs] or None
+        DECODE only: KV slot of that token; -1 for a request without tokens.
     """
 
     cache_seqlens: torch.Tensor
@@ -68,9 +69,9 @@ class PrecomputedMetadata:
     Attributes
     ----------
     steps : tuple of StepMetadata
-        One per step, or a single one where all steps see the same lengths. All share the same page tables.
+        One per step; a single one where all steps see the same lengths. All share the same page tables.
     batch : BatchDescriptor
-        The batch that the buffers were laid out for (its mode and sizes say which entries are live).
+        The batch that the buffers were laid out for. Its mode and sizes say which entries are live.
     geometry : Geometry
     """
 
@@ -80,11 +81,14 @@ class PrecomputedMetadata:
 
     @classmethod
     def allocate(cls, batch: BatchDescriptor, geometry: Geometry, *, tokens: bool = False) -> PrecomputedMetadata:
-        """Make fresh buffers, zeroed, on the batch's device; with `tokens` also those of positions and slots.
+        """Make fresh buffers of zeros on the batch's device; with `tokens` also `positions` and `slot_mapping`.
 
-        Raises `InvalidTypeError` or `InvalidValueError` if `batch` and `geometry` are not well formed.
+        Raises
+        ------
+        InvalidTypeError, InvalidValueError
+            `batch` or `geometry` is not well formed, or they do not fit each other.
         """
-        from nsa_plugin.core.validation import check_batch  # which checks these buffers, too
+        from nsa_plugin.core.validation import check_batch  # here, because validation imports this module
 
         check_batch(batch, geometry)
         boolean("tokens", tokens)
@@ -138,10 +142,13 @@ def same_buffer(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def live_rows(batch: BatchDescriptor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How query rows belong to requests.
+    """Which request each query row belongs to. Does not sync with the host.
 
-    Returns four tensors [batch.num_rows] on the batch's device, without a host sync: the request of each row, its
-    position in the request, the rows that this request has, and whether the row exists at all.
+    Returns
+    -------
+    request, position, count, exists : tensors [batch.num_rows] on the batch's device
+        The request of each row (int64), the row's index within the request (int64), the number of rows of that request
+        (int64), and whether the row exists (bool).
     """
     device = batch.seq_lens.device
     row = torch.arange(batch.num_rows, device=device)
@@ -161,10 +168,10 @@ def live_entries(
     index: int = 0,
     fields: Collection[str] = (*VECTORS, *TOKENS, *TABLES),
 ) -> dict[str, torch.Tensor]:
-    """The defined entries of `fields` of `step`, laid out as `precomputed` is, with everything undefined set to -1.
+    """Copies of the `fields` of `step`, by name, with every entry that is not live set to -1.
 
-    Two sets of metadata are equal where these tensors are. The lengths that say what is live are those of
-    `precomputed.step(index)`. The tensors are copies: `differing_fields` compares without any.
+    `precomputed.step(index)` says which entries are live. Two steps are equal if these tensors are. To compare without
+    a copy of page tables use `differing_fields`.
     """
     batch = precomputed.batch
     request, _, _, exists = live_rows(batch)
@@ -188,9 +195,10 @@ def live_entries(
 
 
 def differing_fields(expected: PrecomputedMetadata, step: StepMetadata, index: int = 0) -> list[str]:
-    """Fields of `step` that differ from step `index` of `expected` in a live entry; a table that it lacks can't.
+    """Fields of `step` that differ from step `index` of `expected` in a live entry.
 
-    Page tables are compared in pieces: this takes at most `COMPARISON_BYTES` more memory, and 100 bytes a row.
+    A page table that `step` lacks does not differ. Page tables are compared in pieces, which takes at most
+    `COMPARISON_BYTES` of memory, and 100 bytes a row.
     """
     other = expected.step(index)
     want, have = (live_entries(expected, side, index, (*VECTORS, *TOKENS)) for side in (other, step))
@@ -207,13 +215,13 @@ def differing_fields(expected: PrecomputedMetadata, step: StepMetadata, index: i
 
 
 COMPARISON_BYTES = 64 << 20
-"""Memory that a comparison takes at most, however large the tensors, beyond what a row or request takes."""
+"""Largest memory of a comparison, in bytes and for tensors of any size, besides what each row takes."""
 _PIECE = COMPARISON_BYTES // 16
-"""Entries that are compared at a time: masks, a copy of either side and column numbers take at most 16 bytes an entry."""
+"""Entries compared at a time. Masks, a copy of either side and column numbers take at most 16 bytes an entry."""
 
 
 def equal_in_pieces(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """`torch.equal`, with at most `COMPARISON_BYTES` more memory for rows shorter than a piece."""
+    """`torch.equal`, in pieces: it takes at most `COMPARISON_BYTES` of memory if no row is longer than a piece."""
     if left.shape != right.shape or left.dtype != right.dtype or left.dim() == 0:
         return torch.equal(left, right)
     rows = max(_PIECE // max(left[:1].numel(), 1), 1)
@@ -222,7 +230,7 @@ def equal_in_pieces(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _tables_are_equal(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor, width: int, unit: int) -> bool:
-    """Whether two page tables are equal in the first columns of each row, whose first tokens are below its end."""
+    """Whether two page tables are equal in the live columns of each row: those whose first token is below its end."""
     differs = torch.zeros((), dtype=torch.bool, device=left.device)
     columns = min(width, _PIECE)
     rows = _PIECE // columns
@@ -236,13 +244,13 @@ def _tables_are_equal(left: torch.Tensor, right: torch.Tensor, ends: torch.Tenso
 
 
 def _table_sizes(geometry: Geometry) -> dict[str, tuple[int, int]]:
-    """Columns of each page table, and the tokens that a column stands for."""
+    """Columns of each page table, and tokens per column."""
     return dict(zip(TABLES, ((geometry.table_width, 1), (geometry.real_width, geometry.page_size)), strict=True))
 
 
 def _live_ends(
     precomputed: PrecomputedMetadata, index: int, request: torch.Tensor, exists: torch.Tensor
 ) -> torch.Tensor:
-    """Tokens whose slots or pages each row of the page tables holds."""
+    """Live tokens of each row of the page tables; 0 for a row that does not exist."""
     lengths = precomputed.step(index).cache_seqlens[: precomputed.batch.batch_size]
     return lengths[request] * exists

@@ -1,4 +1,4 @@
-"""`ReplayPlan`: everything bound at capture, so that a replay only runs."""
+"""`ReplayPlan`: plan at capture, where everything is checked and bound; run at each replay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
-from nsa_plugin.core.checks import instance, instances
-from nsa_plugin.core.errors import InvalidTypeError, reject
+from nsa_plugin.core.checks import function, instance, instances
+from nsa_plugin.core.errors import reject
 from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, check_groups
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_shared
@@ -19,9 +19,10 @@ PlanStrategy = Literal["copy", "share"]
 
 
 class Bind(Protocol):
-    """Binds implementations to buffers: the precompute, and what fills the destinations after it (None if nothing must).
+    """Binds implementations to buffers: returns the precompute, and the copy that then fills the destinations.
 
-    With `enabled` (int32 [1]) the precompute leaves `out` as it is where that is 0 on the device.
+    The copy is None if the precompute fills the destinations itself. With `enabled` (int32 tensor [1]) the precompute
+    leaves `out` as it is where the flag is 0 on the device.
     """
 
     def __call__(
@@ -44,32 +45,57 @@ class ReplayPlan:
     Parameters
     ----------
     batch : BatchDescriptor
-        A batch of the captured mode and (padded) size; its tensors are only looked at for validation.
+        A batch of the captured mode and (padded) size. The plan checks its tensors and reads no value.
     geometry : Geometry
     consumers : sequence of StepMetadata, or of GroupRows
-        The buffers that captured kernels read, one set per step; with `share` and a batch that has `query_start_loc`
-        those of any number of attention groups, whose block tables stay those of `batch`.
-        `copy`: each has its own; the metadata is computed once and written to all.
-        `share`: computed in place. Steps of equal lengths all read `consumers[0]`; others share the page tables.
+        The buffers that captured kernels read, one set per step.
+        With `copy`, each step has buffers of its own; the metadata is computed once and written to all of them.
+        With `share`, the metadata is computed in place. Steps of equal lengths all have the buffers of `consumers[0]`.
+        Steps of different lengths have vectors of their own and share the page tables.
+        `GroupRows` take `share` and a batch with `query_start_loc`: any number of attention groups. Their pages come from
+        the block tables that the plan was made with.
     strategy : "copy" or "share"
-    derive : callable, optional
-        Computes the derived planes of `consumers[0]` after the rest of it is there (an engine's own functions).
+    derive : callable () -> None, optional
+        Computes the derived planes of `consumers[0]` from its other planes (an engine's own functions).
     bind : Bind, optional
-        Where implementations other than the built-in ones come from.
+        Provides the implementations; by default the built-in ones.
     enabled : int32 tensor [1] on the batch's device, optional
-        A switch that each run reads on the device: where it is 0, the run leaves the consumers as they are; where it is
-        1, it writes them. Whoever changes it does so on the stream of the runs. `derive` is called in either case.
-        Not with further consumers to copy to.
+        A switch that each run reads on the device. Where it is 0, the run leaves the consumers as they are; where it is
+        1, the run writes them. Change it on the stream of the runs. `derive` is called in either case.
+        It excludes a copy to further consumers.
 
     Raises
     ------
     InvalidTypeError, InvalidValueError
-        From the constructor, if anything does not fit.
+        A buffer, the batch or the geometry has a wrong dtype, shape, device or stride, or they do not fit each other.
 
     Notes
     -----
-    `run` may be recorded in a CUDA graph. Its kernels read tables that the plan owns: keep the plan for as long as the
-    graph. Making the plan and running it once compiles all that its replays need.
+    `run` may be recorded in a CUDA graph. Its kernels read tables that the plan owns: keep the plan as long as the
+    graph. A plan that has run once has compiled all that its replays need.
+
+    Examples
+    --------
+    Three draft steps of two requests share one set of buffers. The plan is made once; it runs before each replay.
+
+    >>> import torch
+    >>> from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, PrecomputedMetadata, ReplayPlan, TokenTable
+    >>> req_to_token = torch.arange(4 * 256, dtype=torch.int32).view(4, 256)  # slot of each token of 4 pooled requests
+    >>> seq_lens, req_pool_indices = torch.tensor([3, 130]), torch.tensor([0, 2])
+    >>> slots = TokenTable(req_to_token, req_pool_indices)
+    >>> batch = BatchDescriptor(ForwardMode.DECODE, 2, seq_lens, slots, num_steps=3)
+    >>> geometry = Geometry(index_topk=64, page_size=64, table_width=256)
+    >>> buffers = PrecomputedMetadata.allocate(batch, geometry).steps[0]
+    >>> plan = ReplayPlan(batch, geometry, [buffers] * 3, strategy="share")
+    >>> plan.run(batch)
+    >>> buffers.cache_seqlens.tolist(), buffers.nsa_cache_seqlens.tolist()
+    ([3, 130], [3, 64])
+    >>> buffers.real_page_table[1, :3].tolist()  # request 2 has slots 512 to 641, so pages 8 to 10
+    [8, 9, 10]
+    >>> seq_lens += 1  # each request accepted one token
+    >>> plan.run(batch)
+    >>> buffers.cu_seqlens_k.tolist()
+    [0, 4, 135]
     """
 
     def __init__(
@@ -86,9 +112,8 @@ class ReplayPlan:
         if strategy not in ("copy", "share"):
             reject("strategy", "'copy' or 'share'", repr(strategy))
         check_batch(batch, geometry)
-        for name, value in (("derive", derive), ("bind", bind)):
-            if not callable(value) and (value is not None or name == "bind"):
-                reject(name, "a callable", type(value).__name__, error=InvalidTypeError)
+        function("derive", derive, optional=True)
+        function("bind", bind)
         self.strategy = strategy
         self.mode = batch.mode
         self.batch_size = batch.batch_size
@@ -110,13 +135,13 @@ class ReplayPlan:
     def run(self, batch: BatchDescriptor) -> None:
         """Write the metadata of `batch` to where the captured kernels read it.
 
-        Allocates nothing and does not sync with the host (`derive` and foreign implementations aside).
+        With Triton it allocates nothing and does not sync with the host; `derive` and foreign implementations may. It
+        does not check the batch's tensors: they need the dtypes, device and sizes of the planned ones.
 
         Raises
         ------
         InvalidTypeError, InvalidValueError
-            The batch is of another mode, size or layout (`LAYOUT`) than the plan's. Nothing was written. Its tensors are
-            not looked at.
+            The batch has another mode, size or layout (`LAYOUT`) than the planned one. Nothing was written.
         """
         size, mode, draft_tokens, step_offsets, static, all_exist, slots = self._bound
         try:
@@ -152,26 +177,26 @@ class ReplayPlan:
 
 
 LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "slots")
-"""What else of a batch must be as it was bound, besides its mode and size: of `slots` the kind, of optional tensors whether they are there."""
+"""What must be equal in every batch of a plan, besides mode and size. Of `slots` the class counts, no value."""
 
 
 def _of_steps(
     batch: BatchDescriptor, geometry: Geometry, consumers: Sequence[StepMetadata], strategy: PlanStrategy
 ) -> tuple[PrecomputedMetadata, Sequence[StepMetadata]]:
     """What is computed for these consumers, and to which of them it is copied."""
-    planes = len(batch.offsets)
+    distinct = len(batch.offsets)
     copies: Sequence[StepMetadata] = ()
-    if len(consumers) not in {1, batch.num_steps} or len(consumers) < planes:
+    if len(consumers) not in {1, batch.num_steps} or len(consumers) < distinct:
         reject("consumers", f"{batch.num_steps} (num_steps)", len(consumers))
-    if strategy == "share" or planes == 1:
-        metadata = PrecomputedMetadata(tuple(consumers[:planes]), batch, geometry)
+    if strategy == "share" or distinct == 1:
+        metadata = PrecomputedMetadata(tuple(consumers[:distinct]), batch, geometry)
         copies = consumers[1:] if strategy == "copy" else ()
     else:
         tokens = consumers[0].positions is not None
         metadata = PrecomputedMetadata.allocate(batch, geometry, tokens=tokens)
         copies = consumers
     check_buffers(metadata, batch, geometry)
-    if strategy == "share" and planes == 1:
+    if strategy == "share" and distinct == 1:
         check_shared(consumers)
     if copies:
         check_destinations(metadata, copies)

@@ -1,24 +1,26 @@
-"""The definition of right, in plain torch, on any device, for every mode.
+"""The definition of right, in plain torch, on any device: what each Triton kernel must equal, entry by entry.
 
-With L = seq_lens, q = rows of a request, o = a step's length offset:
+`precompute` defines the metadata of a batch in every mode. With L = seq_lens, q = query rows of the request,
+o = length offset of the step:
 
-- cache_seqlens = L + (draft_tokens in TARGET_VERIFY, else 0) + o, where steps differ in o at most the table's width
+- cache_seqlens = L + (draft_tokens in TARGET_VERIFY, else 0) + o. A batch with step offsets is clamped at the table's width.
 - seqlens_expanded of row j of q = max(cache_seqlens - q + j + 1, 0)
-- positions = cache_seqlens - 1, slot_mapping = the slot of that token (where they are asked for)
-- page tables: columns below the longest step's cache_seqlens, the same for every row of a request
+- positions = cache_seqlens - 1; slot_mapping = the slot of that token. Only buffers that have these planes get them.
+- Page tables: the columns below the longest step's cache_seqlens, the same for every row of a request.
 
-Modes differ in q and in what is added to L, in nothing else. Only live entries are defined; what is written elsewhere
-means nothing. On a GPU nothing here syncs with the host, so whole rows are written; on a CPU, where reading a length is
-free, columns stop at the longest request.
+Only live entries are defined. Other entries may be written, with any value. On a GPU nothing here syncs with the host,
+so whole rows of page tables are written. On a CPU, columns stop at the longest request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from nsa_plugin.core.batch import BatchDescriptor
+from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable
+from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, live_pages
 from nsa_plugin.core.metadata import (
     TABLES,
     TOKENS,
@@ -29,9 +31,13 @@ from nsa_plugin.core.metadata import (
     vector_sizes,
 )
 
+if TYPE_CHECKING:
+    from nsa_plugin.core.draft_steps import DraftLimits, DraftStep
+    from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
+
 
 def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None = None) -> None:
-    """Write the metadata of `batch` into `out`, which stays as it is where `enabled` (int32 [1]) is 0."""
+    """Write the metadata of `batch` into `out`; where `enabled` (int32 [1]) is 0, `out` stays as it is."""
     bs = batch.batch_size
     on = None if enabled is None else enabled != 0
     request, position, count, exists = live_rows(batch)
@@ -50,7 +56,7 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
         if step.positions is not None and step.slot_mapping is not None:
             positions = (cache_seqlens - 1).clamp(min=0)
             _write(step.positions, positions, on)
-            slot_mapping = torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), -1)
+            slot_mapping = torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), PAD_SLOT)
             _write(step.slot_mapping, slot_mapping, on)
 
     table, geometry = out.steps[0], out.geometry
@@ -66,7 +72,7 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
 
 
 def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> None:
-    """Copy the live entries of `source`'s steps to `destinations`, and the derived planes whole."""
+    """Copy the live entries of `source`'s steps, and its whole derived planes, to `destinations`."""
     batch, geometry = source.batch, source.geometry
     bs, rows = batch.batch_size, batch.num_rows
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens[:bs]
@@ -86,6 +92,106 @@ def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
                 _write_rows(target, origin[:rows, :width])
         for name, plane in destination.derived.items():
             plane.copy_(step.derived[name])
+
+
+def draft_steps(
+    steps: Sequence[DraftStep],
+    limits: DraftLimits,
+    positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+    table: BlockTable,
+    batch_size: int,
+    num_rows: int,
+) -> None:
+    """Write positions, slots and lengths of all `steps`; the arguments are those of `bind_draft_steps`."""
+    position, length = positions[:batch_size].long(), seq_lens[:batch_size].long()
+    blocks, block_size = table.block_table[:batch_size], table.block_size
+    for step in steps:
+        position = position + 1
+        length = (length + 1).clamp(max=limits.max_model_len)
+        past = position >= limits.max_model_len
+        pad = past if limits.pads else torch.zeros_like(past)
+        position = torch.where(pad, 0, position.clamp(max=limits.max_model_len - 1))
+        length = torch.where(pad, 1, length)
+        column = (position // block_size).clamp(max=blocks.shape[1] - 1)
+        block = blocks.gather(1, column[:, None])[:, 0].long()
+        slot = torch.where(pad, limits.padding_slot, block * block_size + position % block_size)
+        step.positions[:batch_size] = position
+        step.slots[:batch_size] = slot
+        step.slots[batch_size:num_rows] = limits.padding_slot
+        step.seq_lens[:batch_size] = length
+
+
+def step_update(
+    rows: DraftRows,
+    slots: SlotGroups,
+    request_maps: Sequence[torch.Tensor],
+    indexers: Sequence[IndexerRows],
+    first: bool,
+) -> None:
+    """Write what one draft step needs; the arguments are those of `StepUpdate` and `StepUpdate.run`."""
+    n = rows.num_rows
+    row = torch.arange(n, device=rows.seq_lens.device, dtype=torch.int32)
+    exists = row < rows.query_start_loc[n]
+    table_rows, positions = rows.table_rows[:n].long(), rows.positions[:n].long()
+    for group, table in enumerate(slots.tables):
+        block_size = slots.block_sizes[group].long()
+        mapped = exists & (table_rows >= 0) & slots.enabled[group]
+        blocks = torch.where(mapped, positions // block_size, 0)
+        slot = table[table_rows.clamp(min=0), blocks].long() * block_size + positions % block_size
+        slots.slot_mapping[group, :n] = torch.where(mapped, slot, PAD_SLOT)
+        if first:
+            slots.slot_mapping[group, n:] = PAD_SLOT
+    for indexer in indexers:
+        indexer.lengths.copy_(rows.seq_lens[:n])
+    if not first:
+        return
+    for request_map in request_maps:
+        request_map[:n] = torch.where(exists, row, n - 1)
+    for indexer in indexers:
+        for ones in indexer.ones:
+            ones.fill_(1)
+        if indexer.indices is not None:
+            indexer.indices.copy_(row)
+        if not same_buffer(indexer.source, indexer.table):
+            indexer.table.copy_(indexer.source[:n])
+
+
+def group_rows(out: GroupMetadata, batch: BatchDescriptor, enabled: torch.Tensor | None = None) -> None:
+    """Write what the attention groups of `out` keep of `batch`; where `enabled` (int32 [1]) is 0, `out` stays as it is."""
+    bs, rows, width = batch.batch_size, batch.num_rows, batch.draft_tokens
+    assert batch.query_start_loc is not None
+    starts, seq_lens = batch.query_start_loc[: bs + 1].long(), batch.seq_lens[:bs].long()
+    row = torch.arange(rows, device=seq_lens.device)
+    request = row // width
+    exists = row < starts[bs]
+    values = {
+        "request_map": torch.where(exists, request, 0),
+        "lengths": (seq_lens[request] - width + 1 + row % width).clamp(min=0),
+        "ones": torch.ones_like(row),
+    }
+    counts = starts[1:] - starts[:-1]
+    on = None if enabled is None else enabled != 0
+    for group in out.groups:
+        for name, (plane, _) in group.vectors(batch).items():
+            _write(plane, values.get(name, counts), on)
+        for name, (table, size) in group.tables(batch).items():
+            pages = _pages_of(out, group, table.shape[1])
+            real, live = exists[::width], live_pages(batch, out.geometry, table.shape[1], by_row=name == "row_pages")
+            if name == "row_pages":
+                pages, real = pages[request], exists
+            there = table[:size]
+            _overwrite(there, torch.where(live, torch.where(real[:, None], pages, 0), there), on)
+
+
+def _pages_of(out: GroupMetadata, group: GroupRows, width: int) -> torch.Tensor:
+    """Pages [batch_size, width] of each request; columns past its block table hold those of block 0."""
+    slots = out.block_table(group)
+    per_block = slots.block_size // out.geometry.page_size
+    columns = torch.arange(width, device=slots.block_table.device)
+    blocks, last = columns // per_block, slots.block_table.shape[1] - 1
+    numbers = slots.block_table[: out.batch.batch_size, blocks.clamp(max=last)].long() * (blocks <= last)
+    return numbers * (group.page_stride or per_block) + columns % per_block
 
 
 def _live_width(lengths: torch.Tensor, width: int) -> int:

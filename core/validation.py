@@ -1,4 +1,4 @@
-"""Checks of everything that a caller hands in: once, when buffers are bound; never at replay."""
+"""Checks of batches, geometries and buffers. They run when buffers are bound, never at a replay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nsa_plugin.core.metadata import (
 
 
 def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
-    """Raise unless `batch` and `geometry` are well formed and fit each other (shapes, dtypes, devices; no values)."""
+    """Raise unless `batch` and `geometry` are well formed and fit each other. Checks shapes, dtypes, devices, no values."""
     instance("batch", batch, BatchDescriptor)
     instance("geometry", geometry, Geometry)
     if not isinstance(batch.mode, ForwardMode):
@@ -51,7 +51,7 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
 
 
 def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
-    """Raise unless every length and request index is in range. Reads the tensors on the host: for checked mode."""
+    """Raise unless every length, request index and live slot is in range. Reads the tensors on the host."""
     bs = batch.batch_size
     if bs == 0:
         return
@@ -97,7 +97,7 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
 
 
 def check_enabled(enabled: torch.Tensor | None, batch: BatchDescriptor, copies: Sequence[StepMetadata]) -> None:
-    """Raise unless `enabled` can switch a precompute of `batch`, whose metadata goes on to `copies`."""
+    """Raise unless `enabled` can switch a precompute of `batch` that a copy to `copies` follows."""
     if enabled is None:
         return
     flag = _checks(batch).tensor("enabled", enabled, 1, INT32)
@@ -114,7 +114,7 @@ def check_enabled(enabled: torch.Tensor | None, batch: BatchDescriptor, copies: 
 
 
 def check_shared(consumers: Sequence[StepMetadata]) -> None:
-    """Raise unless all consumers are the same buffers."""
+    """Raise unless all consumers have the buffers of the first one."""
     instances("consumers", consumers, StepMetadata)
     for index, step in enumerate(consumers):
         for name in (*VECTORS, *TOKENS):
@@ -188,7 +188,7 @@ Planes = dict[str, tuple[torch.Tensor, tuple[int, ...]]]
 
 
 def _planes(step: StepMetadata, batch: BatchDescriptor, geometry: Geometry | None = None) -> Planes:
-    """The planes of a step, each with the shape that is written of it; page tables only with `geometry`."""
+    """The planes of a step by name, each with the shape that a precompute writes; page tables only with `geometry`."""
     shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vector_sizes(batch).items()}
     shapes |= dict.fromkeys(TOKENS, (batch.batch_size,))
     if geometry is not None:
@@ -198,7 +198,7 @@ def _planes(step: StepMetadata, batch: BatchDescriptor, geometry: Geometry | Non
 
 
 def _check_planes(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
-    """Raise if two planes of a step overlap that need not have the same values."""
+    """Raise if two planes of a step share memory and may have different values."""
     planes = _planes(step, batch, geometry)
     same = (
         {("cache_seqlens", "seqlens_expanded")} if batch.rows_per_request == 1 and batch.extend_lens is None else set()
@@ -212,7 +212,7 @@ def _check_planes(name: str, step: StepMetadata, batch: BatchDescriptor, geometr
 
 
 def _check_apart(name: str, step: StepMetadata, other_name: str, other: StepMetadata, batch: BatchDescriptor) -> None:
-    """Raise if vectors of two steps overlap."""
+    """Raise if vectors of two steps share memory."""
     mine, theirs = _planes(step, batch), _planes(other, batch)
     for plane, (vector, shape) in mine.items():
         for against, (another, extent) in theirs.items():

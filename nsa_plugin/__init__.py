@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from nsa_plugin.entry import disable, enable
     from nsa_plugin.hookspec import hookimpl
 
-__version__ = "0.1.0"
+_RELEASE = "0.2.0"
+
+try:
+    from nsa_plugin._version import version as __version__  # type: ignore[import-not-found,unused-ignore]
+except ModuleNotFoundError:  # only wheels have it: it names the commit
+    __version__ = _RELEASE
 
 __all__ = [
     "BatchDescriptor",
@@ -35,7 +40,7 @@ __all__ = [
     "precompute",
 ]
 
-_ROOMS = {
+_EXPORTS = {
     "core.api": ("fast_copy", "precompute"),
     "core.batch": ("BatchDescriptor", "BlockTable", "ForwardMode", "Geometry", "TokenTable"),
     "core.errors": ("InvalidTypeError", "InvalidValueError", "NsaPluginError", "UnavailableError"),
@@ -44,11 +49,11 @@ _ROOMS = {
     "entry": ("disable", "enable"),
     "hookspec": ("hookimpl",),
 }
-"""Module to the names that come from it. They are imported at first use: torch alone takes seconds."""
+"""Module to the public names that it defines. They are imported at first use, because torch takes seconds."""
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _ROOMS.items():
+    for module, names in _EXPORTS.items():
         if name in names:
             value = getattr(import_module(f"nsa_plugin.{module}"), name)
             globals()[name] = value

@@ -1,7 +1,6 @@
-"""One thread for what need not happen at a replay: flushing metrics, looking at the switch file.
+"""One background thread, once a second: it flushes metrics and looks at the switch file.
 
-A look at a file, or a Prometheus update, costs more than a whole `graph` replay. Once a second in a thread of its own
-they cost a replay nothing.
+A look at a file, or a Prometheus update, takes longer than a whole `graph` replay. So no replay does either.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _thread: threading.Thread | None = None
 
 
 def every_second(task: Callable[[], None]) -> None:
-    """Call `task` about once a second and at exit, in a daemon thread, from now on; one that raises is dropped."""
+    """Call `task` about once a second in a daemon thread, and at exit. A task that raises is logged and not called again."""
     with _lock:
         if task not in _tasks:
             _tasks.append(task)
@@ -61,7 +60,7 @@ def _loop() -> None:
 
 
 def _after_fork() -> None:
-    """Threads do not survive a fork, and the lock may have been held by one of them."""
+    """Start a new thread, with a new lock: threads do not survive a fork, and one of them may have held the lock."""
     global _thread, _lock
     _thread, _lock = None, threading.Lock()
     if _tasks:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nsa_plugin import __doc__ as about
 from nsa_plugin import launch_lines
-from nsa_plugin.adapters.build import build
+from nsa_plugin.adapters.build import named
 from nsa_plugin.core.errors import NsaPluginError
 
 INTERRUPTED = 130
@@ -46,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="nsa-plugin", description=about)
-    top.add_argument("--version", action=_Version, nargs=0, help="print the version and the hash of the sources")
+    top.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="print the release and the hash of the sources, and the commit of a build",
+    )
     top.add_argument(
         "--print-completion", action=_PrintCompletion, choices=SHELLS, help="print a completion script for this shell"
     )
@@ -64,7 +69,14 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="say what is installed, what each path would get, and what is in the way"
     )
-    doctor.add_argument("--json", action="store_true", help="for machines")
+    how = doctor.add_mutually_exclusive_group()
+    how.add_argument("--all", action="store_true", help="defaults, other hardware, other models and patches too")
+    how.add_argument("--patches", action="store_true", help="what is patched in the engines too, and why")
+    how.add_argument("--json", action="store_true", help="everything, for machines")
+    how.add_argument(
+        "--check", action="store_true",
+        help="one line, for init containers; exit status 1 if something that was asked for can't be had",
+    )  # fmt: skip
     verify = commands.add_parser("verify", help="compute the batch of a repro file again, on any machine, and compare")
     verify.add_argument("file", type=_path, help="a file that NSA_PLUGIN_VERIFY left in NSA_PLUGIN_REPRO_DIR")
     return top
@@ -110,7 +122,7 @@ def _bench(bench: argparse.ArgumentParser) -> None:
         help=f"sglang's decode kernel: {', '.join(DECODE_KERNELS)} (default: %(default)s)",
     )  # fmt: skip
     bench.add_argument(
-        "--seed-wheel", type=_path,
+        "--original-wheel", type=_path,
         help="sglang 0.5.6.post2's wheel, whose loop none and sglang are compared with (default: fetched with pip)",
     )  # fmt: skip
     bench.add_argument("--seed", type=_seed, help="of the random inputs (default: a fresh one, named in the results)")
@@ -125,7 +137,7 @@ class _Version(argparse.Action):
     """Prints the build, whose sources are hashed only then, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
-        print(f"nsa-plugin {build()}")
+        print(f"nsa-plugin {named()}")
         parser.exit()
 
 

@@ -50,7 +50,7 @@ def bench(options: argparse.Namespace) -> int:
 
     wanted = Options(
         options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
-        options.decode_impl, options.seed_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
+        options.decode_impl, options.original_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
         options.trace,
     )  # fmt: skip
     try:
@@ -113,9 +113,13 @@ def launch(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """Report what is installed and what each path would get."""
-    from nsa_plugin.doctor.run import doctor as run
+    from nsa_plugin.doctor import run
 
-    return run(options.json, Console())
+    if options.json:
+        return run.as_json()
+    if options.check:
+        return run.check()
+    return run.doctor(Console(), everything=options.all, patches=options.patches)
 
 
 def verify(options: argparse.Namespace) -> int:

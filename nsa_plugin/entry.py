@@ -1,7 +1,8 @@
-"""The engines' entry points. They never raise: an engine must start whatever state this package is in."""
+"""The engines' entry points. They never raise: an engine must start, whatever fails in this package."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
+    from nsa_plugin.adapters.base import Adapter
     from nsa_plugin.host import Host
 
 _hosts: dict[str, Host] = {}
-"""One per engine and process, kept alive for as long as the engine is patched."""
+"""Engine to its host in this process. A host lives as long as its engine is patched."""
 
 
 def register_sglang() -> None:
@@ -21,12 +23,12 @@ def register_sglang() -> None:
 
 
 def register_vllm() -> None:
-    """Install the vLLM adapter (entry-point group `vllm.general_plugins`); the settings reach vLLM's other processes too."""
+    """Install the vLLM adapter (entry-point group `vllm.general_plugins`), and carry the settings to Ray's workers."""
     logger = logging.getLogger("vllm.plugins.nsa_plugin")
     try:
         from nsa_plugin.adapters.vllm.ray_settings import carry_settings
 
-        if problem := carry_settings(PREFIX):  # before anything else: "off" must get there, and wrong ones must, too
+        if problem := carry_settings(PREFIX):  # first of all: "off" must reach the workers, and so must wrong settings
             logger.warning("nsa-plugin: %s", problem)
     except Exception as error:
         logger.exception("nsa-plugin: settings may not reach Ray's workers: %s", error)
@@ -34,21 +36,22 @@ def register_vllm() -> None:
 
 
 def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
-    """Install the adapter for `engine`, once per process; what an engine's entry point calls. It never raises.
+    """Install the adapter for `engine`, once per process. An engine's entry point calls this; it never raises.
 
     Parameters
     ----------
     engine : str
         Name of the adapter.
     logger : Logger
-        The engine's own, for the one line that says what was done or why nothing was.
+        The engine's own logger. It gets one line: what was installed, or why nothing was.
     plugins : objects
-        To be asked besides those of the entry-point group `nsa_plugin`: one may offer the adapter.
+        Plugins besides those of the entry-point group `nsa_plugin`; one of them may offer the adapter.
     """
     from nsa_plugin import __version__
 
     try:
         if engine in _hosts:
+            _hosts[engine].introduce()
             return
         settings = Settings.from_environment()
         for speaker in (logger, logging.getLogger("nsa_plugin")):
@@ -68,7 +71,7 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         if adapter is None:
             logger.error("nsa-plugin %s: no adapter for %s; it is left as it is", __version__, engine)
             return
-        host.look_at_switch_file()  # before anything could act
+        host.look_at_switch_file()  # before the adapter acts
         if problems := adapter.install(host):
             logger.warning("nsa-plugin %s: %s is left as it is: %s", __version__, engine, "; ".join(problems))
             return
@@ -76,14 +79,20 @@ def register(engine: str, logger: logging.Logger, *plugins: object) -> None:
         host.watch_switch_file()
         for variable in settings.beyond(getattr(adapter, "features", frozenset())):
             logger.warning("nsa-plugin: %s can't be had with %s: it is ignored", variable, engine)
-        off = f"; switched off for now: {'; '.join(host.reasons)}" if host.reasons else ""
-        logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, settings.strategy, adapter.summary(), off)
+        host.introduce(functools.partial(_introduce, logger, host, adapter))
     except Exception as error:
         logger.exception("nsa-plugin %s: %s is left as it is: %s", __version__, engine, error)
 
 
+def _introduce(logger: logging.Logger, host: Host, adapter: Adapter) -> None:
+    from nsa_plugin import __version__
+
+    off = f"; switched off for now: {'; '.join(host.reasons)}" if host.reasons else ""
+    logger.info("nsa-plugin %s: strategy %s; %s%s", __version__, host.settings.strategy, adapter.summary(), off)
+
+
 def _let_speak(logger: logging.Logger, level: int | None) -> None:
-    """Set a logger's level: the one asked for, else INFO as long as nobody has configured logging; theirs holds then."""
+    """Set a logger's level to `level`; without one, to INFO, unless somebody has configured logging: then leave it."""
     ancestor, said = logger, bool(logging.getLogger().handlers)
     while ancestor.parent is not None and not said:
         said, ancestor = ancestor.level != logging.NOTSET, ancestor.parent
@@ -92,11 +101,14 @@ def _let_speak(logger: logging.Logger, level: int | None) -> None:
 
 
 def disable() -> list[str]:
-    """Use the engines' own paths from the next replay on, in this process.
+    """Use the engines' own paths from the next replay on, in this process and until `enable`.
 
-    Holds until `enable`, whatever the switch file does. Returns what goes on as before, one line each with the reason:
-    work that is recorded in CUDA graphs and can't be switched there. Processes that cannot be called are switched with
-    the file that NSA_PLUGIN_SWITCH_FILE names.
+    The switch file does not undo it. To switch other processes use the file that NSA_PLUGIN_SWITCH_FILE names.
+
+    Returns
+    -------
+    list of str
+        What goes on as before, one line each, with the reason: work in CUDA graphs that can't be switched there.
 
     Raises
     ------
@@ -107,7 +119,7 @@ def disable() -> list[str]:
 
 
 def enable() -> list[str]:
-    """Undo `disable`, and what a verification or the switch file switched off. Returns and raises as `disable`."""
+    """Undo `disable`, and whatever a verification or the switch file switched off. Returns and raises as `disable`."""
     return _switch(True, "nsa_plugin.enable()")
 
 

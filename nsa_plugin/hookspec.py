@@ -1,4 +1,4 @@
-"""The questions that plugins can answer: who provides what. None is asked per replay or per draft step.
+"""The hooks that plugins implement: they say who provides what. None is called per replay or per draft step.
 
 A third party implements any of these in an object that its distribution names in the entry-point group `nsa_plugin`,
 each marked with `nsa_plugin.hookimpl`.
@@ -41,8 +41,9 @@ def nsa_plugin_adapters() -> Sequence[Adapter]:
 def nsa_plugin_describe(engine: str, batch: object) -> Callable[[object], BatchDescriptor] | None:
     """Provide the function that maps one of the engine's batches onto a `BatchDescriptor`.
 
-    Fires when something is bound for a captured size, with a batch of that size. Return None to leave it to the next plugin, at last
-    to the adapter's own `describe`. The function is called at each replay; it must copy no tensor.
+    Fires when an implementation is bound for a captured size, with a batch of that size. Return None to leave the batch
+    to the next plugin; the adapter's own `describe` is the last resort. The function is called at each replay. It must
+    copy no tensor.
     """
     raise NotImplementedError
 
@@ -56,11 +57,12 @@ def nsa_plugin_bind_precompute(
 ) -> Callable[[BatchDescriptor], None] | None:
     """Provide a precompute implementation bound to the buffers `out`.
 
-    Fires when a `ReplayPlan` is made. Return None to leave it to the next plugin, at last to the built-in implementation. The
-    bound function is called at each replay; it must write every live entry of `out`, allocate nothing and not sync.
-    `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as vLLM's target does.
-    With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph: it must read the flag on
-    the device at each run, and leave `out` as it is where the flag is 0. An implementation without that parameter is
+    Fires when a `ReplayPlan` is made. Return None to leave the buffers to the next plugin; the built-in implementation is
+    the last resort. The bound function is called at each replay. It must write every live entry of `out`, allocate
+    nothing and not sync. `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as those of
+    vLLM's target do.
+    With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph. It must read the flag on
+    the device at each run, and leave `out` as it is where the flag is 0. An implementation that lacks the parameter is
     not recorded.
     """
     raise NotImplementedError
@@ -72,8 +74,9 @@ def nsa_plugin_bind_copy(
 ) -> Callable[[], None] | None:
     """Provide a copy implementation bound to the buffers of `source` and `destinations`.
 
-    Fires when a `ReplayPlan` with the strategy `copy` is made. Return None to leave it to the next plugin, at last to the
-    built-in implementation. The same duties as for `nsa_plugin_bind_precompute`.
+    Fires when a `ReplayPlan` with the strategy `copy` is made. Return None to leave the copy to the next plugin; the
+    built-in implementation is the last resort. The bound function is called at each replay. It must copy every live
+    entry, allocate nothing and not sync.
     """
     raise NotImplementedError
 
@@ -82,23 +85,23 @@ def nsa_plugin_bind_copy(
 def nsa_plugin_bind_step_update(
     rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
 ) -> Callable[[bool], None] | None:
-    """Provide what updates the metadata of a draft whose engine moves its buffers on from step to step.
+    """Provide a step-update implementation bound to the buffers of a draft that the engine advances from step to step.
 
-    Fires when such a draft is bound (vLLM's Model Runner V2). Return None to leave it to the next plugin, at last to the
-    built-in implementation. The bound function is called at the start of each draft step, or recorded there in a CUDA
-    graph, with whether the step is the first of its draft. It must write what `StepUpdate` writes, allocate nothing and not
-    sync.
+    Fires when such a draft is bound (vLLM's Model Runner V2). Return None to leave it to the next plugin; the built-in
+    implementation is the last resort. The bound function is called at the start of each draft step, or recorded there in
+    a CUDA graph. Its argument says whether the step is the first of its draft. It must write what `StepUpdate` writes,
+    allocate nothing and not sync.
     """
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
 def nsa_plugin_bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps | None:
-    """Provide what computes positions, slots and lengths of all steps of a draft at once.
+    """Provide an implementation that computes positions, slots and lengths of all steps of a draft at once.
 
-    Fires when such a draft is bound (vLLM's Model Runner V1). Return None to leave it to the next plugin, at last to the
-    built-in implementation. The bound function is called once per draft, as `bind_draft_steps` says; it must allocate
-    nothing and not sync.
+    Fires when such a draft is bound (vLLM's Model Runner V1). Return None to leave it to the next plugin; the built-in
+    implementation is the last resort. The bound function is called once per draft, with the arguments that
+    `bind_draft_steps` names. It must allocate nothing and not sync.
     """
     raise NotImplementedError
 
@@ -107,9 +110,10 @@ def nsa_plugin_bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits)
 def nsa_plugin_observe_replays(
     engine: str, path: str, strategy: str, batch: BatchDescriptor
 ) -> Callable[[BatchDescriptor], None] | None:
-    """Provide a function to be called after each replay of a plan.
+    """Provide a function to be called after each replay.
 
-    Fires when something is bound for a captured size. Every plugin that returns a function has it called, outside of any CUDA graph.
+    Fires when an implementation is bound for a captured size. The functions of all plugins are called, outside of any
+    CUDA graph. One that raises is logged and not called again.
     """
     raise NotImplementedError
 
@@ -128,6 +132,6 @@ def nsa_plugin_mismatched(mismatch: Mismatch) -> None:
     """Learn that a verification found values other than the engine's own.
 
     Fires once per mismatch, after the engine's values are in place and a repro file has been written. Errors raised here
-    are logged and ignored. Tensors of `mismatch.batch` are the engine's: copy what is to be kept.
+    are logged and ignored. Tensors of `mismatch.batch` are the engine's: copy those that you keep.
     """
     raise NotImplementedError

@@ -1,8 +1,9 @@
-"""The package at work in one process: settings, plugins, what was counted and logged."""
+"""`Host`: this package in one process. It holds settings, plugins, counters and the switch."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -14,12 +15,11 @@ from nsa_plugin.adapters.base import Adapter, Strategy
 from nsa_plugin.adapters.reporting import Fallback, Mismatch, PathReport
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.core.api import Impl
+from nsa_plugin.core.api import best_impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps
 from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
-from nsa_plugin.core.triton_impl import is_available
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
@@ -30,18 +30,18 @@ logger = logging.getLogger("nsa_plugin")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-STRATEGIES: dict[str, tuple[Strategy, ...]] = {
+TRIED: dict[str, tuple[Strategy, ...]] = {
     "auto": ("graph", "share", "copy"),
     "graph": ("graph", "share", "copy"),
     "share": ("share", "copy"),
     "copy": ("copy",),
     "off": (),
 }
-"""What to try for each setting, best first; the engine's own path comes last always."""
+"""Setting to the strategies that are tried for it, best first; the engine's own path is always the last resort."""
 
 
 class BuiltIn:
-    """What this package itself provides, as the plugin that is asked last."""
+    """The built-in adapters, as the plugin that is asked last."""
 
     def __init__(self) -> None:
         self._adapters = (SglangAdapter(), VllmAdapter())
@@ -66,7 +66,7 @@ class Host(Switch):
     mismatches : Counter of (engine, path, strategy, field)
         Times that a verification found another value than the engine's own.
     on, reasons
-        As in `Switch`: whether anything but the engine's own path is used, and why not.
+        As in `Switch`.
     """
 
     def __init__(self, settings: Settings | None = None, manager: Manager | None = None) -> None:
@@ -79,33 +79,35 @@ class Host(Switch):
         self.mismatches: Counter[tuple[str, ...]] = Counter()
         self._monitor = Monitor(self.settings)
         self._said: set[tuple[str, ...]] = set()
+        self._said_in = os.getpid()
+        self._introduction: Callable[[], None] | None = None
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """Strategies to try, best first; empty while switched off."""
-        return STRATEGIES[self.settings.strategy] if self.on else ()
+        return TRIED[self.settings.strategy] if self.on else ()
 
     @property
     def configured(self) -> tuple[Strategy, ...]:
-        """Strategies that the settings name, best first, switched off or not: what to install for."""
-        return STRATEGIES[self.settings.strategy]
+        """Strategies to install for, best first, whether switched on or off."""
+        return TRIED[self.settings.strategy]
 
     @property
     def verify(self) -> int:
-        """Every how many replays to compare with the engine's own path; 0 is never."""
+        """Every n-th replay is compared with the engine's own path; 0 compares none."""
         return self.settings.verify
 
     @property
     def exact_step_lengths(self) -> bool:
-        """Whether draft steps shall see the draft tokens before them."""
+        """Whether the lengths of draft steps count the draft tokens before them."""
         return self.settings.step_lengths == "exact"
 
     def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
-        """What a path of an engine reports to."""
+        """The object that reports for one path of an engine, through the engine's `logger`."""
         return PathReport(self, engine, path, logger)
 
     def left_as_is(self, on: bool) -> list[str]:
-        """What adapters say that goes on as before."""
+        """Work that a switch does not reach, as all adapters report it, one line each."""
         left: list[str] = []
         for adapter in self.manager.adapters().values():
             try:
@@ -117,23 +119,23 @@ class Host(Switch):
     def instrument(
         self, call: Callable[[Any], None], engine: str, path: str, strategy: str, steps: int
     ) -> Callable[[Any], None]:
-        """`call`, reported about as the settings say; `call` itself if they say nothing."""
+        """Wrap `call`, which serves `steps` draft steps, for the metrics of the settings; `call` itself without any."""
         return self._monitor.instrument(call, Labels(engine, path, strategy), steps)
 
     def durations(self, engine: str, path: str, strategy: str, steps: int) -> Callable[[float], None] | None:
-        """Where the seconds of a replay go that no single call makes up; None if the settings ask for none."""
+        """A function that takes the seconds of one replay, for a replay of several calls; None without metrics."""
         return self._monitor.durations(Labels(engine, path, strategy), steps)
 
     def ranged(self, call: Callable[P, T], engine: str, path: str, strategy: str) -> Callable[P, T]:
-        """`call` in an NVTX range; `call` itself if the settings ask for none."""
+        """Wrap `call` in an NVTX range; `call` itself if the settings ask for none."""
         return self._monitor.ranged(call, Labels(engine, path, strategy))
 
     def flush_metrics(self) -> None:
-        """Hand over what has been measured now, not at the next full second."""
+        """Hand over all durations now, without waiting for the background thread."""
         self._monitor.flush()
 
     def buffers(self, engine: str, path: str, strategy: str, size: int) -> None:
-        """Report that buffers of `size` bytes hold the metadata of one more captured batch size."""
+        """Report `size` more bytes of buffers for captured batch sizes; negative for freed ones."""
         self._monitor.buffers(Labels(engine, path, strategy), size)
 
     def verified(self, engine: str, path: str, strategy: str) -> None:
@@ -143,7 +145,7 @@ class Host(Switch):
         self._monitor.verified(which)
 
     def mismatched(self, logger: logging.Logger, mismatch: Mismatch) -> None:
-        """Count a mismatch, log it once with a repro file, switch this process to the engine's path, tell observers."""
+        """Count a mismatch, log the first of its path with a repro file, switch off this process, tell observers."""
         fields = mismatch.fields
         which = Labels(mismatch.engine, mismatch.path, mismatch.strategy)
         first = not any(key[:3] == which for key in self.mismatches)
@@ -188,7 +190,7 @@ class Host(Switch):
         derive: Callable[[], None] | None,
         enabled: torch.Tensor | None = None,
     ) -> Callable[[BatchDescriptor], None]:
-        """Make a `ReplayPlan` with whatever implementations plugins provide; returns its `run`."""
+        """Make a `ReplayPlan` with the implementations that plugins provide, else the built-in ones; returns its `run`."""
         return ReplayPlan(
             batch,
             geometry,
@@ -203,26 +205,25 @@ class Host(Switch):
         self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
     ) -> StepUpdate:
         """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one."""
-        # On a CPU too where Triton interprets, as vLLM's own kernels then do.
-        impl: Impl = "reference" if is_available(rows.seq_lens.device) else "triton"
+        impl = best_impl(rows.seq_lens.device)  # interpreted on a CPU, where vLLM's own kernels are interpreted too
         return StepUpdate(rows, slots, request_maps, indexers, impl=impl, bind=self.manager.bind_step_update)
 
     def draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
-        """As `bind_draft_steps`, with the implementation that a plugin provides, else the built-in one."""
+        """Bind draft steps with the implementation that a plugin provides, else the built-in one."""
         return bind_draft_steps(steps, limits, bind=self.manager.bind_draft_steps)
 
     def observer(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor
     ) -> Callable[[BatchDescriptor], None] | None:
-        """What to call after each replay; None if nobody watches. An observer that fails is dropped."""
+        """A function that calls all observers after a replay; None without any. One that raises is not called again."""
         watching = list(self.manager.observers(engine, path, strategy, batch))
         if not watching:
             return None
 
-        def observe(live: BatchDescriptor) -> None:
+        def observe(replayed: BatchDescriptor) -> None:
             for watch in tuple(watching):
                 try:
-                    watch(live)
+                    watch(replayed)
                 except Exception:
                     watching.remove(watch)
                     logger.exception("an observer of replays failed: it is not called again")
@@ -230,7 +231,7 @@ class Host(Switch):
         return observe
 
     def fell_back(self, logger: logging.Logger, fallback: Fallback) -> None:
-        """Count a fall-back, log its cause once, tell observers."""
+        """Count a fall-back, log the first with its cause, tell observers."""
         kind = type(fallback.error).__name__
         cause = (fallback.engine, fallback.path, fallback.stage, fallback.strategy, kind)
         self.fallbacks[cause] += 1
@@ -250,7 +251,24 @@ class Host(Switch):
         self.manager.fell_back(fallback)
 
     def using(self, logger: logging.Logger, engine: str, path: str, strategy: str) -> None:
-        """Log once that a path of an engine is served, and how."""
+        """Log once per process that a path of an engine is served with `strategy`; first what this plugin is, if nobody has."""
+        self.introduce()
         if (engine, path, strategy) not in self._said:
             self._said.add((engine, path, strategy))
             logger.info("nsa-plugin: %s: strategy %s", path, strategy)
+
+    def introduce(self, how: Callable[[], None] | None = None) -> None:
+        """Call `how`, which logs what was installed, now and once in every process that was forked from this one.
+
+        Such a process may have a log of its own, in which nothing of the parent's is found.
+        """
+        process = os.getpid()
+        if how is not None:
+            self._introduction = how
+        elif process == self._said_in:
+            return
+        else:
+            self._said = set()
+        self._said_in = process
+        if self._introduction is not None:
+            self._introduction()

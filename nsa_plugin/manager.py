@@ -1,4 +1,4 @@
-"""The one `pluggy.PluginManager`, behind types: loads third parties, resolves hooks into bound callables."""
+"""A typed wrapper of `pluggy.PluginManager`: loads third-party plugins and resolves hooks into bound callables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOOKS = tuple(sorted(name for name in vars(hookspec) if name.startswith("nsa_plu
 
 
 class Manager:
-    """Who provides what.
+    """Registered plugins, and what they provide.
 
     Parameters
     ----------
@@ -41,7 +41,13 @@ class Manager:
         self._allowed = allowed
 
     def register(self, plugin: object, name: str | None = None) -> None:
-        """Add a plugin; later ones are asked first. Raises if a hook of it is unknown."""
+        """Add a plugin; it is asked before those that are registered already.
+
+        Raises
+        ------
+        pluggy.PluginValidationError
+            A hook of the plugin is unknown, or has parameters that the specification lacks. The plugin is not added.
+        """
         self._relay.register(plugin, name=name)
         try:
             self._relay.check_pending()
@@ -54,9 +60,9 @@ class Manager:
         self._relay.unregister(plugin)
 
     def load_third_parties(self) -> list[str]:
-        """Load the allowed plugins of the entry-point group `nsa_plugin`; one that fails is logged and left out.
+        """Load the allowed plugins of the entry-point group `nsa_plugin`; returns the names of those that loaded.
 
-        Returns their names. An allow-list entry that is not installed is logged.
+        A plugin that fails to load is logged and left out. An allowed name that is not installed is logged.
         """
         loaded = []
         found = {point.name: point for point in entry_points(group=hookspec.PROJECT)}
@@ -85,11 +91,11 @@ class Manager:
         }
 
     def adapter(self, name: str) -> Adapter | None:
-        """The adapter of that name, third parties first."""
+        """The adapter of that name; a third party's before the built-in one, None if nobody offers it."""
         return self.adapters().get(name)
 
     def adapters(self) -> dict[str, Adapter]:
-        """All adapters by name, third parties first."""
+        """All adapters by name; a third party's before the built-in one of that name."""
         found: dict[str, Adapter] = {}
         for offered in self._relay.hook.nsa_plugin_adapters():
             for adapter in offered:
@@ -99,7 +105,7 @@ class Manager:
     def describe(
         self, engine: str, batch: object, default: Callable[[object], BatchDescriptor]
     ) -> Callable[[object], BatchDescriptor]:
-        """The function that describes batches like `batch`."""
+        """The function that describes batches like `batch`: the first plugin's that provides one, else `default`."""
         found: Callable[[object], BatchDescriptor] | None = self._relay.hook.nsa_plugin_describe(
             engine=engine, batch=batch
         )
@@ -113,9 +119,12 @@ class Manager:
         *,
         enabled: torch.Tensor | None = None,
     ) -> tuple[api.BoundPrecompute, api.BoundCopy | None]:
-        """Implementations bound to buffers: what plugins provide, the built-in ones (fused) for the rest.
+        """Bind the precompute and the copy: plugins' implementations where they provide them, else the built-in ones.
 
-        Raises `UnavailableError` if `enabled` is given and the plugin that answers does not take it.
+        Raises
+        ------
+        UnavailableError
+            `enabled` is given, and the precompute of the plugin that answers does not take it.
         """
         precompute = self._bind_precompute(batch, out, enabled)
         if precompute is not None and not destinations:
@@ -132,7 +141,7 @@ class Manager:
     def _bind_precompute(
         self, batch: BatchDescriptor, out: PrecomputedMetadata | GroupMetadata, enabled: torch.Tensor | None
     ) -> api.BoundPrecompute | None:
-        """What the first plugin that answers provides, asked one by one: pluggy does not say whose answer it passes on."""
+        """The precompute of the first plugin that answers. They are asked one by one, to know whose answer it is."""
         name = "nsa_plugin_bind_precompute"
         asked = [
             implementation
@@ -158,21 +167,21 @@ class Manager:
     def bind_step_update(
         self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
     ) -> BoundStepUpdate | None:
-        """What the first plugin that answers provides for the steps of a draft; None for the built-in implementation."""
+        """The step update of the first plugin that provides one; None for the built-in implementation."""
         found: BoundStepUpdate | None = self._relay.hook.nsa_plugin_bind_step_update(
             rows=rows, slots=slots, request_maps=request_maps, indexers=indexers
         )
         return found
 
     def bind_draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps | None:
-        """What the first plugin that answers provides for all steps of a draft; None for the built-in implementation."""
+        """The `fill` of the first plugin that provides one for these steps; None for the built-in implementation."""
         found: FillDraftSteps | None = self._relay.hook.nsa_plugin_bind_draft_steps(steps=steps, limits=limits)
         return found
 
     def observers(
         self, engine: str, path: str, strategy: str, batch: BatchDescriptor
     ) -> tuple[Callable[[BatchDescriptor], None], ...]:
-        """Functions to call after each replay of a plan."""
+        """The functions that plugins want called after each replay of a plan."""
         return tuple(
             self._relay.hook.nsa_plugin_observe_replays(engine=engine, path=path, strategy=strategy, batch=batch)
         )

@@ -1,14 +1,16 @@
-"""What operators can watch: Prometheus metrics and NVTX ranges. Off, it adds nothing to a replay at all.
+"""Prometheus metrics and NVTX ranges for operators. Switched off, they add nothing to a replay.
 
-A replay only appends its duration to a list; a thread hands the list to `prometheus_client` once a second, because
-that costs more than a replay. `prometheus_client` decides when it is imported whether it writes for several processes
-(`PROMETHEUS_MULTIPROC_DIR`), so it is imported when the first plan is made: sglang (`--enable-metrics`) has set the
-variable by then, and its `/metrics` serves what every process wrote there. vLLM sets it for several API servers only;
-an operator sets it before the start otherwise.
+A replay appends its duration to a list. A thread hands the list to `prometheus_client` once a second, because that takes
+longer than a replay.
 
-`increase()` sees an event only if the series was there before it. So a counter of events has labels from fixed sets, and
-all of its series start at 0 as soon as a path is known. What has no fixed set (the type of an error, the name of a field)
-is the label of a gauge instead, which holds the time of the last such event.
+`prometheus_client` decides at its import whether it writes for several processes (`PROMETHEUS_MULTIPROC_DIR`). So it is
+imported when the first plan is made: by then sglang (`--enable-metrics`) has set the variable, and its `/metrics` serves
+what every process writes there. vLLM sets the variable for several API servers only; else an operator sets it before the
+start.
+
+`increase()` counts an event only if its series existed before. So labels of event counters come from fixed sets, and all
+series start at 0 as soon as a path is known. The type of an error and the name of a field come from no fixed set: they
+are labels of gauges, which hold the time of the last event.
 """
 
 from __future__ import annotations
@@ -37,17 +39,17 @@ BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-
 P = ParamSpec("P")
 T = TypeVar("T")
 Call = Callable[[Any], None]
-"""Prepares the metadata of one replay of a batch."""
+"""Prepares the metadata of one replay; takes the batch."""
 CHUNK = 16
-"""Durations that are handed over before other threads get a turn."""
-USED = tuple(strategy for strategy in STRATEGIES if strategy != "auto")
+"""Durations that a flush hands over before it lets other threads run."""
+SERVED_WITH = tuple(strategy for strategy in STRATEGIES if strategy != "auto")
 """Strategies that a path can be served with."""
 
 
 class Labels(NamedTuple):
-    """Which replays: of which engine, of which of its paths, prepared how ("off": by the engine itself).
+    """Labels of a replay: engine, path, and strategy ("off" is the engine's own code).
 
-    The engine's label is `framework`, because vLLM's own metrics number their engines with `engine`.
+    The engine's label is `framework`, because vLLM's own metrics have a label `engine` for the number of an engine.
     """
 
     framework: str
@@ -128,7 +130,7 @@ def _engine_version(framework: str) -> str:
 
 
 def missing(settings: Settings) -> dict[str, str]:
-    """For each of the metrics that the settings ask for and that can't be had here: what to do."""
+    """Metrics that the settings ask for and that can't work here, each with what to do."""
     problems = {}
     if "prometheus" in settings.metrics and importlib.util.find_spec("prometheus_client") is None:
         problems["prometheus"] = "prometheus_client is not installed; pip install 'nsa-plugin[metrics]'"
@@ -138,7 +140,7 @@ def missing(settings: Settings) -> dict[str, str]:
 
 
 class Monitor:
-    """Reports to wherever the settings say. What fails here is logged and left out; it reaches no engine."""
+    """Reports to what the settings name. An error in a report is logged and ends the reports; no engine sees it."""
 
     def __init__(self, settings: Settings) -> None:
         problems = missing(settings)
@@ -151,13 +153,19 @@ class Monitor:
         self._flushing = threading.Lock()
 
     def instrument(self, call: Call, labels: Labels, steps: int) -> Call:
-        """`call`, reported about; `call` itself if nothing is to be reported. `steps`: draft steps that it serves."""
+        """Wrap `call` so that it is timed and has an NVTX range; `call` itself if the settings ask for neither.
+
+        `steps` is the number of draft steps that a call serves.
+        """
         if (record := self.durations(labels, steps)) is not None:
             call = _timed(call, record)
         return self.ranged(call, labels)
 
     def durations(self, labels: Labels, steps: int) -> Callable[[float], None] | None:
-        """Where the seconds of a replay go whose work is spread over several calls; None if nobody wants them."""
+        """A function that takes the seconds of one replay; None if the settings ask for none.
+
+        It is for a replay whose work is spread over several calls. `steps` is as in `instrument`.
+        """
         with self._reporting("prometheus") as on:
             if on:
                 self._metrics(labels)
@@ -166,17 +174,17 @@ class Monitor:
         return None
 
     def ranged(self, call: Callable[P, T], labels: Labels) -> Callable[P, T]:
-        """`call` in an NVTX range of its own; `call` itself if nobody wants one."""
+        """Wrap `call` in an NVTX range; `call` itself if the settings ask for none."""
         return _ranged(call, f"nsa-plugin {labels.path} {labels.strategy}") if "nvtx" in self._on else call
 
     def buffers(self, labels: Labels, size: int) -> None:
-        """Buffers of `size` bytes are in use (negative: no longer)."""
+        """Report `size` more bytes of buffers in use; negative for freed ones."""
         with self._reporting("prometheus") as on:
             if on:
                 self._metrics(labels).buffer_bytes.labels(*labels).inc(size)
 
     def fell_back(self, labels: Labels, stage: str, cause: str) -> None:
-        """Something was handed back to the engine."""
+        """Report that something was handed back to the engine's own path."""
         with self._reporting("prometheus") as on:
             if on:
                 metrics = self._metrics(labels)
@@ -184,13 +192,13 @@ class Monitor:
                 metrics.last_fallback.labels(*labels, stage, cause).set_to_current_time()
 
     def verified(self, labels: Labels) -> None:
-        """A replay was compared with the engine's own path."""
+        """Report that a replay was compared with the engine's own path."""
         with self._reporting("prometheus") as on:
             if on:
                 self._metrics(labels).verifications.labels(*labels).inc()
 
     def mismatched(self, labels: Labels, fields: list[str]) -> None:
-        """A verification found a difference, in these fields."""
+        """Report that a verification found a difference in these fields."""
         with self._reporting("prometheus") as on:
             if on:
                 metrics = self._metrics(labels)
@@ -199,14 +207,14 @@ class Monitor:
                     metrics.last_mismatch.labels(*labels, field).set_to_current_time()
 
     def _metrics(self, labels: Labels) -> Metrics:
-        """The metrics, with every counter of events at 0 for the path of `labels`, whatever strategy comes."""
+        """The metrics, with all event counters of the path of `labels` created, at 0 and for every strategy."""
         metrics = prometheus()
         framework, path, _ = labels
         if (framework, path) not in self._known:
             from nsa_plugin import __version__
 
             metrics.info.labels(framework, __version__, source(), _engine_version(framework), self._strategy).set(1)
-            for which in (Labels(framework, path, strategy) for strategy in USED):
+            for which in (Labels(framework, path, strategy) for strategy in SERVED_WITH):
                 metrics.verifications.labels(*which)
                 metrics.mismatches.labels(*which)
                 for stage in get_args(Stage):
@@ -223,7 +231,7 @@ class Monitor:
             logger.exception("nsa-plugin: NSA_PLUGIN_METRICS=%s failed: it is left out from now on", name)
 
     def flush(self) -> None:
-        """Hand over what has been measured since the last time."""
+        """Hand over all durations since the last flush."""
         with self._flushing:
             self._flush()
 

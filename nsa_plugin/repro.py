@@ -1,7 +1,7 @@
-"""Repro files: the batch of a verification that failed, and what `nsa-plugin verify` makes of it anywhere.
+"""Repro files: the batch of a verification that failed, for `nsa-plugin verify` on any machine.
 
-An `.npz` without pickled objects: lengths, request rows, the live columns of the token table, the engine's values and
-ours, and `json` (settings, versions, sizes). No token, no text, no cache content.
+A file is an `.npz` without pickled objects. It holds lengths, request rows, the live columns of the token or block table,
+the engine's values, the plugin's values, and `json` (settings, versions, sizes). It holds no token, text or cache content.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from nsa_plugin.core.metadata import TABLES, VECTORS, equal_in_pieces, live_entr
 from nsa_plugin.settings import Settings
 
 LIMIT_FILES = 10
-"""Files that a directory may hold."""
+"""Largest number of repro files in a directory."""
 LIMIT_BYTES = 64 << 20
-"""Bytes that the arrays of a file may have, uncompressed."""
-PREFIX = "nsa-plugin-repro"
+"""Largest size of a file's arrays, in bytes and uncompressed."""
+FILE_PREFIX = "nsa-plugin-repro"
 DISTRIBUTIONS = ("nsa-plugin", "torch", "triton", "sglang", "sglang-kernel", "vllm")
 
 
@@ -40,12 +40,12 @@ def write(directory: Path, mismatch: Mismatch, settings: Settings) -> Path:
     Raises
     ------
     UnavailableError
-        The directory holds `LIMIT_FILES` of them, the batch is larger than `LIMIT_BYTES`, or numpy is not installed.
+        The directory holds `LIMIT_FILES` files, the batch is larger than `LIMIT_BYTES`, or numpy is not installed.
     OSError
         The directory can't be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if len(list(directory.glob(f"{PREFIX}-*.npz"))) >= LIMIT_FILES:
+    if len(list(directory.glob(f"{FILE_PREFIX}-*.npz"))) >= LIMIT_FILES:
         raise UnavailableError(f"{directory} holds {LIMIT_FILES} repro files already; move them away")
     arrays, facts = _batch(mismatch.batch, mismatch.geometry)
     size = sum(array.numel() * array.element_size() for array in arrays.values())
@@ -70,7 +70,7 @@ def write(directory: Path, mismatch: Mismatch, settings: Settings) -> Path:
         "limits": None if mismatch.limits is None else {**dataclasses.asdict(mismatch.limits), "past_end": mismatch.limits.past_end.value},
         "left_out": left_out, "settings": {name: value for name, value, _ in settings.rows()}, "versions": _versions(),
     }  # fmt: skip
-    name = f"{PREFIX}-{mismatch.engine}-{mismatch.path.replace(' ', '-')}-{os.getpid()}"
+    name = f"{FILE_PREFIX}-{mismatch.engine}-{mismatch.path.replace(' ', '-')}-{os.getpid()}"
     number = sum(1 for _ in directory.glob(f"{name}-*.npz"))
     path = directory / f"{name}-{number}.npz"
     partial = path.with_suffix(".partial")
@@ -89,10 +89,14 @@ class Repro:
 
     Attributes
     ----------
-    batch, geometry : what was prepared
-    expected, got : (step, field) to the engine's and our defined values
-    facts : settings, versions, path, strategy, fields that differed
-    limits : of an engine that moves positions on from step to step
+    batch : BatchDescriptor
+    geometry : Geometry
+    expected, got : mappings of (step, field) to tensor
+        The live values of the engine's own path, and those of the plugin.
+    facts : mapping
+        Engine, path, strategy, fields that differed, settings, versions.
+    limits : DraftLimits or None
+        Limits of a draft whose positions advance from step to step (vLLM); None for other batches.
     """
 
     batch: BatchDescriptor
@@ -104,7 +108,17 @@ class Repro:
 
 
 def load(path: Path) -> Repro:
-    """Read a repro file, onto the CPU. Raises `InvalidValueError` if it is none."""
+    """Read a repro file; its tensors are on the CPU.
+
+    Raises
+    ------
+    InvalidValueError
+        The file is no repro file, or a damaged one.
+    OSError
+        The file can't be read.
+    UnavailableError
+        numpy is not installed.
+    """
     numpy = _numpy()
     sides: dict[str, dict[tuple[int, str], torch.Tensor]] = {"expected": {}, "got": {}}
     try:
@@ -133,14 +147,16 @@ def load(path: Path) -> Repro:
         raise
     except NsaPluginError as error:
         reject(str(path), "a repro file of nsa-plugin", f"one with a wrong entry ({error})", error=InvalidValueError)
-    except Exception as error:  # whatever numpy, zipfile or json make of a foreign file; their advice is not for it
+    except (
+        Exception
+    ) as error:  # numpy, zipfile and json raise many types for a foreign file, with advice that does not apply
         got = f"a file of another kind, or a damaged one ({type(error).__name__})"
         reject(str(path), "a repro file of nsa-plugin", got, error=InvalidValueError)
     return repro
 
 
 def _check(repro: Repro) -> None:
-    """Refuse a file whose entries can't be reported, or would be read outside of its tables."""
+    """Raise if an entry is missing or has another type, or if an index lies outside of its table."""
     facts, batch = repro.facts, repro.batch
     for name, kind in (("engine", str), ("path", str), ("strategy", str), ("fields", list), ("versions", dict)):
         if not isinstance(facts.get(name), kind):
@@ -160,10 +176,13 @@ def _within(name: str, values: torch.Tensor, largest: int) -> None:
 
 
 def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
-    """Compute the batch again with `impl`; returns the fields that differ from what was recorded, "step N: field".
+    """Compute the batch again with `impl` and compare it with the recorded values.
 
-    Under "engine" from the engine's values, under "plugin" from ours. What only the engine's own functions compute
-    (schedules, plans) is not computed and not compared.
+    Returns
+    -------
+    dict of "engine" and "plugin" to list of str
+        Fields that differ from the engine's and from the plugin's recorded values, as "step N: field". Fields that only
+        the engine's own functions compute (schedules, plans) are not compared.
     """
     if impl == "triton" and torch.cuda.is_available():
         repro = _on_gpu(repro)
@@ -181,11 +200,11 @@ def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
 
 
 Computed = Callable[[int, str, torch.Tensor], torch.Tensor | None]
-"""What a field of a step is here, in the layout of a recorded value; None if only the engine's own functions compute it."""
+"""(step, field, recorded value) to the recomputed value; None for a field that only the engine's functions compute."""
 
 
 def _planes(repro: Repro, impl: api.Impl) -> Computed:
-    """The planes of a batch whose steps an engine prepares at once."""
+    """Recomputed planes of a batch that `precompute` prepares for all steps."""
     result = api.precompute(repro.batch, repro.geometry, impl=impl)
 
     def computed(step: int, name: str, recorded: torch.Tensor) -> torch.Tensor | None:
@@ -215,7 +234,7 @@ def _groups(repro: Repro, impl: api.Impl) -> Computed:
 
 
 def _draft_steps(repro: Repro, impl: api.Impl) -> Computed:
-    """Positions, slots and lengths of a draft that moves on from step to step, and what else follows from its block table."""
+    """Recomputed fields of a draft whose positions advance from step to step: positions, slots, lengths, block tables."""
     batch, slots, limits = repro.batch, repro.batch.slots, repro.limits
     assert isinstance(slots, BlockTable) and limits is not None
     bs, device = batch.batch_size, batch.seq_lens.device
@@ -245,7 +264,7 @@ def _draft_steps(repro: Repro, impl: api.Impl) -> Computed:
 
 
 def _batch(batch: BatchDescriptor, geometry: Geometry) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The batch with the rows and columns of its table that count, and what else it takes to make it again."""
+    """Arrays of a batch (of its table only the used rows and live columns), and the sizes that restore it."""
     size = batch.batch_size
     seq_lens = batch.seq_lens[:size]
     longest = int(seq_lens.max()) + batch.added_tokens + max(batch.offsets) if size else 0

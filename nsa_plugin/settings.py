@@ -1,4 +1,4 @@
-"""Settings, from environment variables: engines spawn processes, and those inherit nothing else."""
+"""Settings from environment variables. Engines spawn processes, and those inherit the environment only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = {
 }
 """Field of `Settings` to the variable's name without its prefix."""
 COSMETIC = ("log_level", "metrics")
-"""Fields that change nothing about an engine's work: a mistake there is a warning, and the default is used."""
+"""Fields that do not change how an engine works. A mistake in one is a warning, and its default is used."""
 
 
 class SettingError(InvalidValueError):
@@ -44,25 +44,25 @@ class Settings:
     Attributes
     ----------
     strategy : "auto", "graph", "share", "copy" or "off"  (NSA_PLUGIN_STRATEGY)
-        How draft backends get their metadata. `auto` takes the best that the engine allows; `off` patches nothing.
+        How draft steps get their metadata. `auto` takes the best strategy that the engine allows; `off` patches nothing.
     plugins : frozenset of str, or None  (NSA_PLUGIN_PLUGINS, comma-separated)
         Third-party plugins of the entry-point group `nsa_plugin` that may be loaded; None allows all.
     log_level : int or None  (NSA_PLUGIN_LOG_LEVEL)
         Level of this package's loggers; None leaves them at the engine's.
     verify : int >= 0  (NSA_PLUGIN_VERIFY)
-        Every how many replays the engine's own code recomputes the metadata for comparison; 0 is never.
+        Every n-th replay is compared with the engine's own computation; 0 compares none.
     repro_dir : Path or None  (NSA_PLUGIN_REPRO_DIR)
-        Directory for a file about each difference that a verification finds; None writes none.
+        Directory for repro files, one per difference that a verification finds; None writes none.
     step_lengths : "engine" or "exact"  (NSA_PLUGIN_STEP_LENGTHS)
-        Which lengths draft steps see: the engine's own, or with the draft tokens before them.
+        Lengths that draft steps see: those of the engine's own code, or those that count the draft tokens before them.
     metrics : frozenset of "prometheus" and "nvtx"  (NSA_PLUGIN_METRICS, comma-separated)
-        Where to report to.
+        What to report to.
     switch_file : Path or None  (NSA_PLUGIN_SWITCH_FILE)
         While this file exists, running processes use the engine's own path.
     given : frozenset of str
-        Fields that the environment gave; the others are defaults.
+        Fields that the environment sets; the others have their defaults.
     mistakes : tuple of (variable, message)
-        Cosmetic settings that were not understood, and so are at their defaults.
+        Fields of `COSMETIC` whose values are invalid; they have their defaults.
     """
 
     strategy: str = "auto"
@@ -83,7 +83,7 @@ class Settings:
         Raises
         ------
         SettingError
-            A name is unknown, or a value that decides how an engine works. It names the valid ones and the nearest.
+            A name is unknown, or a value outside `COSMETIC` is invalid. It names the valid ones and the nearest.
         """
         environ = os.environ if environ is None else environ
         given = {name: value.strip() for name, value in environ.items() if name.startswith(PREFIX) and value.strip()}
@@ -113,12 +113,12 @@ class Settings:
         return settings
 
     def beyond(self, features: frozenset[str]) -> list[str]:
-        """Variables that ask for more than an adapter with these features can give."""
+        """Variables that ask for a feature which is not in `features`, those of an adapter."""
         asked = {"verify": self.verify > 0, "step_lengths": self.step_lengths != "engine"}
         return [PREFIX + NAMES[name] for name, wanted in asked.items() if wanted and name not in features]
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Variable, value as one would write it, and where it came from, for each setting."""
+        """(variable, value as text, "environment" or "default") of each setting."""
         shown = []
         for name, variable in NAMES.items():
             value = getattr(self, name)
@@ -186,7 +186,7 @@ def _meant(variable: str) -> str:
 
 
 def _guess(word: str, valid: Iterable[str]) -> str:
-    """The valid word that was probably meant, or ""."""
+    """The valid word that is nearest to `word`; empty if none is near."""
     known = {choice.lower(): choice for choice in valid}
     found = difflib.get_close_matches(word.lower(), known, n=1)
     return known[found[0]] if found else ""

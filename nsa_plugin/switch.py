@@ -1,7 +1,6 @@
-"""On or off, and why: the one place that decides whether the engines' own paths are used.
+"""`Switch`: on or off, and why. It alone decides whether the engines' own paths are used.
 
-Any thread may say off or on, at any time. It changes `Switch.on` and nothing else; whoever acts on that reads it once per
-decision.
+Any thread may switch at any time. Switching sets `Switch.on`; readers read that once per decision.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from nsa_plugin import background
 logger = logging.getLogger("nsa_plugin")
 
 _changing = threading.RLock()
-"""Held while reasons change, and across a fork: no child inherits half a change. No foreign code runs within it."""
+"""Held while reasons change, and across a fork, so that no child inherits half a change. No foreign code runs under it."""
 _telling = threading.RLock()
-"""Held while changes are told, one after the other."""
+"""Held while changes are logged, one after the other."""
 
 
 class Switch:
-    """Off for as long as there is a reason to be.
+    """On as long as there is no reason to be off.
 
     Parameters
     ----------
     file : Path or None
-        A reason while it exists; see `watch_switch_file`.
+        Switch file. It is a reason to be off while it exists; see `watch_switch_file`.
 
     Attributes
     ----------
     on : bool
-        Whether anything but the engines' own paths is used.
+        Whether the plugin's paths are used; else the engines' own.
     reasons : tuple of str
-        Why not, in the order in which they came up; empty while on.
+        Why it is off, the oldest reason first; empty while on.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -47,28 +46,28 @@ class Switch:
         self._untold: deque[str] = deque()
 
     def left_as_is(self, on: bool) -> list[str]:
-        """What goes on as before although it was switched, one line each: it takes a restart, or a new capture."""
+        """Work that a switch does not reach without a restart or a new capture, one line each."""
         return []
 
     def switch(self, on: bool, why: str) -> list[str]:
-        """Use the engines' own paths from the next replay on, for one more reason; or ours again, whatever the reasons.
+        """Switch from the next replay on: off adds the reason `why`; on removes all reasons.
 
-        Returns what goes on as before, one line each: it takes a restart, or a new capture.
+        Returns `left_as_is(on)`.
         """
         with _changing:
             self._change(() if on else tuple(dict.fromkeys((*self.reasons, why))), why)
         return self._tell()
 
     def watch_switch_file(self) -> None:
-        """Look at the switch file now and once a second from now on, if there is one to look at."""
+        """Look at the switch file now and then once a second, if the settings name one."""
         if self._file is not None:
             self.look_at_switch_file()
             background.every_second(self.look_at_switch_file)
 
     def look_at_switch_file(self) -> None:
-        """Have one more reason when the switch file appears, and one less when it goes away.
+        """Add a reason when the switch file appears; remove it when the file goes away.
 
-        Does nothing while the file stays as it is: what `switch` says in the meantime holds.
+        While the file stays as it is, nothing changes: a `switch` since then holds.
         """
         there = self._look()
         with _changing:
@@ -84,7 +83,7 @@ class Switch:
             self._tell()
 
     def _look(self) -> bool:
-        """Whether the switch file is there; as it was if that can't be seen."""
+        """Whether the switch file exists. If a look fails, the answer stays what it was."""
         problem, there = "", self._file_is_there
         try:
             if self._file is not None:
@@ -110,7 +109,10 @@ class Switch:
             self._untold.append(f"{why}; still off ({'; '.join(reasons)})")
 
     def _tell(self) -> list[str]:
-        """Log what has changed, in that order, and ask what goes on as before: the last to ask asks about what holds."""
+        """Log the changes in their order; return (and log, if anything changed) what is left as it is.
+
+        `left_as_is` is asked about `self.on` as it is then: of several switches at a time, the last one's answer holds.
+        """
         with _telling:
             changed = bool(self._untold)
             while self._untold:
@@ -130,7 +132,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Of the threads only this one goes on: none will release what another held."""
+    """Make new locks: threads that held the old ones do not exist in the child."""
     global _changing, _telling
     _changing, _telling = threading.RLock(), threading.RLock()
 

@@ -1,6 +1,6 @@
-"""Traces of speculative rounds: generated, with the KV slots that a paged allocator would hand out, or recorded.
+"""Traces of speculative rounds: generated, or recorded from a running engine.
 
-`benchmarks/end_to_end/recorder` records them from a running engine.
+A generated trace gets KV slots as a paged allocator would hand them out. `benchmarks/end_to_end/recorder` records traces.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from nsa_plugin.core.errors import reject
 
 MAX_LENGTH, MAX_REQUEST, MAX_PAGE = 1 << 20, 1 << 16, 1 << 24
-"""Beyond these a recorded line is taken for damaged."""
+"""Largest values of a recorded line (tokens, request rows, page numbers); a line with larger ones is damaged."""
 MAX_ENTRIES = 1 << 30
-"""Beyond this a token table is taken for that of a damaged trace."""
+"""Largest token table of a recorded trace, in entries; a trace that needs a larger one is damaged."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Round:
     seq_lens : tuple of int
         Tokens in the KV cache of each request, 1 for padding.
     requests : tuple of int
-        Pooled request (row of the token table) of each, 0 for padding.
+        Pooled request (row of the token table) of each request, 0 for padding.
     live : int
-        How many are real.
+        Number of real requests.
     path : str
-        What was prepared, in the adapters' words: "draft decode", "target verify" or "draft extend".
-    pages : mapping of request to (index of its first page that is not as before, page numbers from there on)
-        As recorded; empty in a generated trace, whose pages `SlotTable` hands out.
+        Path that prepared the round: "draft decode", "target verify" or "draft extend".
+    pages : mapping of request to (index of its first changed page, page numbers from there on)
+        Recorded pages. Empty in a generated trace, whose pages `SlotTable` hands out.
     """
 
     seq_lens: tuple[int, ...]
@@ -52,8 +52,14 @@ class Sizes:
 
     Attributes
     ----------
-    width : tokens that a request may have; max_requests : rows of the token table (row 0 is for padding);
-    captured : batch sizes that CUDA graphs exist for; page_size : tokens per KV page.
+    width : int
+        Largest number of tokens of a request.
+    max_requests : int
+        Rows of the token table; row 0 is for padding.
+    captured : tuple of int
+        Batch sizes that have a CUDA graph.
+    page_size : int
+        Tokens per KV page.
     """
 
     width: int = 8192
@@ -63,7 +69,10 @@ class Sizes:
 
 
 def generate(rounds: int, accept: int, sizes: Sizes, seed: int = 0) -> Iterator[Round]:
-    """Requests that join with a prompt, accept 1 to `accept` tokens a round, and leave; sometimes nobody is there."""
+    """Generate rounds: requests join with a prompt, accept 1 to `accept` tokens per round, and leave.
+
+    Some rounds have no real request.
+    """
     rng = random.Random(seed)
     free = list(range(1, sizes.max_requests))
     running: dict[int, list[int]] = {}  # request: [length, length at which it leaves]
@@ -86,21 +95,28 @@ def generate(rounds: int, accept: int, sizes: Sizes, seed: int = 0) -> Iterator[
                 free.append(request)
 
 
-def load(path: Path, kind: str = "draft decode") -> list[Round]:
-    """Read the rounds of one path from a recorded trace: JSON lines with `seq_lens`, `req_pool_indices` and `live`.
+def load(file: Path, path: str = "draft decode") -> list[Round]:
+    """Read the rounds of one path from a recorded trace.
+
+    Parameters
+    ----------
+    file : Path
+        JSON lines with `seq_lens`, `req_pool_indices` and `live`; `path` and `pages` are optional.
+    path : str
+        Rounds of other paths are left out.
 
     Raises
     ------
     InvalidValueError
-        A line is not of that form; it is named. Or no line is of that path. Or its token table would be too large.
+        A line has another form (the error names it), no line has that path, or the trace needs too large a token table.
     """
     rounds = []
     try:
-        lines = path.read_text().splitlines()
+        lines = file.read_text().splitlines()
     except UnicodeDecodeError:
-        reject(str(path), "a recorded trace, which is JSON lines", "a file that is no text")
+        reject(str(file), "a recorded trace, which is JSON lines", "a file that is no text")
     for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
+        where = f"{file}, line {number}"
         try:
             entry = json.loads(line)
             pages = {
@@ -132,19 +148,19 @@ def load(path: Path, kind: str = "draft decode") -> list[Round]:
         ):  # fmt: skip
             if not all(0 <= value <= limit for value in values):
                 reject(where, f"{name} of 0 to {limit}", values)
-        if found.path == kind:
+        if found.path == path:
             rounds.append(found)
     if not rounds:
-        reject(str(path), f"rounds of {kind}", "none")
+        reject(str(file), f"rounds of {path}", "none")
     sizes = sizes_of(rounds)
     if sizes.width * sizes.max_requests > MAX_ENTRIES:
         got = f"{sizes.max_requests} requests of {sizes.width} tokens"
-        reject(str(path), f"a token table of at most {MAX_ENTRIES} entries", got)
+        reject(str(file), f"a token table of at most {MAX_ENTRIES} entries", got)
     return rounds
 
 
 def sizes_of(rounds: Sequence[Round], added_tokens: int = 0) -> Sizes:
-    """Sizes that hold a recorded trace, with room for `added_tokens` after the longest request."""
+    """The smallest sizes that hold a recorded trace, with room for `added_tokens` after the longest request."""
     longest = max(length for entry in rounds for length in entry.seq_lens) + added_tokens
     return Sizes(
         width=-(-longest // Sizes.page_size) * Sizes.page_size,
@@ -153,15 +169,15 @@ def sizes_of(rounds: Sequence[Round], added_tokens: int = 0) -> Sizes:
     )
 
 
-def save(path: Path, rounds: Sequence[Round]) -> None:
-    """Write a trace that `load` reads."""
+def save(file: Path, rounds: Sequence[Round]) -> None:
+    """Write rounds as a trace that `load` reads."""
     fields = {"path": "path", "seq_lens": "seq_lens", "req_pool_indices": "requests", "live": "live", "pages": "pages"}
     lines = [json.dumps({name: getattr(entry, ours) for name, ours in fields.items()}) for entry in rounds]
-    path.write_text("".join(line + "\n" for line in lines))
+    file.write_text("".join(line + "\n" for line in lines))
 
 
 class SlotTable:
-    """The token table that an engine keeps while a trace runs: with the pages that were recorded, else handed out.
+    """The token table of an engine while a trace runs, with recorded pages or with pages of its own allocator.
 
     Attributes
     ----------
@@ -180,7 +196,7 @@ class SlotTable:
         self.table = torch.zeros(sizes.max_requests, per_request * sizes.page_size, dtype=torch.int32, device=device)
 
     def advance(self, entry: Round) -> None:
-        """Give the requests of a round the pages that they need; take back those of requests that are gone."""
+        """Give the requests of a round the pages that they need; take back the pages of requests that left."""
         size = self._sizes.page_size
         if entry.pages:
             for request, (at, numbers) in entry.pages.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +38,15 @@ def cases(
     modes: tuple[ForwardMode, ...] = tuple(ForwardMode),
     device: str = "cpu",
     max_width: int = 600,
+    min_batch_size: int = 0,
+    max_steps: int = 16,
 ) -> Case:
     """Any mode, dtype, stride, padding, number of steps, and lengths at 0, 1, page edges and the table's width."""
     mode = draw(st.sampled_from(modes))
     page_size = draw(st.sampled_from([1, 16, 64]))
     width = draw(st.integers(page_size, max_width))
-    bs = draw(st.integers(0, max_batch_size))
-    num_steps = draw(st.integers(1, 16)) if mode is ForwardMode.DECODE else 1
+    bs = draw(st.integers(min_batch_size, max_batch_size))
+    num_steps = draw(st.integers(1, max_steps)) if mode is ForwardMode.DECODE else 1
     grow = mode is ForwardMode.DECODE and num_steps < width and draw(st.booleans())
     step_offsets = tuple(range(1, num_steps + 1)) if grow else ()
     draft_tokens = draw(st.integers(1, min(6, width)))
@@ -79,6 +82,10 @@ def cases(
     topk = draw(st.sampled_from([1, 32, 256]))
     geometry = Geometry(topk, page_size, width, num_sms=2, wide_page_table=draw(st.booleans()))
     return Case(batch, geometry)
+
+
+interpreted = partial(cases, max_batch_size=5, max_steps=4)
+"""Cases for kernels that Triton interprets: seconds per launch with more requests and steps, and no other branch."""
 
 
 def poisoned(

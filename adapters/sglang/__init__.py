@@ -1,1 +1,5 @@
-"""sglang's DeepSeek Sparse Attention backends (0.5.11 and later; its name for it was NSA before 0.5.13)."""
+"""The sglang adapter, for its DeepSeek Sparse Attention backends, which older releases call NSA.
+
+`adapter` installs by the `ledger`; `releases` has every difference between releases. Data flow: `describe`, then
+`preparation` at capture, then its `replay`. `compare` is for verification only.
+"""

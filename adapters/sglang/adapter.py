@@ -1,34 +1,19 @@
-"""The sglang adapter: probe, install through sglang's `HookRegistry`, undo.
-
-Patches, each to go when sglang itself computes the metadata of a draft once, fresh for every backend
-(sglang pull requests 14781, 17554 and 29499 went part of the way; 38213, the reuse of a draft's metadata, is open):
-
-(For 0.5.11 and 0.5.12 read `NativeSparseAttn…` and, for the two methods, `init_forward_metadata_capture_cuda_graph` and
-`…_replay_cuda_graph`: `releases.Names`. They go with the support of those releases.)
-
-- `DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph` and `…_in_graph`: one computation for all draft
-  backends, before the draft's graph or recorded in it. The shipped code also leaves the DeepGEMM schedule and the top-k
-  plan of the first three backends stale when there are more than two.
-- `DeepseekSparseAttnMultiStepBackend.init_cuda_graph_state`: one page table for all draft backends instead of one each.
-- `DeepseekSparseAttnMultiStepBackend.__init__`: to know what the draft model's configuration says of shared top-k
-  indices. It goes when a batch says it for every worker.
-- `DeepseekSparseAttnBackend.init_forward_metadata_out_graph` and `…_in_graph`: target verify and draft extend with the
-  same engine.
-- `MetadataGlueGraph.run` and `is_captured`: sglang's experimental recording of what the methods above launch; see
-  `nsa_plugin.adapters.sglang.glue`. They go with it, or when it asks before it records.
-"""
+"""At start and at undo: the adapter probes sglang, puts hooks on the methods of its `ledger`, and takes them off again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import installed_version, untested, warn_if_untested, warn_of_untested
-from nsa_plugin.adapters.sglang import hooking, releases
+from nsa_plugin.adapters.sglang import registry, releases
+from nsa_plugin.adapters.sglang.backends import MultiStepDraft, SingleBackend
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
-from nsa_plugin.adapters.sglang.owners import MultiStepDraft, SingleBackend
-from nsa_plugin.adapters.sglang.paths import Path, not_graph, usable
+from nsa_plugin.adapters.sglang.hooked import HookedBackend
+from nsa_plugin.adapters.sglang.ledger import HookRow, rows
+from nsa_plugin.adapters.sglang.refusals import not_graph, usable
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 
 
@@ -39,7 +24,7 @@ class SglangAdapter:
     features = frozenset({"verify", "step_lengths"})
 
     def __init__(self) -> None:
-        self._paths: list[Path] = []
+        self._backends: tuple[HookedBackend, ...] = ()
         self._glue = GlueGraphs()
         self._hooks: dict[str, Callable[..., Any]] = {}
         self._left_alone = ""
@@ -61,25 +46,21 @@ class SglangAdapter:
         self._left_alone = releases.lacking("draft extend")
         warn_if_untested(logger, "sglang", releases.TESTED)
         warn_of_untested(logger, releases.every_need())
-        names, glue = releases.names(), GlueGraphs()
-        paths: dict[str, Path] = {
-            names.multi_step: MultiStepDraft(host, glue),
-            names.backend: SingleBackend(host, glue),
+        glue = GlueGraphs()
+        served = MultiStepDraft(host, glue), SingleBackend(host, glue)
+        made: dict[type, object] = {type(one): one for one in (*served, glue)}
+        hooks: dict[str, Callable[..., Any]] = {
+            row.target: MethodType(row.hook, made[row.hooked_by]) for row in self.ledger()
         }
-        hooks = {
-            f"{owner}.{method}": replacement
-            for owner, path in paths.items()
-            for method, replacement in path.hooks().items()
-        } | glue.hooks()
-        if covered := hooking.covered(hooks):
+        if covered := registry.covered(hooks):
             return [
                 f"looked for sglang's own hooks on {target}, found another patch over them; install this plugin before what "
                 "patches it"
                 for target in covered
             ]
-        self._paths, self._glue, self._hooks = list(paths.values()), glue, hooks
+        self._backends, self._glue, self._hooks = served, glue, hooks
         try:
-            hooking.put_on(hooks)
+            registry.put_on(hooks)
         except Exception:
             self.undo()
             raise
@@ -88,12 +69,12 @@ class SglangAdapter:
     def undo(self) -> None:
         """Put back every attribute that was replaced, by identity. Other plugins' hooks on the same methods stay.
 
-        CUDA graphs go on reading the buffers that they were captured with: draft backends that shared buffers go on doing
-        so, which sglang's own code fills with equal values.
+        CUDA graphs go on reading the buffers that they were captured with. Draft backends that shared buffers therefore go
+        on sharing them; sglang's own code fills them with equal values.
         """
         if not self._hooks:
             return
-        recorded = sorted({path for hooked in self._paths for path in hooked.undo()})
+        recorded = sorted({path for served in self._backends for path in served.undo()})
         self._glue.undo()
         if recorded:
             logger.warning(
@@ -101,22 +82,26 @@ class SglangAdapter:
                 "of it",
                 ", ".join(recorded),
             )
-        for target in hooking.take_off(self._hooks):
+        for target in registry.take_off(self._hooks):
             logger.warning("nsa-plugin: another patch covers the hook of %s: it stays there, and does nothing", target)
-        self._paths, self._hooks = [], {}
+        self._backends, self._hooks = (), {}
+
+    def ledger(self) -> tuple[HookRow, ...]:
+        """Every attribute that `install` replaces in the installed sglang, a row each, with its hook."""
+        return rows()
 
     def summary(self) -> str:
-        """What is accelerated and what is left alone, for one log line."""
+        """What is accelerated and what is left to the engine, for one log line."""
         served = ["the multi-step draft", "target verify"] + ([] if self._left_alone else ["draft extend"])
         text = f"sglang {installed_version('sglang')}: metadata of {', '.join(served)} is computed once"
-        return text + (f"; draft extend is left alone: {self._left_alone}" if self._left_alone else "")
+        return text + (f"; draft extend is left to sglang: {self._left_alone}" if self._left_alone else "")
 
     def switch(self, on: bool) -> list[str]:
-        """What takes more than the next replay. Replays, what graphs recorded included, look at the host's switch."""
-        return [f"{ENGINE}: {line}" for path in self._paths for line in path.captured_off()] if on else []
+        """What takes a new capture. Replays look at the host's switch, and so does what graphs have recorded."""
+        return [f"{ENGINE}: {line}" for served in self._backends for line in served.captured_off()] if on else []
 
     def paths(self, host: Host) -> list[PathPlan]:
-        """What would be done for each path with the host's settings; asks the installed sglang, captures nothing."""
+        """What would be done for each path with the host's settings. Asks the installed sglang, captures nothing."""
         problems = self.probe()
         problem = problems[0] if problems else ""
         extend = problem or releases.lacking("draft extend")

@@ -1,44 +1,19 @@
-"""What of a `DSAMetadata` is defined, and sglang's own values for a batch: to verify against, in tests and at work."""
+"""Only when a replay is verified, and in tests: which entries of a `DSAMetadata` are defined, and which of them differ."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
-from nsa_plugin.adapters.sglang.hooking import beneath_hooks
-from nsa_plugin.adapters.sglang.releases import names
+from nsa_plugin.adapters.sglang.releases import derived_planes, topk_plan_is_written
 from nsa_plugin.adapters.verification import SpareBuffers
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
 from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
-
-
-def native_replay(backends: Sequence[Any], batch: Any, native_mode: Any) -> None:
-    """Let sglang's per-backend code compute the metadata of a batch, into the buffers that the backends hold."""
-    arguments = {name: getattr(batch, name, None) for name in names().arguments}
-    for backend in backends:
-        unhooked(backend, names().own_path)(
-            bs=batch.batch_size,
-            req_pool_indices=batch.req_pool_indices,
-            seq_lens=batch.seq_lens,
-            seq_lens_cpu=batch.seq_lens_cpu,
-            forward_mode=native_mode,
-            spec_info=batch.spec_info,
-            **arguments,
-        )
-
-
-def unhooked(backend: Any, method: str) -> Callable[..., None]:
-    """A method of a backend; without hooks if it is one that we hook, or ours would be asked for the same batch again."""
-    if method in names().hooks:
-        return partial(beneath_hooks(getattr(type(backend), method)), backend)
-    bound: Callable[..., None] = getattr(backend, method)
-    return bound
 
 
 def defined_values(
@@ -47,8 +22,17 @@ def defined_values(
     """Copies of the defined entries of a `DSAMetadata`, undefined ones set to -1 or left out. Reads lengths on the host.
 
     Undefined are tails of page tables, the top-k plan of small batches, its rows past its count (the others come in any
-    order), and FlashMLA's scheduler tensor, which has an unused end. `expected` is the engine's `DSAMetadata` of the same
-    batch: its lengths say what is live. `tables` are the page tables that are wanted.
+    order), and FlashMLA's scheduler tensor, which has an unused end.
+
+    Parameters
+    ----------
+    metadata : DSAMetadata
+    expected : DSAMetadata
+        The engine's own of the same batch: its lengths say what is live.
+    batch : BatchDescriptor
+    sizes : Geometry
+    tables : collection of str
+        The page tables that are wanted.
     """
     fields = (*VECTORS, *tables)
     values = live_entries(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(metadata), 0, fields)
@@ -57,12 +41,9 @@ def defined_values(
 
 def _others(metadata: Any, expected: Any) -> dict[str, torch.Tensor]:
     """The defined values of a `DSAMetadata` that its engine's own functions compute from the others."""
-    values = {}
-    for name in ("paged_mqa_schedule_metadata", "paged_mqa_ctx_lens_2d"):
-        if getattr(metadata, name, None) is not None:
-            values[name] = getattr(metadata, name)
-    if getattr(metadata, "topk_v2_plan", None) is not None and _plan_is_written(consumer(expected).seqlens_expanded):
-        plan = metadata.topk_v2_plan
+    values = derived_planes(metadata)
+    plan = values.pop("topk_v2_plan", None)
+    if plan is not None and topk_plan_is_written(consumer(expected).seqlens_expanded):
         rows = plan[1 : int(plan[0, 1]) + 1]
         values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
     if metadata.flashmla_metadata is not None:
@@ -73,7 +54,7 @@ def _others(metadata: Any, expected: Any) -> dict[str, torch.Tensor]:
 def compare(expected: Any, got: Any, batch: BatchDescriptor, sizes: Geometry) -> list[str]:
     """Names of the defined values in which two `DSAMetadata` of the same batch differ; a wide page table may be missing.
 
-    Takes no memory in proportion to the page tables, see `differing_fields`.
+    The comparison takes no memory in proportion to the page tables, see `differing_fields`.
     """
     tables = differing_fields(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(got))
     return sorted(tables + differing(_others(expected, expected), _others(got, expected)))
@@ -84,7 +65,7 @@ def differing_values(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
     """The defined values of two `DSAMetadata` of the same batch if they differ, without page tables that are equal.
 
-    The values are copies. Of a page table that differs they are as large as what of it is used.
+    The values are copies. The copy of a page table is as large as its used part.
     """
     wrong = compare(expected, got, batch, sizes)
     if not wrong:
@@ -121,12 +102,3 @@ def spare_metadata(metadata: Any, spares: SpareBuffers) -> Any:
         return copies[key].view(value.shape)
 
     return copy("", metadata)
-
-
-def _plan_is_written(lengths: torch.Tensor) -> bool:
-    """Whether sglang's top-k planner writes anything for these rows; it leaves the buffer as it is for small batches."""
-    if lengths.device.type == "cpu":
-        return True
-    from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written
-
-    return bool(topk_v2_plan_is_written(lengths))

@@ -1,11 +1,10 @@
-"""sglang's batches and buffers in this package's words. Copies no tensor."""
+"""At capture and at every replay: sglang's batches and buffers in this package's words. Copies no tensor."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-from nsa_plugin.adapters.sglang.releases import names
+from nsa_plugin.adapters.sglang.releases import derived_planes, generation
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata, same_buffer
 
@@ -21,44 +20,22 @@ FIELDS = {
 """Field of `StepMetadata` to field of sglang's `DSAMetadata` or `NSAMetadata`."""
 
 
-def batch_to_capture(
-    bs: int, num_tokens: int, req_pool_indices: Any, seq_lens: Any, encoder_lens: Any, forward_mode: Any,
-    spec_info: Any, *others: Any, **more: Any,
-) -> SimpleNamespace:  # fmt: skip
-    """A batch for the arguments of a backend's `init_forward_metadata_capture_cuda_graph` (0.5.11, 0.5.12)."""
-    return SimpleNamespace(
-        batch_size=bs, req_pool_indices=req_pool_indices, seq_lens=seq_lens, seq_lens_cpu=seq_lens.cpu(),
-        encoder_lens=encoder_lens, forward_mode=forward_mode, spec_info=spec_info,
-    )  # fmt: skip
-
-
-def batch_to_replay(
-    bs: int, req_pool_indices: Any, seq_lens: Any, seq_lens_sum: int, encoder_lens: Any, forward_mode: Any,
-    spec_info: Any, seq_lens_cpu: Any, *others: Any, **more: Any,
-) -> SimpleNamespace:  # fmt: skip
-    """A batch for the arguments of a backend's `init_forward_metadata_replay_cuda_graph` (0.5.11, 0.5.12)."""
-    return SimpleNamespace(
-        batch_size=bs, req_pool_indices=req_pool_indices, seq_lens=seq_lens, seq_lens_cpu=seq_lens_cpu,
-        seq_lens_sum=seq_lens_sum, encoder_lens=encoder_lens, forward_mode=forward_mode, spec_info=spec_info,
-    )  # fmt: skip
-
-
 def describe(
     batch: Any, *, backend: Any, mode: ForwardMode, num_steps: int = 1, step_offsets: tuple[int, ...] = ()
 ) -> BatchDescriptor:
-    """Describe a `ForwardBatch`, or the namespace that sglang passes at replay, for one of its DSA backends.
+    """Describe a `ForwardBatch`, or the namespace that sglang passes at replay, for a DSA backend.
 
     Parameters
     ----------
     batch : has batch_size, seq_lens [>= batch_size] and req_pool_indices [>= batch_size]
     backend : DeepseekSparseAttnBackend
-        Whose token table and draft width count.
+        Its token table and draft width count.
     mode : ForwardMode
         A draft is DECODE whatever mode its batch says.
     num_steps : int
         Draft backends.
     step_offsets : tuple of num_steps ints, or ()
-        What each sees beyond the batch's lengths; sglang's own see nothing more.
+        Tokens that each sees beyond the batch's lengths; sglang's own draft backends see none.
     """
     return BatchDescriptor(
         mode,
@@ -72,10 +49,10 @@ def describe(
 
 
 def geometry(backend: Any, metadata: Any) -> Geometry:
-    """Constants of a backend and of one of its captured `DSAMetadata`."""
+    """The constants of a backend and of a `DSAMetadata` that it has captured."""
     table, width = metadata.page_table_1, backend.req_to_token.shape[1]
     return Geometry(
-        index_topk=getattr(backend, names().of("_index_topk")),
+        index_topk=getattr(backend, generation().of("_index_topk")),
         page_size=metadata.page_size,
         table_width=width if table is None else min(width, table.shape[1]),
         num_sms=multiprocessors(backend.req_to_token.device),
@@ -85,12 +62,7 @@ def geometry(backend: Any, metadata: Any) -> Geometry:
 
 def consumer(metadata: Any) -> StepMetadata:
     """The buffers of a captured `DSAMetadata`, derived planes included."""
-    derived = {
-        name: getattr(metadata, name)
-        for name in ("paged_mqa_schedule_metadata", "topk_v2_plan", "paged_mqa_ctx_lens_2d")
-        if getattr(metadata, name, None) is not None
-    }
-    planes = vectors_and_tables(metadata)
+    derived, planes = derived_planes(metadata), vectors_and_tables(metadata)
     lengths = derived.get("paged_mqa_ctx_lens_2d")
     if lengths is not None and any(
         same_buffer(lengths, planes[name]) for name in ("cache_seqlens", "seqlens_expanded")
@@ -104,5 +76,5 @@ def consumer(metadata: Any) -> StepMetadata:
 
 def vectors_and_tables(metadata: Any) -> dict[str, Any]:
     """The planes of a `DSAMetadata` by the name of their field in `StepMetadata`."""
-    prefix = names().prefix
+    prefix = generation().prefix
     return {ours: getattr(metadata, theirs.format(prefix=prefix)) for ours, theirs in FIELDS.items()}

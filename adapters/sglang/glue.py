@@ -1,13 +1,12 @@
-"""sglang's metadata glue graph (0.5.20 and later, SGLANG_ENABLE_METADATA_GLUE_GRAPH) beside the plugin.
+"""At every replay of sglang's metadata glue graph (SGLANG_ENABLE_METADATA_GLUE_GRAPH): whose turn it is, sglang's or ours.
 
-For each batch size it records what `init_forward_metadata_out_graph` launches and from then on calls that method no
-more: verification, the switch and metrics would stop. Where ours prepares, the method is called instead, which costs
-one launch or none; a glue graph only ever records, and replays, sglang's own code, while ours is off.
+For each batch size a glue graph records what `init_forward_metadata_out_graph` launches. From then on it calls that method
+no more: verification, the switch and metrics would stop. Where ours prepares, the hooks call the method instead, which
+costs one launch or none. While ours is off, a glue graph records and replays sglang's own code.
 """
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -15,30 +14,20 @@ from weakref import WeakValueDictionary
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.sglang.preparation import Preparation
-from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, lacking
 from nsa_plugin.adapters.sglang.reports import logger
 
 
 class GlueGraphs:
-    """The hooks of `MetadataGlueGraph`.
+    """What the hooks of `MetadataGlueGraph` do.
 
-    Which of its keys ours prepares is not known beforehand, since its backend may pass the call on to one of ours; it is
-    seen when the call arrives (`serves`). sglang calls the method itself at least once before it records.
+    Its backend may pass the call on to one of ours. Ours therefore learns which keys it prepares when a call arrives
+    (`serves`). sglang calls the method itself at least once before it records.
     """
 
     def __init__(self) -> None:
         self._served: Attached[WeakValueDictionary[Any, Preparation]] = Attached("served")
         self._running: ContextVar[tuple[Any, Any] | None] = ContextVar("running", default=None)
         self._said = False
-
-    def hooks(self) -> dict[str, Callable[..., Any]]:
-        """Targets to what stands in for them; none in releases without a glue graph."""
-        if lacking("glue graph"):
-            return {}
-        found: dict[str, Callable[..., Any]] = {f"{GLUE_GRAPH}.run": self.run}
-        if hasattr(pkgutil.resolve_name(GLUE_GRAPH), "is_captured"):  # 0.5.23: sglang may replay it without `run`
-            found[f"{GLUE_GRAPH}.is_captured"] = self.is_captured
-        return found
 
     def run(
         self,
@@ -61,15 +50,15 @@ class GlueGraphs:
             self._running.reset(running)
 
     def is_captured(self, original: Callable[..., bool], glue: Any, key: Any, *others: Any, **more: Any) -> bool:
-        """Stand in for `MetadataGlueGraph.is_captured`: whether sglang may replay it right away."""
+        """Stand in for `MetadataGlueGraph.is_captured`: whether sglang may replay the glue graph right away."""
         return not self._is_ours(glue, key) and original(glue, key, *others, **more)
 
     def running(self) -> bool:
-        """Whether a glue graph is asking, so that the call may be under capture."""
+        """Whether a glue graph is asking: the call may then be under capture."""
         return self._running.get() is not None
 
     def serves(self, preparation: Preparation) -> None:
-        """Remember who prepares the key that is running, if one is."""
+        """Remember what prepares the key that is running, if one is."""
         if (running := self._running.get()) is None:
             return
         glue, key = running

@@ -1,4 +1,4 @@
-"""How the metadata of one captured batch size is prepared at each replay, and how that is verified and switched off."""
+"""Made at capture, runs at every replay: how the metadata of one captured batch size is prepared, verified, switched off."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
 from nsa_plugin.adapters.sglang import derived
-from nsa_plugin.adapters.sglang.compare import differing_values, native_replay, spare_metadata
+from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
-from nsa_plugin.adapters.sglang.releases import names
+from nsa_plugin.adapters.sglang.own_path import native_replay
+from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import StepMetadata
 
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
-"""What a module of torch for one kind of device (`torch.cuda`, `torch.xpu`, …) calls its graphs."""
+"""Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""
 
 
 class Preparation:
     """How the metadata of one captured batch size of some DSA backends is prepared at each replay.
 
-    Making one changes nothing; `bind` does.
+    The constructor changes nothing in sglang; `bind` does.
 
     Parameters
     ----------
@@ -36,14 +37,14 @@ class Preparation:
     batch : ForwardBatch
         The captured batch: its tensors are the runner's static buffers.
     native_mode : sglang ForwardMode
-        What sglang's own code takes the batch for.
+        The mode that sglang's own code prepares the batch in.
     strategy : "graph", "share" or "copy"
     drop_wide_table : bool
-        Leave `page_table_1` out of shared metadata, because nothing reads it.
+        Whether shared metadata goes without `page_table_1`, because nothing reads it.
     exact : bool
-        Draft step i sees i + 1 tokens more than sglang's own: itself and the draft tokens before it.
+        Whether draft step i sees i + 1 tokens more than sglang's own: itself and the draft tokens before it.
     spares : SpareBuffers or None
-        Where verification may have sglang's own code write; None to verify nothing.
+        Buffers that sglang's own code writes into when a replay is verified; None: no replay is verified.
 
     Attributes
     ----------
@@ -51,11 +52,11 @@ class Preparation:
     recorded : bool
         Whether a captured graph does the work.
     replay : callable(batch)
-        Prepares the metadata of a live batch. Made of what is needed, so that what is off costs a replay nothing.
+        Prepares the metadata of a live batch. It has no part for a feature that is off: such a feature costs nothing.
     replay_natively : callable(batch)
-        Lets sglang's own per-backend code do it, into the buffers that captured graphs read.
+        Lets sglang's own per-backend code do that, into the buffers that captured graphs read.
     note : str
-        What else there is to say about the strategy.
+        More to say about the strategy in the log.
     size : int
         Bytes of the buffers.
     """
@@ -67,7 +68,7 @@ class Preparation:
         first, mode = backends[0], MODES[native_mode.name]
         self.strategy = self.bound_as = strategy
         self.recorded = self._failed = False
-        self._dispatch = f"set_{names().prefix}_prefill_impl"
+        self._dispatch = f"set_{generation().prefix}_prefill_impl"
         self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
         self._batch_size = batch.batch_size
         self._stores = tuple(backend.decode_cuda_graph_metadata for backend in backends)
@@ -112,25 +113,25 @@ class Preparation:
         self._hand_out(self._used)
 
     def undo(self) -> None:
-        """Leave the backends to sglang, with metadata in those buffers that captured graphs read.
+        """Leave the backends to sglang, with metadata in the buffers that captured graphs read.
 
-        With `share` these are the first backend's: in their own the others would write what no graph reads.
+        With `share` these are the first backend's. No graph reads the other backends' own.
         """
         if self.is_current():
             self._hand_out(self._given_back)
 
     def retire(self) -> None:
-        """The same, and what graphs have recorded does nothing from now on."""
+        """Undo, and let what graphs have recorded do nothing from now on."""
         self._obey(False)
         self.undo()
 
     def discard(self) -> None:
-        """Take back what a capture that failed began: every backend has the metadata that sglang made for it."""
+        """Give every backend the metadata that sglang made for it, after a capture that failed."""
         if self.is_current():
             self._hand_out(self._own)
 
     def is_outdated(self) -> bool:
-        """Whether sglang has made new CUDA-graph buffers since: what graphs over these computed nobody reads any more."""
+        """Whether sglang has made new CUDA-graph buffers since. Nobody reads the old ones any more."""
         return any(
             backend.decode_cuda_graph_metadata is not store
             for backend, store in zip(self._backends, self._stores, strict=True)
@@ -146,7 +147,7 @@ class Preparation:
     def capture(self, batch: Any) -> None:
         """Take the static buffers of a runner that is about to capture, and prepare its batch.
 
-        Whatever was recorded for an earlier capture, this one has to record again.
+        This capture has to record anew what an earlier one recorded.
         """
         self.recorded = False
         self._choose()
@@ -156,36 +157,36 @@ class Preparation:
         self._point()
 
     def record(self) -> None:
-        """Issue the work; on a stream that is being captured, it is recorded."""
+        """Issue the work. A stream that is being captured records it."""
         self._run(self._static)
 
     def leave_to_graph(self) -> None:
-        """Do nothing before a replay that a captured graph does."""
+        """Do nothing before replays from now on: a captured graph does the work."""
         self.recorded = True
         self._choose()
 
     def step_down(self) -> None:
-        """Do before a replay what could not be recorded."""
+        """Do the work before replays from now on: it could not be recorded."""
         self.strategy, self.recorded = "share", False
         self._choose()
 
     def fail(self) -> None:
-        """Let sglang's own code do it from now on."""
+        """Leave the preparation to sglang's own code from now on."""
         self._failed = True
 
     @property
     def native(self) -> bool:
-        """Whether sglang's own code does it, because ours failed or is switched off."""
+        """Whether sglang's own code prepares, because ours failed or is switched off."""
         return self._failed or not self._host.on
 
     def look_at_switch(self) -> bool:
-        """Whether ours prepares the next replay. What a graph has recorded obeys from here on, in stream order."""
+        """Whether ours prepares the next replay. Work in a graph obeys from here on, in stream order."""
         on = not self.native
         self._obey(on)
         return on
 
     def rehearse(self) -> None:
-        """Record the work in a graph of no further use: raises what a capture would raise, before one is at stake."""
+        """Record the work in a graph that is thrown away. It raises what the real capture would raise, before that begins."""
         device: Any = torch.get_device_module()
         graph_type = next((getattr(device, name) for name in GRAPHS if hasattr(device, name)), None)
         if graph_type is None or not device.is_available():
@@ -263,7 +264,7 @@ class Preparation:
                 yield index, *values
 
     def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
-        """The `DSAMetadata` that each backend gets."""
+        """The `DSAMetadata` for each backend."""
         if self.strategy == "copy":
             return self._own
         first = replace(self._own[0], page_table_1=None) if drop_wide_table else self._own[0]
@@ -273,7 +274,7 @@ class Preparation:
         return (first, *(replace(metadata, **tables) for metadata in self._own[1:]))
 
     def _refresher(self, exact: bool) -> Callable[[], None] | None:
-        """What refreshes the derived planes of all buffers that the plan computes in place."""
+        """A function that refreshes the derived planes of all buffers that the plan writes; None if there are none."""
         planes = list(zip(self._backends, self._used, strict=True))[: None if exact else 1]
         made = [derived.refresher(*plane, self._native_mode, self._batch_size) for plane in planes]
         steps = [step for step in made if step is not None]
@@ -287,7 +288,7 @@ class Preparation:
         return refresh
 
     def _point(self) -> None:
-        """Leave behind in Python what sglang's own replay leaves; only eager code looks at it."""
+        """Leave the Python state that sglang's own replay leaves. Only eager code looks at it."""
         for backend, metadata in zip(self._backends, self._used, strict=True):
             getattr(backend, self._dispatch)(forward_batch=None)
             backend.forward_metadata = metadata

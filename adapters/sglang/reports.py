@@ -1,4 +1,4 @@
-"""What this adapter's paths report to, and which path a forward mode of sglang's is."""
+"""At start, at capture and after errors: what the paths report to, and which path prepares which of sglang's forward modes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODES = {
     "TARGET_VERIFY": ForwardMode.TARGET_VERIFY,
     "DRAFT_EXTEND_V2": ForwardMode.DRAFT_EXTEND,
 }
-"""Ours for the name of sglang's forward mode."""
+"""Name of sglang's forward mode to our mode."""
 PATHS = {
     ForwardMode.DECODE: "draft decode",
     ForwardMode.TARGET_VERIFY: "target verify",

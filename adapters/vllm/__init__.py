@@ -1,1 +1,1 @@
-"""vLLM's Model Runner V2 (0.28 and later): FlashMLA-sparse joins the fused multi-step draft; and Model Runner V1."""
+"""Runs where vLLM loads this plugin: the adapter of vLLM 0.28 and later, for the drafts of Model Runners V2 and V1."""

@@ -1,14 +1,14 @@
-"""All ranks that share a draft choose the fused one, or none does.
+"""Runs at start, when vLLM has made a draft: all ranks that share the draft choose the fused one, or none does.
 
-vLLM warms a captured draft up by running it: the whole draft with all its collectives if it is fused, else one step. A
-rank that chose alone would leave the others waiting, at the first captured size. The choice itself comes from the
-configuration, which all ranks have; what can differ is whether the plugin is there, which build of it, and whether it is
-switched on at that moment. A rank without it takes part in no collective of ours, so ranks meet at the store that
-torch.distributed keeps for them, and wait for absent ones no longer than `SECONDS`.
+vLLM warms up a captured draft by running it. A fused draft runs whole, with all its collectives; another draft runs one
+step. A rank that chose alone would leave the others waiting at the first captured size. All ranks have the same
+configuration. They can differ in three things: whether the plugin is there, which build of it, and whether it is switched
+on at that moment. A rank without the plugin takes part in no collective of ours. So ranks meet at the store of
+torch.distributed, and wait for absent ranks no longer than `SECONDS`.
 
-Who shares a draft: vLLM makes a speculator on the last pipeline stage alone, whose collectives are those of its tensor,
-context and data parallel groups. Other stages, and other engines that a launcher has put into the same default group,
-have no say. Elastic expert parallelism keeps ranks that share it out of the default group: there nothing is fused.
+Who shares a draft: vLLM makes a speculator on the last pipeline stage alone. Its collectives are those of its tensor,
+context and data parallel groups. Other stages have no say. Nor have other engines that a launcher has put into the same
+default group. Under elastic expert parallelism, ranks that share a draft are not in one default group: nothing is fused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nsa_plugin.adapters.build import build
 
 logger = logging.getLogger("vllm.plugins.nsa_plugin")
 SECONDS = 60.0
-"""How long to wait for the vote of a rank. All choose after collectives of their own start-up."""
+"""How long to wait for the vote of a rank. Ranks choose at about the same time, after collectives of their start-up."""
 KEY = "nsa_plugin/fused_draft"
 TICK_SECONDS = 0.02
 GROUPS = tuple(f"vllm.distributed.parallel_state.get_{name}_group" for name in ("tp", "pcp", "dp"))
@@ -34,16 +34,17 @@ ABSENT = "nsa-plugin is absent or failing on rank "
 
 _rounds: Counter[int] = Counter()
 _absent: dict[int, str] = {}
-"""By first rank of those that share a draft: votes so far, and the answer if a rank was absent, which stays."""
+"""Votes so far, and the answer that stays after a vote in which a rank was absent. Both by the first rank of those that
+share a draft."""
 
 
 def sharing() -> list[int]:
-    """The ranks of torch's default group that share this rank's draft, this one included; ascending.
+    """The ranks of torch's default group that share this rank's draft, this rank included; ascending.
 
     Raises
     ------
     RuntimeError
-        Others share it that are not in that group.
+        A rank shares it that is not in that group.
     """
     if not dist.is_initialized():
         return [0]
@@ -58,16 +59,17 @@ def sharing() -> list[int]:
 
 def is_elastic(speculator: Any) -> bool:
     """Whether ranks that share its draft come and go (elastic expert parallelism): they can't be asked."""
-    return bool(getattr(speculator.vllm_config.parallel_config, "enable_elastic_ep", False))
+    return bool(speculator.vllm_config.parallel_config.enable_elastic_ep)
 
 
 def objection(own: str = "") -> str:
-    """Empty if every rank that shares this draft asks this, without an objection of its own, with one build of the plugin.
+    """Empty if all ranks that share this draft agree: each asks this, none objects, and all have one build of the plugin.
 
-    Else what is wrong, on every rank: it is logged, but for this rank's own objection, `own`. Each rank puts its vote into
-    the store and waits for the others'. What it sees then, or that it waited in vain, is a proposal; the first proposal
-    in the store is everybody's answer, also that of ranks which come late. A rank that objects proposes that at once, and
-    waits for nobody. It never raises.
+    Otherwise every rank learns what is wrong. This logs it, unless it is this rank's own objection, `own`.
+
+    Each rank puts its vote into the store and waits for the votes of the others. Then it proposes an answer: what the votes
+    say, or that it waited in vain. The first proposal in the store is the answer of all ranks, also of those that come late.
+    A rank that objects proposes its objection at once, and waits for nobody. Never raises.
     """
     try:
         ranks = sharing()

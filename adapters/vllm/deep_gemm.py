@@ -1,4 +1,4 @@
-"""DeepGEMM's schedule for the DSA indexer: it follows from the lengths of each draft step."""
+"""Runs at capture and at every draft: DeepGEMM's schedule for the DSA indexer, from the lengths of each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE
+from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, states_per_block
 
 
 def scheduler(builder: Any) -> Callable[[Any], torch.Tensor] | None:
@@ -17,7 +17,7 @@ def scheduler(builder: Any) -> Callable[[Any], torch.Tensor] | None:
     if not (module.current_platform.is_cuda() and module.has_deep_gemm()):
         return None
     spec, num_sms = builder.kv_cache_spec, builder.num_sms
-    block_size = spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size  # the latter until 0.28
+    block_size = states_per_block(spec)
 
     def schedule(decode: Any) -> torch.Tensor:
         made: torch.Tensor = module.get_paged_mqa_logits_metadata(

@@ -1,4 +1,4 @@
-"""vLLM's batches in this package's words. Copies no tensor."""
+"""Runs at capture: vLLM's batches in this package's words. Copies no tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings on their way to Ray's workers, which get some variables of the driver's environment only."""
+"""Runs at start: settings on their way to Ray's workers, which get only some variables of the driver's environment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ CARRIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 
 
 def carry_settings(prefix: str) -> str:
-    """Have vLLM copy the settings, whose names begin with `prefix`, to Ray's workers; what the user has copied stays.
+    """Make vLLM copy the settings, whose names begin with `prefix`, to Ray's workers. The user's own prefixes stay.
 
-    `VLLM_PLUGINS` is always copied. Does nothing if no setting is given. Returns an empty string, or what reaches no worker
-    and the remedy if this vLLM has no such variable and Ray is installed.
+    vLLM copies `VLLM_PLUGINS` by itself. Without any setting this does nothing. Returns an empty string, or the problem and
+    its remedy where Ray is installed and this vLLM has no such variable.
     """
     given = sorted(name for name in os.environ if name.startswith(prefix))
     if not given or importlib.util.find_spec("vllm") is None:

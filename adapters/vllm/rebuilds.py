@@ -1,4 +1,4 @@
-"""vLLM's own builders over spare buffers, and what of their metadata is defined. Only where drafts are verified."""
+"""Runs only where drafts are verified: vLLM's own builders over spare buffers, and what of their metadata is defined."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.verification import SpareBuffers, shadow
+from nsa_plugin.adapters.vllm.releases import mapped_table
 
 ROWS: Mapping[str, int] = {
     "req_id_per_token": 0, "seq_lens": 0, "slot_mapping": 0, "decode_lens": 0, "per_req_decode_lens": 0, "indices": 0,
@@ -35,8 +36,7 @@ def spare_group(group: Any, rows: int, spares: SpareBuffers) -> Any:
     }
     made = copy.copy(group)
     made.metadata_builders = [shadow(builder, **own)]
-    table = getattr(group, "kernel_block_table", None)  # vLLM 0.32 and later
-    if table is not None:
+    if (table := mapped_table(group)) is not None:
         made.kernel_block_table = spares.own(table)
     return made
 

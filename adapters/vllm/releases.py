@@ -1,13 +1,20 @@
-"""Everything that this adapter needs of vLLM, in one table."""
+"""Runs at start and at capture: what the adapter needs of vLLM, and what vLLM's releases do differently.
+
+Whatever some releases do in another way is a function or a table here. "X goes with N" marks the older way, X, and the
+last release that needs it, N. To drop a release, search for its number and take the older ways out. The rest of the adapter
+asks here, and asks no object of vLLM's what it has.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from nsa_plugin.adapters.probe import Need
 
@@ -24,29 +31,23 @@ NEEDS: tuple[Need, ...] = (
 
 INDEXER_MODULE = "vllm.v1.attention.backends.mla.indexer"
 INDEXER = f"{INDEXER_MODULE}.DeepseekV32IndexerMetadataBuilder"
-INDEXER_NEEDS: tuple[Need, ...] = (
-    Need(f"{INDEXER}._prepare_decode_tensors", ("seq_lens", "block_table", "decode_lens"),
-         "the lengths and rows of decode tokens, as the update takes them to be"),
-    Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
-         ("seq_lens", "num_decodes", "num_decode_tokens", "num_prefills", "decode"), "the lengths that a draft moves on"),
-    Need(f"{INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata",
-         ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "indices"), "what of the indexer follows from them"),
-    Need(f"{INDEXER_MODULE}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
-         "DeepGEMM's schedule, which stays a call of its own"),
-)  # fmt: skip
 
 SPECULATORS = (
     "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator.TargetDependentARSpeculator",
     "vllm.v1.worker.gpu.spec_decode.autoregressive.speculator.AutoRegressiveSpeculator",
 )
-"""Where the fused draft of Model Runner V2 is; the second, of vLLM 0.28 to 0.31, rebuilds the metadata of its first step."""
+"""Where the fused draft of Model Runner V2 is. The second, which rebuilds the metadata of its first step, goes with 0.31."""
 UPDATE = "_update_draft_decode_metadata"
-"""The first one's method that asks every attention group; the second one's loop does it itself."""
+"""The first one's method that asks every attention group. The second one's loop asks them itself: see `asks_groups`."""
+CHOOSE = {SPECULATORS[0]: "_configure_decode_metadata_update", SPECULATORS[1]: "_configure_fused_multi_step_decode"}
+"""By speculator, its method that chooses the fused draft. The second goes with 0.31."""
+BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
+"""A speculator's method that builds the metadata of a step. The second goes with 0.28."""
 
 
 @functools.cache
 def speculator() -> str:
-    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing."""
+    """The one of `SPECULATORS` that the installed vLLM has, else the first. Imports nothing. The choice goes with 0.31."""
     found = importlib.util.find_spec("vllm")
     folders = [] if found is None else [Path(folder).parent for folder in found.submodule_search_locations or ()]
     for path in SPECULATORS:
@@ -54,6 +55,106 @@ def speculator() -> str:
         if any((folder / f"{module}.py").exists() for folder in folders):
             return path
     return SPECULATORS[0]
+
+
+def has_update(speculator: str) -> bool:
+    """Whether the speculator at a dotted path has `UPDATE`. That it may not goes with 0.31."""
+    return speculator == SPECULATORS[0]
+
+
+def asks_groups(owner: type) -> bool:
+    """Whether the loop of a speculator asks every attention group itself, without `UPDATE`. That goes with 0.31."""
+    return not hasattr(owner, UPDATE)
+
+
+class EveryGroup:
+    """Stands for all attention groups of a speculator whose loop asks each of them itself. It goes with 0.31."""
+
+    def __init__(self, update: Callable[..., None]) -> None:
+        self.update_draft_decode_metadata = update
+
+
+def update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any, *args: Any, **kwargs: Any) -> None:
+    """What a loop that asks every attention group does for the metadata of a step. It goes with 0.31."""
+    for group in (group for same_cache in groups for group in same_cache):
+        group.update_draft_decode_metadata(attn_metadata, *args, **kwargs)
+
+
+def builds(speculator: Any) -> str:
+    """The one of `BUILDS` that a speculator has. The choice goes with 0.28."""
+    return next(name for name in BUILDS if hasattr(speculator, name))
+
+
+def captured_steps(speculator: Any, batch_desc: Any) -> int:
+    """Draft tokens that the graph of a size was captured with. The same for all graphs: that goes with 0.32."""
+    return getattr(batch_desc, "num_speculative_tokens", 0) or int(speculator.num_speculative_steps)
+
+
+def vllms_request_map() -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
+    """vLLM's own kernel for the request map, called with `query_start_loc`, `out` and the number of tokens.
+
+    None where vLLM computes the map on the host: that goes with 0.31.
+    """
+    try:
+        compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
+    except (ImportError, AttributeError):
+        return None
+    return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
+
+
+def slot_block_sizes(tables: Any) -> torch.Tensor:
+    """Tokens per block of each KV-cache group of `BlockTables`. A tensor of kernel blocks beside it goes with 0.31."""
+    sizes: torch.Tensor = getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor)
+    return sizes
+
+
+def slots_enabled(tables: Any) -> torch.Tensor:
+    """Which KV-cache groups of `BlockTables` have slots: bool [groups]. That all of them do goes with 0.28."""
+    enabled: torch.Tensor | None = getattr(tables, "slot_mapping_enabled", None)
+    return torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled
+
+
+def ones_of(decode: Any) -> tuple[str, ...]:
+    """Fields of the indexer's decode metadata that hold the query length of each request. A single one goes with 0.28."""
+    names = ("decode_lens", "per_req_decode_lens")
+    return tuple(name for name in names if getattr(decode, name, None) is not None)
+
+
+def indexer_table(metadata: Any) -> torch.Tensor:
+    """The block table that the indexer's rows are made of.
+
+    Metadata without that field, of which the rebuild of a draft's first step has copied the rows, goes with 0.31.
+    """
+    table: torch.Tensor = getattr(metadata, "block_table", metadata.decode.block_table)
+    return table
+
+
+def states_per_block(spec: Any) -> int:
+    """Entries of an indexer's KV-cache block, as DeepGEMM counts them. The name `storage_block_size` goes with 0.28."""
+    return int(spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size)
+
+
+def build_group(group: Any, batch: Any, draft_index: int) -> Any:
+    """What vLLM itself builds for an attention group in a draft step. Asking the builder, not the group, goes with 0.31."""
+    if hasattr(group, "build_metadata_for_drafting"):
+        return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+    return group.get_metadata_builder().build_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+
+
+def maps_blocks(group: Any) -> bool:
+    """Whether an attention group maps its block table to kernel blocks at every build. A group that can't goes with 0.31."""
+    return getattr(group, "kernel_block_size", None) is not None
+
+
+def table_block_size(group: Any) -> int:
+    """Tokens per entry of the block table that an attention group's builder gets."""
+    return int(group.kernel_block_size if maps_blocks(group) else group.get_metadata_builder().kv_cache_spec.block_size)
+
+
+def mapped_table(group: Any) -> torch.Tensor | None:
+    """Where an attention group maps its block table to; None if it does not. A group that can't goes with 0.31."""
+    table: torch.Tensor | None = getattr(group, "kernel_block_table", None)
+    return table
 
 
 SLOTS = Need(
@@ -72,7 +173,7 @@ def step_needs(speculator: str) -> tuple[Need, ...]:
         Need(f"{speculator}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),
              "know when a fused draft begins and ends", hooked=True,
              known=("slot_mappings", "num_tokens_across_dp", "cudagraph_runtime_mode", "num_speculative_steps")),
-        *((update,) if speculator == SPECULATORS[0] else ()),
+        *((update,) if has_update(speculator) else ()),
         SLOTS,
     )  # fmt: skip
 
@@ -92,31 +193,14 @@ WATCH_NEEDS: tuple[Need, ...] = (
 )  # fmt: skip
 """What it takes to verify and measure Model Runner V2's drafts; without it they are served all the same."""
 
-INDEXER_FIELDS = frozenset(
-    ("block_table", "seq_lens", "decode_lens", "requires_padding", "schedule_metadata", "global_seq_lens",
-     "per_req_decode_lens", "decode_is_uniform", "write_max_decode_len", "indices")
-)  # fmt: skip
-"""Fields of the indexer's decode metadata that are understood: with any other its own update runs."""
-
 
 def groups_of(speculator: Any) -> list[Any]:
     """The attention groups of a draft, of all its KV-cache groups."""
     return [group for same_cache in speculator.attn_groups for group in same_cache]
 
 
-def uncovered_builder(builder: Any) -> str:
-    """Empty, or which parallelism of a metadata builder is not covered."""
-    for name, meaning in (
-        ("dcp_world_size", "decode context parallelism"),
-        ("pcp_world_size", "prefill context parallelism"),
-    ):
-        if getattr(builder, name, 1) > 1:
-            return f"{meaning} is not covered"
-    return ""
-
-
 def uncovered_speculator(speculator: Any) -> str:
-    """Empty, or why the step of a fused draft is left to vLLM."""
+    """Empty, or why the step of a fused draft is left to vLLM. A speculator without `pcp_manager` goes with 0.28."""
     tables = speculator.block_tables
     if tables.cp_size > 1 or getattr(speculator, "pcp_manager", None) is not None:
         return "context parallelism is not covered"
@@ -129,39 +213,6 @@ def not_vllms(function: Any) -> str:
     if written_in.partition(".")[0] == "vllm":
         return ""
     return f"{getattr(function, '__qualname__', function)} was patched by {written_in}"
-
-
-Kind = Literal["request map", "indexer", "nothing", "other"]
-"""What a draft step has to write for an attention group; "other" is not understood."""
-
-
-def kind_of_group(builder: Any, metadata: Any, num_reqs: int) -> Kind:
-    """What a group's own update in place writes, judged by whose method it is.
-
-    `metadata` is what the group's builder made for `num_reqs` requests of one token each.
-    """
-    update = getattr(type(builder), "update_draft_decode_metadata", None)
-    if getattr(metadata, "num_decode_tokens", None) != num_reqs:
-        return "other"
-    if update is not None and getattr(update, "only_the_request_map", None) is update:
-        return "request map"
-    if update is not pkgutil.resolve_name(INDEXER).update_draft_decode_metadata:
-        return "other"
-    return "indexer" if is_plain_indexer(builder, metadata, num_reqs) else "other"
-
-
-def is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
-    """Whether an indexer's metadata are those of `num_reqs` requests of one token each, with no field that is not known."""
-    decode = metadata.decode
-    return bool(
-        builder.dcp_world_size == 1
-        and builder.compress_ratio == 1
-        and metadata.num_prefills == 0
-        and metadata.num_decodes == num_reqs
-        and decode is not None
-        and frozenset(field.name for field in dataclasses.fields(decode)) <= INDEXER_FIELDS
-        and decode.seq_lens.numel() == num_reqs
-    )
 
 
 V1_MODULE = "vllm.v1.spec_decode.llm_base_proposer"
@@ -180,4 +231,4 @@ V1_NEEDS: tuple[Need, ...] = (
          "build the metadata of a group"),
     Need("vllm.v1.spec_decode.utils.PADDING_SLOT_ID", (), "the slot of tokens that are not stored"),
 )  # fmt: skip
-"""What Model Runner V1's draft needs; what keeping one builder's metadata needs is in `v1_metadata.KEPT`."""
+"""What Model Runner V1's draft needs; what keeping one builder's metadata needs is in its row of `builders`."""

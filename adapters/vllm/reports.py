@@ -1,4 +1,4 @@
-"""What this adapter's paths report to."""
+"""Runs at start: what the paths of this adapter report to."""
 
 from __future__ import annotations
 

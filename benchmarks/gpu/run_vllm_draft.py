@@ -5,9 +5,9 @@ Real are `MTPSpeculator`, `BlockTables`, FlashMLA-sparse and indexer builders, D
 captured CUDA graphs; the draft model is a stand-in. These drafts are replayed over changing batches (sizes, lengths up to the
 model's, requests, block tables), with buffers poisoned in between:
 
-- "vllm stock" rebuilds the metadata for every step. What the model of every other draft sees is compared with this one.
+- "vllm shipped" rebuilds the metadata for every step. What the model of every other draft sees is compared with this one.
 - "vllm in place" is fused: FlashMLA-sparse has its hook, and each group updates its own metadata.
-- "one kernel" is fused: the plugin as it is installed. It is also compared with "vllm in place", rows of padding included.
+- "graph" is fused: the plugin as it is installed. It is also compared with "vllm in place", rows of padding included.
 - "metadata kept" is not fused.
 
 DeepGEMM's schedule is compared in full batches only: vLLM's updates in place let rows of padding grow, its rebuild does not.
@@ -15,7 +15,7 @@ DeepGEMM's schedule is compared in full batches only: vLLM's updates in place le
 
     python -m benchmarks.gpu.run_vllm_draft --json vllm_draft.json
 
-With --verify N the plugin itself verifies every N-th draft of "one kernel", as with NSA_PLUGIN_VERIFY: the metadata is then
+With --verify N the plugin itself verifies every N-th draft of "graph", as with NSA_PLUGIN_VERIFY: the metadata is then
 written before each replay, and the graph has copies of it.
 
 It needs a complete vLLM 0.33.0. Run it in the repository's root. Without a GPU the graphs are small, and emulated. The exit
@@ -35,12 +35,13 @@ from typing import Any
 import torch
 
 from nsa_plugin.bench.run import where
-from nsa_plugin.rigs.installed import require
+from nsa_plugin.rigs.requirements import require
 
 require("vllm")
 
+from nsa_plugin.rigs.vllm.drafts import LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Sizes
-from nsa_plugin.rigs.vllm.v2_replay import IN_PLACE, LAYOUTS, ONE_KERNEL, STOCK, Batch, Comparison, ReplayedDraft, ways
+from nsa_plugin.rigs.vllm.v2_replay import IN_PLACE, ONE_KERNEL, STOCK, Batch, Comparison, ReplayedDraft, ways
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

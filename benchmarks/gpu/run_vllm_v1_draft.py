@@ -24,7 +24,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,14 @@ from nsa_plugin.bench.run import where
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.batch import BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
-from nsa_plugin.host import Host
-from nsa_plugin.rigs.installed import require
-from nsa_plugin.settings import Settings
+from nsa_plugin.rigs.requirements import require
 
 require("vllm")
 
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as V1Patch
-from nsa_plugin.rigs.vllm.v1_draft import V1Draft, caches_cleared, differing
+from nsa_plugin.rigs.vllm.drafts import LAYOUTS
+from nsa_plugin.rigs.vllm.v1_draft import V1Draft, differing, patched, proposals, reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 16), "fp8 separate": ("fp8_ds_mla", 64)}
 MAX_MODEL_LEN = 65536
 BAD = ("error", "wrong", "differ", "plugin_wrong", "fallbacks", "mismatches")
 Outcome = dict[str, Any]
@@ -65,28 +61,15 @@ def batches(tokens: int, number: int, seed: int) -> Iterator[tuple[list[int], li
         yield lengths, [rng.randint(0, tokens) for _ in range(size)], rng.randint(1, 1000)
 
 
-@contextmanager
-def plugin(verify: int = 0) -> Iterator[Host]:
-    """The plugin's patch of the proposer. It verifies every `verify`-th draft."""
-    host, patch = Host(Settings(verify=verify)), V1Patch()
-    patch.install(host)
-    try:
-        yield host
-    finally:
-        patch.undo()
-
-
 def compare(draft: V1Draft, number: int, seed: int) -> Outcome:
     """Number of steps compared, fields in which stock vLLM and the plugin differ from the reference, fall-backs."""
     made = list(batches(draft.tokens, number, seed))
-    with caches_cleared():
-        want = [step for batch in made for step in draft.propose(*batch)]
-    stock = [step for batch in made for step in draft.propose(*batch)]
-    with plugin() as host:
-        ours = [step for batch in made for step in draft.propose(*batch)]
-        ours_again = [step for batch in made for step in draft.propose(*batch)]  # from kept metadata alone
-    with plugin(verify=1) as verified:
-        watched = [step for batch in made for step in draft.propose(*batch)]
+    want, stock = reference(draft, made), proposals(draft, made)
+    with patched() as host:
+        ours = proposals(draft, made)
+        ours_again = proposals(draft, made)  # from kept metadata alone
+    with patched(verify=1) as verified:
+        watched = proposals(draft, made)
     return {
         "steps": len(want),
         "stock_wrong": count(differing(a, b) for a, b in zip(want, stock, strict=True)),
@@ -266,7 +249,7 @@ def main() -> int:
                         partial(measure, draft, size, options.rounds),
                     )
                     results.append(attempt({**timing, "mode": "stock"}, call))
-                    with plugin():
+                    with patched():
                         results.append(attempt({**timing, "mode": "plugin"}, call))
             made.clear()
             gc.collect()

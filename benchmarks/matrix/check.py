@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import pkgutil
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,37 +14,40 @@ from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
 
 FIXTURES = {
-    "sglang": ("nsa_plugin.rigs.sglang.engine:SglangEngine",),
-    "vllm": ("nsa_plugin.rigs.vllm.v2_engine:VllmEngine", "nsa_plugin.rigs.vllm.v2_target_engine:TargetEngine"),
-}
-"""What the kit is run with; all but the first may need more than an old release has."""
+    "sglang": ("nsa_plugin.rigs.sglang.engine.SglangEngine",),
+    "vllm": (
+        "nsa_plugin.rigs.vllm.v2_engine.V2Engine", "nsa_plugin.rigs.vllm.v1_engine.V1Engine",
+        "nsa_plugin.rigs.vllm.v2_target_engine.TargetEngine",
+    ),
+}  # fmt: skip
+"""What the kit runs on, for each engine: vLLM has two model runners, and a target beside its draft. Old releases lack the last."""
 
 
 def main(name: str) -> dict[str, Any]:
     """Problems by line of the contract, wrong values by path and strategy, and versions."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {line: [] for line in LINES}
     skipped: dict[str, str] = {}
     values: dict[str, dict[str, list[str]]] = {}
-    for number, fixture in enumerate(FIXTURES[name]):
-        module, _, kind = fixture.partition(":")
+    for fixture in FIXTURES[name]:
         try:
-            engine = getattr(import_module(module), kind)()
+            engine = pkgutil.resolve_name(fixture)()
         except ImportError as error:
-            if not number:
+            if fixture == FIXTURES[name][0]:
                 raise
-            skipped[kind] = str(error)
+            skipped[fixture.rpartition(".")[2]] = str(error)
             continue
         logging.getLogger(engine.logger).propagate = False
         kit = Conformance(engine)
-        found: dict[str, list[str]] = {}
+        covered = True
         for line in LINES:
             try:
-                found[line] = kit.problems(line)
+                problems = kit.problems(line)
             except Skipped as reason:
-                skipped[line] = str(reason)
-        for line, problems in found.items():
-            lines.setdefault(line, []).extend(problems)
-        for run in () if found["coverage"] else kit.runs:
+                skipped[line] = "; ".join(dict.fromkeys(filter(None, (skipped.get(line), str(reason)))))
+                continue
+            lines[line] += [f"{type(engine).__name__}: {problem}" for problem in problems]
+            covered &= line != "coverage" or not problems
+        for run in kit.runs if covered else ():
             cell = values.setdefault(run.case.path, {}).setdefault(run.strategy, [])
             cell += [f"{run.case.name}: {problem}" for problem in (*run.wrong, *run.moved)]
     return {"lines": lines, "skipped": skipped, "values": values, "environment": _environment(name)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.matrix.builders import BACKENDS, unexamined
+from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
-from nsa_plugin.adapters.vllm.in_place import ESSENTIAL
+from nsa_plugin.adapters.vllm.builders import ESSENTIAL
+from nsa_plugin.adapters.vllm.v1.proposer import PATH as V1_PATH
 from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -22,13 +25,11 @@ class Needs:
     Attributes
     ----------
     module : a release that has this module is of the generation
-    paths : the needs of each path
-    strategies : what a strategy needs beyond that, on any path
+    paths : by path, the needs of each strategy that the adapter offers for it
     """
 
     module: str
-    paths: Mapping[str, tuple[Need, ...]]
-    strategies: Mapping[str, tuple[Need, ...]] = field(default_factory=dict)
+    paths: Mapping[str, Mapping[str, tuple[Need, ...]]]
 
 
 @dataclass(frozen=True)
@@ -39,40 +40,41 @@ class Engine:
     ----------
     releases : oldest first
     needs : one entry per generation, newest first
-    strategies : what its adapter offers
     requirements : file with the environment of the newest release
     pinned : distributions whose version comes from the release's own metadata
     bare : distributions that are installed, as the engine itself, without their dependencies
     path : folders for PYTHONPATH
+    unexamined : what the source in a wheel has that nobody has looked at, by dotted path
     variables : environment variables
     """
 
     releases: tuple[str, ...]
     needs: tuple[Needs, ...]
-    strategies: tuple[str, ...]
     requirements: Path
     pinned: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
     path: tuple[Path, ...] = ()
+    unexamined: Callable[[Wheel], list[str]] = lambda wheel: []
     variables: tuple[tuple[str, str], ...] = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
-SGLANG = tuple(
-    Needs(
+def _sglang(names: sglang.Generation) -> Needs:
+    """Those of a generation of sglang: what a path needs, and what the strategy `graph` needs beyond."""
+    every, extend = names.needs(), (*names.needs(), *names.needs("draft extend"))
+    paths = {"draft decode": every, "target verify": every, "draft extend": extend}
+    return Needs(
         names.module,
         {
-            "draft decode": names.needs(), "target verify": names.needs(),
-            "draft extend": (*names.needs(), *names.needs("draft extend")),
+            path: {"graph": (*needs, *names.needs("graph")), "share": needs, "copy": needs}
+            for path, needs in paths.items()
         },
-        {"graph": names.needs("graph")},
     )
-    for names in sglang.GENERATIONS
-)  # fmt: skip
+
+
 ENGINES = {
     "sglang": Engine(
         releases=("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23"),
-        needs=SGLANG,
-        strategies=("graph", "share", "copy"),
+        needs=tuple(map(_sglang, sglang.GENERATIONS)),
         requirements=TESTS / "sglang" / "requirements.txt",
         pinned=("transformers",),
         bare=("compressed-tensors==0.18.0", "gguf==0.19.0", "openai==2.8.0", "xgrammar==0.2.1"),
@@ -84,13 +86,14 @@ ENGINES = {
             Needs(
                 vllm.MODULE,
                 {
-                    "draft decode": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs)),
-                    v2_target.PATH: v2_target.needs(), v2_target.FIRST_PASS: v2_target.needs(),
+                    "draft decode": {"graph": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs))},
+                    V1_PATH: {"copy": vllm.V1_NEEDS},
+                    v2_target.PATH: {"graph": v2_target.needs()}, v2_target.FIRST_PASS: {"graph": v2_target.needs()},
                 },
             ),
         ),
-        strategies=("graph",),
         requirements=TESTS / "vllm" / "requirements.txt",
+        unexamined=lambda wheel: unexamined(wheel.sources(BACKENDS)),
         variables=(
             ("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""), ("VLLM_TARGET_DEVICE", "cpu"), ("VLLM_PLUGINS", ""),
             ("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -24,15 +24,27 @@ def _short(state: str) -> str:
     return f"unsupported: no `{'.'.join(found['path'].split('.')[-2:])}`" if found else state.partition(": ")[0]
 
 
+def _kind(path: str) -> str:
+    return path.partition(" (")[0]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table: one line for each release, the newest of an engine first."""
-    paths = list(dict.fromkeys(path for row in rows for path in row["paths"]))
+    """The table: one line for each release, the newest of an engine first.
+
+    Paths of the same name but for a runner in parentheses stand side by side. A path that a release was not tried on says
+    so, if another release of the engine was.
+    """
+    found = list(dict.fromkeys(path for row in rows for path in row["paths"]))
+    kinds = list(dict.fromkeys(map(_kind, found)))
+    paths = sorted(found, key=lambda path: kinds.index(_kind(path)))
     lines = ["| release | " + " | ".join(paths) + " | tested with |", "|---|" + "---|" * (len(paths) + 1)]
     engines = list(dict.fromkeys(row["engine"] for row in rows))
     newest_first = list(reversed(rows))
     newest_first.sort(key=lambda row: engines.index(row["engine"]))
     for row in newest_first:
-        cells = [cell(row["paths"][path]) if path in row["paths"] else "–" for path in paths]
+        of_engine = {path for other in rows if other["engine"] == row["engine"] for path in other["paths"]}
+        absent = {path: "not run" if path in of_engine else "–" for path in paths}
+        cells = [cell(row["paths"][path]) if path in row["paths"] else absent[path] for path in paths]
         versions = row.get("environment", {})
         tested = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)
         lines.append(

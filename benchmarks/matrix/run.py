@@ -73,15 +73,17 @@ def prepare(engine: Engine, environment: Path, wheel: Path) -> Path:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    subprocess.run([python, *PIP, "install", *arguments], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([python, *PIP, "install", "--no-compile", *arguments], check=True, stderr=subprocess.DEVNULL)
 
 
 def check(name: str, wheel: Path, environment: Path) -> Row:
     """Make a release's row: what is faithful, what was only probed, what is left alone, and why."""
     engine, source = ENGINES[name], Wheel(wheel)
     needs = next((needs for needs in engine.needs if source.module(needs.module) is not None), engine.needs[0])
-    lacks = {strategy: source.missing(needs.strategies.get(strategy, ())) for strategy in engine.strategies}
-    found = {path: source.missing(wanted) for path, wanted in needs.paths.items()}
+    found = {
+        path: {strategy: source.missing(wanted) for strategy, wanted in strategies.items()}
+        for path, strategies in needs.paths.items()
+    }
     row: Row = {
         "engine": name,
         "release": release_of(wheel),
@@ -90,13 +92,15 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
     }
     cells = {
         path: {
-            strategy: f"unsupported: {(*problems, *lacking)[0]}" if problems or lacking else "static only"
-            for strategy, lacking in lacks.items()
+            strategy: f"unsupported: {problems[0]}" if problems else "static only"
+            for strategy, problems in strategies.items()
         }
-        for path, problems in found.items()
+        for path, strategies in found.items()
     }
     row["paths"] = cells
-    if all(found.values()):
+    if unexamined := engine.unexamined(source):
+        row["unexamined"] = unexamined
+    if all(problems for strategies in found.values() for problems in strategies.values()):
         return row
     python = prepare(engine, environment, wheel)
     variables = {**os.environ, **dict(engine.variables), "OMP_NUM_THREADS": "1"}
@@ -122,6 +126,7 @@ def differences(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         head = f"{row['engine']} {row['release']}"
         lines += [f"{head}: {problem}" for problem in row.get("problems", [])]
+        lines += [f"{head}: not examined: {path}" for path in row.get("unexamined", [])]
         if "why static" in row:
             lines.append(f"{head}: the kit did not run: {row['why static']}")
         for path, strategies in row["paths"].items():

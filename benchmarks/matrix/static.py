@@ -28,6 +28,12 @@ class Wheel:
                 return ast.parse(self._archive.read(member))
         return None
 
+    def sources(self, package: str) -> dict[str, bytes]:
+        """The source of every module below a package, by dotted name."""
+        folder = package.replace(".", "/") + "/"
+        members = (name for name in self._names if name.startswith(folder) and name.endswith(".py"))
+        return {name.removesuffix(".py").replace("/", "."): self._archive.read(name) for name in members}
+
     def missing(self, needs: tuple[Need, ...]) -> list[str]:
         """A line for each need that the source does not meet, as from `nsa_plugin.adapters.probe.missing`."""
         problems = []

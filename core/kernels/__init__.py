@@ -1,1 +1,1 @@
-"""Triton kernels. Each has a reference in plain torch, which it must equal."""
+"""Triton kernels. `core/reference.py` defines what each must equal; `core/triton_binding.py` binds them to buffers."""

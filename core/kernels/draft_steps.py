@@ -1,4 +1,4 @@
-"""The Triton kernel behind `nsa_plugin.core.draft_steps`: all draft steps of a batch in one launch."""
+"""The kernel of `bind_draft_steps`: all draft steps of a batch in one launch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draft_steps_kernel(
     position_stride, length_stride, row_stride, column_stride, num_steps, batch_size, num_rows, num_blocks,
     block_size, max_model_len, padding_slot, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Each program takes `BLOCK` rows through all steps; rows from `batch_size` on are padding and only get slots."""
+    """Each program takes `BLOCK` rows through all steps. Rows from `batch_size` on are padding and get slots only."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = row < batch_size
     there = row < num_rows

@@ -1,6 +1,6 @@
-"""Copies metadata to any number of consumers: every field of the sources, each tile of a page table read once.
+"""The kernel of `fast_copy`: copies metadata to any number of consumers and reads each tile of a page table once.
 
-Sources and destinations come as tables of records (see `tiles`); the kernel is compiled once per set of planes.
+Sources and destinations are tables of records (see `tiles`). The kernel is compiled once per set of planes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes the metadata of a batch to any number of consumers.
+"""The kernel of `precompute`: writes the metadata of a batch to any number of consumers.
 
-Destinations come as a table of records (addresses and strides, see `tiles`), so that their number and the batch's size
-and lengths are data: the kernel is compiled once per mode and set of dtypes, not per shape.
+Destinations are a table of records (addresses and strides, see `tiles`). Their number, the batch's size and its lengths
+are data: the kernel is compiled once per mode and set of dtypes, not per shape.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ def metadata_kernel(
 ):
     """Metadata of one batch.
 
-    Programs 0 … 2 * num_destinations - 1 write the vectors of a destination each (requests, then rows); the others
-    share the page tables of the first `num_tables` destinations: each tile is read once and written to all of them.
+    Programs 2 * d and 2 * d + 1 write the vectors of destination d: those of requests, then those of rows. All further
+    programs share the page tables of the first `num_tables` destinations. They read each tile once and write it to all.
 
-    With SWITCHED nothing is written where the int32 at `enabled` is 0. It is read first and used last, so that the
-    lengths are not waiting for it.
+    With SWITCHED nothing is written where the int32 at `enabled` is 0. The flag is loaded first and used last, so that
+    no load of lengths waits for it.
     """
     flag = tl.full((), 1, tl.int32)
     if SWITCHED:
@@ -178,7 +178,7 @@ def metadata_kernel(
                 rows_per_request, on, RAGGED, BLOCK,
             )
         return
-    # Without the wide table only the first column of each page is looked at.
+    # Without the wide page table only the first column of each page is read.
     unit: tl.constexpr = 1 if WIDE else page_size
     worker = program - 2 * num_destinations
     num_workers = tl.num_programs(0) - 2 * num_destinations
@@ -225,7 +225,7 @@ def metadata_kernel(
                         tl.store(real + row * real_row + pages * real_column, numbers, mask=exist)
                     k += 1
                 t += 1
-                if num_tables > 1:  # on to the next, at last to the first again
+                if num_tables > 1:  # the next destination; after the last one the first
                     record = destinations + (t % num_tables) * record_words
                     wide, wide_row, wide_column = table_at(record, PAGE_TABLE_1, ALIGNED)
                     real, real_row, real_column = table_at(record, REAL_PAGE_TABLE, False)

@@ -1,4 +1,4 @@
-"""The Triton kernel of `StepUpdate`: a program per row, and in the first step programs that pad the slots."""
+"""The kernel of `StepUpdate`: one program per row; in the first step, further programs pad the slots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def step_update_kernel(
     FIRST: tl.constexpr, SLOTS: tl.constexpr, MAP: tl.constexpr, INDEXER: tl.constexpr, INDICES: tl.constexpr,
     TABLE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One step; see `StepUpdate` for the arguments, `_reference` for what is written."""
+    """One step. `StepUpdate` describes the arguments; `reference.step_update` defines what is written."""
     row = tl.program_id(0)
     actual = tl.load(query_start_loc + num_rows)
     if row >= num_rows:

@@ -1,9 +1,9 @@
-"""What the metadata and copy kernels share: destination records, and the cutting of page tables into tiles.
+"""Functions of the metadata and copy kernels: destination records, and page tables cut into tiles of live columns.
 
-Work on page tables is cut into tiles of live columns. Every program finds its equal share of all tiles from the
-lengths on the device, so the host reads nothing and no program looks at a dead column.
+Every program finds its equal share of all tiles from the lengths on the device. So the host reads nothing, and no
+program reads a column that is not live.
 
-Strides are int64 where they are multiplied: those of records are stored so, those of arguments are cast once.
+Strides are int64 where they are multiplied. Records store them as int64; arguments are cast once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One destination's record: int64 words. A vector takes (address, stride), a table (address, row stride, column
-# stride), positions and slots (address, stride), a derived plane (address, number of 4-byte words); address 0 means that it is not there.
+# One destination's record: int64 words. A vector takes (address, stride), a page table (address, row stride, column
+# stride), a derived plane (address, number of 4-byte words). Address 0 means that the destination lacks the plane.
 OFFSET: tl.constexpr = tl.constexpr(0)
 CACHE_SEQLENS: tl.constexpr = tl.constexpr(1)
 CU_SEQLENS_K: tl.constexpr = tl.constexpr(3)
@@ -50,7 +50,7 @@ def _requests_at(
     first, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
     TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Tiles and rows of `BLOCK` requests from `first` on, 0 past the batch."""
+    """Tiles and rows of each of `BLOCK` requests from `first` on; 0 past the batch. Rows only if RAGGED, else 0."""
     request = first + tl.arange(0, BLOCK)
     there = request < batch_size
     length = tl.load(lengths + request * length_stride, mask=there, other=0).to(tl.int32) + added
@@ -68,7 +68,7 @@ def share_of_tiles(
     worker, num_workers, lengths, length_stride, extend_lens, extend_stride, batch_size, added, limit, unit,
     rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Where this worker's contiguous share of all tiles starts: request, tile, its first row; and how many tiles."""
+    """This worker's contiguous share of all tiles: its first request, tile and row, and its number of tiles."""
     total = tl.full((), 0, tl.int64)
     start = 0
     while start < batch_size:
@@ -105,7 +105,7 @@ def tiles_of_request(
     request, tile, remaining, lengths, length_stride, extend_lens, extend_stride, added, table_width, unit,
     rows_per_request, TILE: tl.constexpr, RAGGED: tl.constexpr,
 ):
-    """Live columns and rows of a request, and the tile before which this worker stops in it."""
+    """Live columns and rows of a request, and the tile of the request before which this worker stops."""
     length = tl.minimum(tl.load(lengths + request * length_stride).to(tl.int32) + added, table_width)
     rows = rows_per_request
     if RAGGED:
@@ -116,9 +116,9 @@ def tiles_of_request(
 
 @triton.jit
 def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns of a tile of the wide table, and which of them may be written.
+    """Columns of a tile of the wide page table, and which of them may be written.
 
-    Aligned rows are whole 16-byte words, so the tail of the last live word may be written too.
+    Aligned rows are written in 16-byte words: of the last live word the columns that are not live are written too.
     """
     if ALIGNED:
         length = tl.multiple_of(tl.cdiv(length, 4) * 4, 4)
@@ -128,10 +128,10 @@ def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def pages_of_tile(tile, TILE: tl.constexpr, page_size: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of the real page table that belong to a tile; a tile is one of them where there is no wide table."""
+    """Columns of the real page table that belong to a tile. Without a wide page table, tiles are cut from the real one."""
     if WIDE and page_size <= TILE:
         return (tile * (TILE // page_size)).to(tl.int32) + tl.arange(0, TILE // page_size)
-    elif WIDE:  # the pages that start in the tile: one or none
+    elif WIDE:  # at most one page starts in the tile
         return tl.cdiv(tile * TILE, page_size).to(tl.int32) + tl.arange(0, 1)
     else:
         return (tile * TILE).to(tl.int32) + tl.arange(0, TILE)

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, StepMetadata, TokenTable, entry, hookimpl
 from nsa_plugin.adapters.base import Adapter, Host, PathPlan, Strategy
+from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.probe import Need, missing, untested, warn_if_untested, warn_of_untested
 from nsa_plugin.adapters.reporting import PathReport, Stage
 
@@ -22,6 +23,14 @@ NEEDS = (
     Need("toy_engine.StepBuffers", ("lengths", "starts", "row_lengths", "kept", "kept_starts", "pages"),
          "the buffers that captured graphs read"),
 )  # fmt: skip
+
+LEDGER = tuple(
+    LedgerRow(f"toy_engine.Forward.{name}", why, "not proposed", "the engine computes all steps at once", runs)
+    for name, why, runs in (
+        ("capture", "A plan is made for the captured size.", "at each capture"),
+        ("prepare", "One launch writes the metadata of all steps.", "before each replay"),
+    )
+)
 
 
 class Prepared:
@@ -102,15 +111,21 @@ class ToyAdapter:
         warn_if_untested(logger, ENGINE, TESTED, _engine().__version__)
         warn_of_untested(logger, NEEDS)
         self._host, forward = host, _engine().Forward
-        originals = {name: vars(forward)[name] for name in ("capture", "prepare")}
+        replacements = {"capture": self._capture, "prepare": self._prepare}
+        names = [row.target.rpartition(".")[2] for row in self.ledger()]
+        originals = {name: vars(forward)[name] for name in names}
         try:
-            for name, replacement in (("capture", self._capture), ("prepare", self._prepare)):
+            for name in names:
                 self._originals[name] = originals[name]
-                _replace(forward, name, replacement)
+                _replace(forward, name, replacements[name])
         except Exception:
             self.undo()
             raise
         return []
+
+    def ledger(self) -> Sequence[LedgerRow]:
+        """Every attribute that `install` replaces, a row each."""
+        return LEDGER
 
     def undo(self) -> None:
         """Put everything back."""

@@ -93,7 +93,7 @@ class Cell:
             table = torch.randint(
                 0, 1 << 30, (self.batch_size + SPARE_ROWS, self.width), dtype=torch.int32, device=device
             )
-            table = table // PAGE_SIZE * PAGE_SIZE  # any values; pages must be whole for the seed's transform
+            table = table // PAGE_SIZE * PAGE_SIZE  # any values; pages must be whole for the original loop's transform
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_size * 7919 + self.context)
             chosen = [
                 (

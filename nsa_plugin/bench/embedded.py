@@ -1,4 +1,4 @@
-"""Contenders that need no engine: the seed loop, and this package's strategies."""
+"""Contenders that need no engine: the original loop, and this package's strategies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, differing_fields
 from nsa_plugin.core.plan import PlanStrategy, ReplayPlan
-from nsa_plugin.rigs import seed
+from nsa_plugin.rigs.sglang import original_loop
 
 
 def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:
@@ -22,7 +22,7 @@ def buffers(batch: BatchDescriptor, geometry: Geometry) -> StepMetadata:
 
 
 class Embedded:
-    """The contenders of one cell: the seed loop (if its wheel is at hand), then copy, share and graph."""
+    """The contenders of one cell: the original loop (if its wheel is at hand), then copy, share and graph."""
 
     def __init__(self, cell: Cell, device: torch.device, wheel: Path | None) -> None:
         self._geometry, self._batches = cell.geometry(device), cell.batches(device)
@@ -59,7 +59,7 @@ def contenders(
 ) -> list[Contender]:
     """All contenders, over the same inputs."""
     first = batches[0]
-    found = [] if wheel is None else [seed_loop(cell, batches, geometry, wheel)]
+    found = [] if wheel is None else [original_loop_contender(cell, batches, geometry, wheel)]
     strategies: tuple[PlanStrategy, ...] = ("copy", "share")
     for strategy in strategies:
         count = cell.consumers if strategy == "copy" else 1
@@ -94,15 +94,17 @@ def graph(batches: Sequence[BatchDescriptor], geometry: Geometry) -> Contender:
     return Contender.of_graph("graph", capture(lambda: plan.run(static)), load, None, [step], plan)
 
 
-def seed_loop(cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path) -> Contender:
+def original_loop_contender(
+    cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry, wheel: Path
+) -> Contender:
     """sglang 0.5.6.post2's method, once per consumer."""
-    methods = seed.load_methods(wheel)
+    methods = original_loop.load_methods(wheel)
     first = batches[0]
     assert isinstance(first.slots, TokenTable)
     steps = [buffers(first, geometry) for _ in range(cell.consumers)]
     table = first.slots.req_to_token
     backends = [
-        seed.SeedBackend(methods, step, table, geometry.index_topk, geometry.page_size, cell.draft_tokens)
+        original_loop.OriginalBackend(methods, step, table, geometry.index_topk, geometry.page_size, cell.draft_tokens)
         for step in steps
     ]
     widths = torch.full((cell.batch_size,), cell.draft_tokens, device=first.seq_lens.device)
@@ -115,4 +117,4 @@ def seed_loop(cell: Cell, batches: Sequence[BatchDescriptor], geometry: Geometry
             backend.replay(cell.mode, batch.seq_lens, batch.slots.req_pool_indices, widths, lengths_on_host[index])
 
     calls = [lambda index=index: prepare(index) for index in range(len(batches))]
-    return Contender.of_calls("seed loop (sglang 0.5.6.post2)", calls, steps)
+    return Contender.of_calls("original loop (sglang 0.5.6.post2)", calls, steps)

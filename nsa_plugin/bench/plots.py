@@ -19,12 +19,11 @@ L2_BYTES = 50 << 20
 WORDS = {
     "copy": "copy: computed once, written to every consumer",
     "share": "share: computed once, one set of buffers",
-    "graph": "graph: share, recorded in the CUDA graph",
+    "graph": "graph: computed once, recorded in the CUDA graph",
     "sglang loop": "own path of sglang, once per draft backend",
     "sglang shipped": "own path of sglang, as shipped",
-    "vllm stock": "own path of vLLM, as shipped",
+    "vllm shipped": "own path of vLLM, as shipped",
     "vllm in place": "fused draft, an update per attention group",
-    "one kernel": "graph: fused draft, one kernel per draft step",
     "no metadata": "fused draft without its metadata",
 }
 """Contender to its legend; the others have their names."""
@@ -86,7 +85,7 @@ def plot(results: Results, path: Path) -> None:
 def _bars(axes: Any, cells: list[Results], names: list[str], colours: dict[str, Any], clock: str, label: str) -> None:
     """Grouped bars of a clock, on a logarithmic axis: they differ by factors."""
     _grouped(axes, cells, names, colours, lambda cell, name: _of(cell, name, clock), clock)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     known = [time for cell in cells for name in names if (time := _of(cell, name, clock))]
     axes.set_ylim(min(known) / 2, max(known) * 3)
     axes.set(ylabel=f"{label} (log)")
@@ -96,7 +95,7 @@ def _bars(axes: Any, cells: list[Results], names: list[str], colours: dict[str, 
 
 def _ratios(axes: Any, cells: list[Results], names: list[str], colours: dict[str, Any], engine: object) -> None:
     _grouped(axes, cells, names, colours, ratio)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     known = [value for cell in cells for name in names if (value := ratio(cell, name))]
     axes.set_ylim(min(0.5, min(known) / 2), max(known) * 3)
     axes.axhline(1, color="black", linewidth=0.8)
@@ -129,18 +128,19 @@ def _against_steps(
         return []
 
     def draw(axes: Any) -> None:
-        for name in names:
+        for index, name in enumerate(names):
             points = [(cell, clock) for cell in same if (clock := _longer(cell, name))]
             if not points:
                 continue
             heights = [_of(cell, name, clock) for cell, clock in points]
             errors = _errors([(cell, name, clock) for cell, clock in points])
             style = "o-" if len(points) > 2 else "o"  # a line through two points would claim a law
-            axes.errorbar(
-                [cell["steps"] for cell, _ in points], heights, errors, fmt=style, capsize=3, color=colours[name]
-            )
+            aside = (index / max(len(names) - 1, 1) - 0.5) * 0.2 * (steps[1] - steps[0])  # none hides another
+            places = [cell["steps"] + aside for cell, _ in points]
+            axes.errorbar(places, heights, errors, fmt=style, capsize=3, color=colours[name])
         axes.set_title(_plain(f"{first['mode']}, batch {first['batch_size']}, context {context(first)}"), fontsize=9)
-        axes.set(xlabel="speculative steps", ylabel=f"{unit}, host or GPU,\nwhichever is longer (log)", yscale="log")
+        axes.set(xlabel="speculative steps", ylabel=f"{unit}, host or GPU,\nwhichever is longer (log)")
+        _logarithmic(axes)
         axes.set_xticks(steps, [str(count) for count in steps])
         axes.set_xlim(steps[0] - 1, steps[-1] + 1)
 
@@ -167,6 +167,17 @@ def _grouped(
         [place + 0.4 - width / 2 for place in range(len(cells))], labels, rotation=45, ha="right", fontsize=8
     )
     axes.set_xlabel(_plain(f"{cells[0]['mode']}: batch × context, {cells[0]['steps']} steps"))
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic axis with plain figures at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1 else f"{value:,.0f}"))
+    axes.tick_params(axis="y", which="both", labelsize=8)
 
 
 def _errors(shown: list[tuple[Results, str, str]]) -> list[list[float]] | None:

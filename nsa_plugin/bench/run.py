@@ -22,15 +22,15 @@ from nsa_plugin.bench.embedded import Embedded
 from nsa_plugin.bench.measure import Spread, copy_rate, gpu_spread, host_spread
 from nsa_plugin.core.batch import ForwardMode
 from nsa_plugin.core.errors import UnavailableError, reject
-from nsa_plugin.rigs import seed
-from nsa_plugin.rigs.installed import require
-from nsa_plugin.rigs.sglang.backends import installed_sglang
+from nsa_plugin.rigs.requirements import require
+from nsa_plugin.rigs.sglang import original_loop
+from nsa_plugin.rigs.sglang.backends import stand_ins
 from nsa_plugin.trace import load
 
 MODES = {"decode": ForwardMode.DECODE, "verify": ForwardMode.TARGET_VERIFY, "extend": ForwardMode.DRAFT_EXTEND}
 PATHS = {"decode": "draft decode", "verify": "target verify", "extend": "draft extend"}
 """What a recorded trace calls the modes."""
-OURS = frozenset(("copy", "share", "graph", "vllm in place", "one kernel"))
+OURS = frozenset(("copy", "share", "graph", "vllm in place"))
 """Contenders whose values this package computes: a wrong one is an error."""
 
 
@@ -59,7 +59,7 @@ class Options:
     steps: tuple[int, ...]
     width: int
     decode_impl: str
-    seed_wheel: Path | None
+    original_wheel: Path | None
     seed: int
     trace: Path | None = None
 
@@ -71,18 +71,18 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
+        if options.engine == "vllm" and options.modes != ("decode",):
+            reject(
+                "--mode", "decode with --engine vllm", " ".join(options.modes),
+                fix="leave --mode out: with vLLM only draft steps are measured",
+            )  # fmt: skip
+        if options.engine != "none":
+            require(options.engine)
         if options.engine == "sglang":
-            stack.enter_context(installed_sglang())
-        elif options.engine == "vllm":
-            if options.modes != ("decode",):
-                reject(
-                    "--mode", "decode with --engine vllm", " ".join(options.modes),
-                    fix="leave --mode out: with vLLM only draft steps are measured",
-                )  # fmt: skip
-            require("vllm")
+            stack.enter_context(stand_ins())
         cells = _cells(options)
         _fits(cells, device)
-        wheel = None if options.engine == "vllm" else _seed_wheel(options.seed_wheel, console)
+        wheel = None if options.engine == "vllm" else _original_wheel(options.original_wheel, console)
         rate = copy_rate(device)
         results: dict[str, Any] = {
             **where(device),
@@ -180,13 +180,13 @@ def _subject(cell: Cell, options: Options, device: torch.device, wheel: Path | N
     return Vllm(cell, device)
 
 
-def _seed_wheel(given: Path | None, console: Console) -> Path | None:
+def _original_wheel(given: Path | None, console: Console) -> Path | None:
     if given is not None:
-        seed.load_methods(given)  # refused before anything is measured
+        original_loop.load_methods(given)  # refused before anything is measured
     try:
-        return given if given is not None else seed.fetch_wheel(Path.home() / ".cache" / "nsa-plugin")
+        return given if given is not None else original_loop.fetch_wheel(Path.home() / ".cache" / "nsa-plugin")
     except UnavailableError as error:
-        message = f"without the seed loop: {error}; give its wheel with --seed-wheel"
+        message = f"without the original loop: {error}; give its wheel with --original-wheel"
         console.print(message, style="yellow", markup=False)
         return None
 

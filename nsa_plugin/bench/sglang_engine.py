@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.sglang import refusals, releases
 from nsa_plugin.adapters.sglang.describe import consumer
 from nsa_plugin.bench.cell import Cell, Contender, capture
-from nsa_plugin.bench.embedded import differing_from_reference, seed_loop
+from nsa_plugin.bench.embedded import differing_from_reference, original_loop_contender
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, TokenTable
 from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.host import Host
@@ -25,9 +26,17 @@ LOOP, SHIPPED = "sglang loop", "sglang shipped"
 
 
 class Sglang:
-    """The contenders of one cell: the seed loop (if its wheel is at hand), sglang's own code, then this plugin."""
+    """The contenders of one cell: the original loop (if its wheel is at hand), sglang's own code, then this plugin.
+
+    Raises
+    ------
+    UnavailableError
+        The installed sglang lacks what the cell's mode takes, or a strategy could not be had.
+    """
 
     def __init__(self, cell: Cell, device: torch.device, wheel: Path | None, decode_impl: str) -> None:
+        if cell.mode is ForwardMode.DRAFT_EXTEND and (problem := releases.lacking("draft extend")):
+            raise UnavailableError(f"--mode extend: {problem}")
         self._geometry, self._batches = geometry, batches = cell.geometry(device), cell.batches(device)
         self.bytes = cell.bytes_to_move(batches)
         first = batches[0]
@@ -39,18 +48,18 @@ class Sglang:
             draft_tokens=cell.steps, index_topk=geometry.index_topk, page_size=geometry.page_size, decode_impl=decode_impl,
         )  # fmt: skip
         self._live = [self._batch(batch) for batch in batches]
-        self._views = [kit.replay_view(batch) for batch in self._live]
         self._backends: dict[str, list[Any]] = {}
         host = Host()
         adapter = host.manager.adapter("sglang")
         if adapter is None:
             raise UnavailableError("no adapter for sglang")
         self._adapter = adapter
-        self.contenders = [] if wheel is None else [seed_loop(cell, batches, geometry, wheel)]
+        self.contenders = [] if wheel is None else [original_loop_contender(cell, batches, geometry, wheel)]
         self.contenders.append(self._loop())
         if cell.mode is ForwardMode.DECODE:
             self.contenders.append(self._prepared(SHIPPED))
-        for strategy in ("copy", "share", "graph") if torch.cuda.is_available() else ("copy", "share"):
+        records = torch.cuda.is_available() and not refusals.not_graph()
+        for strategy in ("copy", "share", "graph") if records else ("copy", "share"):
             host.settings = Settings(strategy=strategy)
             if problems := adapter.install(host):
                 raise UnavailableError("; ".join(problems))
@@ -99,12 +108,12 @@ class Sglang:
 
     def _prepared(self, name: str) -> Contender:
         owner, static = self._owner(name), self._static()
-        owner.init_forward_metadata_out_graph(static, in_capture=True)
-        before = [lambda view=view: owner.init_forward_metadata_out_graph(view) for view in self._views]
+        kit.before_capture(owner, static)
+        before = [kit.preparation(owner, live) for live in self._live]
         if name != "graph":
             return Contender.of_calls(name, before, self._consumers(name))
-        owner.init_forward_metadata_in_graph(static)
-        recorded = capture(lambda: owner.init_forward_metadata_in_graph(static))
+        kit.in_graph(owner, static)
+        recorded = capture(lambda: kit.in_graph(owner, static))
 
         def load(index: int) -> None:
             static.seq_lens.copy_(self._live[index].seq_lens)

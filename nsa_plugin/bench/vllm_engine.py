@@ -22,7 +22,7 @@ from nsa_plugin.core.metadata import PrecomputedMetadata, differing_fields
 from nsa_plugin.rigs.vllm.v2_draft import Sizes
 from nsa_plugin.rigs.vllm.v2_replay import STOCK, Batch, Comparison, ReplayedDraft, Step, ways
 
-LAYOUT = "fp8 64 heads"
+LAYOUT = "fp8 separate"
 NO_METADATA = "no metadata"
 """A contender whose graph leaves the metadata as it was captured: the time of everything else. Its values are not compared."""
 MAX_TOKENS = 2048

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nsa_plugin.bench.measure import synchronize
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
@@ -67,12 +69,29 @@ def _untimed(operation: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
     return call()
 
 
+class Counter(TorchFunctionMode):
+    """Counts the torch operations within it that compute or move something: no views, no attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_function__(self, call: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Called by torch for each operation."""
+        result, name = call(*args, **(kwargs or {})), getattr(call, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
+        new = isinstance(result, torch.Tensor) and not result._is_view() and result is not args[0]
+        self.operations += in_place or new
+        return result
+
+
 class Harness:
     """Three contenders over one trace. Each has its own buffers for each captured batch size.
 
     Attributes
     ----------
     seconds : contender to list of seconds, one per round
+    operations : contender to torch operations of one round; 0 if a kernel of this package does it all
     """
 
     contenders: tuple[str, ...] = ("original, every step", "precompute + copy", "share")
@@ -83,6 +102,7 @@ class Harness:
         self._table = table
         self.original = Original(self._geometry)
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.operations: dict[str, int] = {}
         self._buffers: dict[tuple[str, int], list[StepMetadata]] = {}
         self._plans: dict[tuple[str, int], ReplayPlan] = {}
         strategies: tuple[PlanStrategy, ...] = ("copy", "share")
@@ -110,6 +130,10 @@ class Harness:
         for name in others:
             plan = self._plans[name, size]
             self._time(name, lambda plan=plan: plan.run(batch))  # type: ignore[misc]
+        if not self.operations:
+            self._count(first, lambda: self._prepare_every_step(batch, measured=False))
+            for name in others:
+                self._count(name, lambda name=name: self._plans[name, size].run(batch))  # type: ignore[misc]
         return [
             f"{name}, draft step {index}: {field}"
             for name in others
@@ -132,3 +156,8 @@ class Harness:
         call()
         synchronize()
         self.seconds[name].append(time.perf_counter() - start)
+
+    def _count(self, name: str, call: Callable[[], object]) -> None:
+        with Counter() as counter:
+            call()
+        self.operations[name] = counter.operations

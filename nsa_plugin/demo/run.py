@@ -14,12 +14,23 @@ from rich.table import Table
 
 from nsa_plugin.demo.embedded import OPERATIONS, Harness, Original
 from nsa_plugin.demo.sglang_engine import SglangHarness
-from nsa_plugin.rigs.sglang.backends import installed_sglang
+from nsa_plugin.rigs.requirements import require
+from nsa_plugin.rigs.sglang.backends import stand_ins
 from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, sizes_of
 
 INDEX_TOPK = 2048
 SGLANG_ON_CPU = Sizes(width=1024, max_requests=9, captured=(1, 2, 4, 8))
 """Sizes without a GPU: small, because sglang's kernels then run in an interpreter."""
+
+ON_CPU = (
+    "What these times mean: on a CPU this package computes in plain torch, the definition that its kernels must equal, and "
+    "copy also writes every plane to every consumer, so that it may well take longer than the first. On a GPU either is one "
+    "launch. Times of GPUs and engines are in docs/performance.md."
+)
+ON_GPU = (
+    "What these times mean: host and GPU together, waited for after each round. Within an engine a GPU is not waited for, "
+    "and with graph the host does nothing: docs/performance.md has such times."
+)
 
 
 class Contest(Protocol):
@@ -42,39 +53,63 @@ def demo(engine: str, rounds: int, steps: list[int], trace: Path | None, seed: i
     recorded = load(trace) if trace else None
     sizes = sizes_of(recorded) if recorded else SGLANG_ON_CPU if interpreted else Sizes()
     device = torch.device("cuda" if gpu else "cpu")
-    where = torch.cuda.get_device_name(device) if gpu else "CPU (times say nothing about a GPU)"
+    where = torch.cuda.get_device_name(device) if gpu else "this CPU"
     console.print(f"[bold]nsa-plugin demo[/bold] on {where}, torch {torch.__version__}")
-    wrong = 0
-    totals = Table(title="Preparation of one draft round, median", min_width=80)
-    for column in ("draft steps", "preparation", "µs", "against the first", "rounds", "values that differ"):
-        totals.add_column(column, justify="right" if column != "preparation" else "left")
+    wrong: list[str] = []
+    checked = _table("Checked and counted", "steps", "preparation", "rounds", "values compared", "differ", "operations")
+    times = _table(f"Time of one round on {where}, median", "steps", "preparation", "µs", "against the first")
+    parts, notes = [], []
     for num_steps in steps:
         entries = recorded or list(generate(rounds, num_steps, sizes, seed))
         contest, differences = _play(engine, num_steps, entries, sizes, device, console)
         if isinstance(contest, Harness):
-            console.print(_operations(contest.original, num_steps - 1))
+            parts.append(_operations(contest.original, num_steps - 1))
         baseline = statistics.median(contest.seconds[contest.contenders[0]])
+        values = (num_steps - 1) * sum(_live_values(entry, sizes.page_size) for entry in entries)
         for name in contest.contenders:
+            first = name == contest.contenders[0]
+            different = sum(line.startswith(name) for line in differences)
+            compared = ("the measure", "-") if first else (f"{values:,}", str(different))
+            checked.add_row(str(num_steps), name, str(len(entries)), *compared, _count(contest, name))
             median = statistics.median(contest.seconds[name])
-            count = sum(line.startswith(name) for line in differences)
-            times = ("-", "-") if interpreted else (f"{median * 1e6:,.0f}", f"{baseline / median:.1f}×")
-            totals.add_row(str(num_steps), name, *times, str(len(entries)), str(count))
+            times.add_row(str(num_steps), name, f"{median * 1e6:,.0f}", f"{baseline / median:.1f}×")
         if stale := getattr(contest, "stale", 0):
-            console.print(
+            notes.append(
                 f"{num_steps} steps: sglang's shipped code left a schedule or plan of some draft backend stale in "
                 f"{stale} of {len(entries)} rounds (known upstream; not counted as a difference)"
             )
-        wrong += len(differences)
-        for line in differences[:10]:
-            console.print(line, style="red", markup=False)
-    console.print(totals)
+        wrong += differences
+    console.print(checked)
+    for line in notes:
+        console.print(line)
+    for line in wrong[:10]:
+        console.print(line, style="red", markup=False)
+    console.print(f"[red]{len(wrong)} values differ[/red]" if wrong else "Every live value of every round is equal.")
     if interpreted:
         console.print("No times: without a GPU sglang's kernels run in an interpreter, here only values are compared.")
-    if wrong:
-        console.print(f"[red]{wrong} values differ[/red]")
-        return 1
-    console.print("Every live value of every round is equal.")
-    return 0
+        return int(bool(wrong))
+    for table in (*parts, times):
+        console.print(table)
+    console.print(ON_GPU if gpu else ON_CPU)
+    return int(bool(wrong))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("preparation", "operation") else "right")
+    return table
+
+
+def _live_values(entry: Round, page_size: int) -> int:
+    """Values of a round that a draft step may read: four vectors and two page tables, without derived planes."""
+    return 4 * len(entry.seq_lens) + 2 + sum(length - length // -page_size for length in entry.seq_lens)
+
+
+def _count(contest: Contest, name: str) -> str:
+    """What a round takes: torch operations, or one launch of a kernel of this package."""
+    counted = getattr(contest, "operations", {}).get(name)
+    return "-" if counted is None else "one launch" if counted == 0 else str(counted)
 
 
 def _play(
@@ -85,7 +120,8 @@ def _play(
     with contextlib.ExitStack() as stack:
         contest: Contest
         if engine == "sglang":
-            stack.enter_context(installed_sglang())
+            require("sglang")
+            stack.enter_context(stand_ins())
             contest = SglangHarness(sizes, INDEX_TOPK if device.type == "cuda" else 256, num_steps, slots.table)
         else:
             contest = Harness(sizes, INDEX_TOPK, num_steps, slots.table)
@@ -99,9 +135,8 @@ def _play(
 
 
 def _operations(original: Original, consumers: int) -> Table:
-    table = Table(title=f"Operations of one round, {consumers} draft consumers")
-    for column in ("operation", "calls, every step", "µs, every step", "calls, once", "µs, once"):
-        table.add_column(column, justify="right" if column != "operation" else "left")
+    columns = ("operation", "calls, every step", "µs, every step", "calls, once", "µs, once")
+    table = _table(f"Five operations of the first preparation, {consumers} consumers, each timed alone", *columns)
     rounds = len(original.seconds["page lookup"]) // consumers
     totals = [0.0] * 4
     for operation in OPERATIONS:

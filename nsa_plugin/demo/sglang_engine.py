@@ -66,7 +66,7 @@ class SglangHarness:
                 for backend in multi.attn_backends:
                     kit.engine_metadata(backend, batch, "DECODE")
             else:
-                kit.before_replay(multi, batch, kit.replay_view(batch))
+                kit.preparation(multi, batch)()
             synchronize()
             self.seconds[name].append(time.perf_counter() - start)
         expected = self._multi[first].attn_backends[0].forward_metadata

@@ -12,64 +12,71 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nsa_plugin import launch_lines, monitoring
 from nsa_plugin.adapters.base import Adapter, PathPlan
+from nsa_plugin.adapters.build import named
 from nsa_plugin.adapters.probe import installed_version
+from nsa_plugin.doctor.check import Check, Status
+from nsa_plugin.doctor.loading import LOADING, loading
+from nsa_plugin.doctor.patches import Ledger, ledger
 from nsa_plugin.host import Host
-from nsa_plugin.settings import SettingError, Settings
+from nsa_plugin.settings import PREFIX, SettingError, Settings
 
-Status = Literal["ok", "note", "fail"]
-ENGINES = ("sglang", "vllm")
-VERSIONS = ("nsa-plugin", "torch", "triton", "pluggy", "prometheus-client")
+ENGINES = tuple(LOADING)
+VERSIONS = ("torch", "triton", "pluggy", "prometheus-client")
 DRIVER = Path("/proc/driver/nvidia/version")
+SECTIONS = ("path", "engine", "setting", "plugin", "environment")
+"""Sections of the report, in their order."""
 
 
 @dataclass(frozen=True)
-class Check:
-    """One line of the report.
+class Report:
+    """What the doctor found.
 
     Attributes
     ----------
-    section : "environment", "setting", "engine", "path" or "plugin"
-    name : what was looked at
-    detail : what was found
-    status : "ok"; "note": worth knowing; "fail": something that was asked for can't be had
-    fix : what to do about it; empty if nothing is to be done
+    checks : list of Check
+        What matters most comes first.
+    patches : dict of str to ledger
+        Engine to what its adapter patches, for adapters that say so.
     """
 
-    section: str
-    name: str
-    status: Status
-    detail: str
-    fix: str = ""
+    checks: list[Check]
+    patches: dict[str, Ledger]
 
 
-def diagnose() -> list[Check]:
+def diagnose() -> Report:
     """Run all checks. No GPU is touched: `nvidia-smi` and `/proc` tell of GPUs and driver."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gpus = _gpus()
-    checks = [*_environment(gpus)]
+    checks: list[Check] = []
+    settings, understood = Settings(), False
     try:
-        settings = Settings.from_environment()
+        settings, understood = Settings.from_environment(), True
+        checks += _settings(settings)
     except SettingError as error:
-        return [
-            *checks,
-            Check("setting", "NSA_PLUGIN_*", "fail", str(error), "the plugin leaves every engine as it is"),
-        ]
-    checks += _settings(settings)
+        message, _, fix = str(error).partition("; ")
+        checks.append(
+            Check("setting", f"{PREFIX}*", "fail", message, fix or "write an expected value, or unset the variable")
+        )
     host = Host(settings)
     loaded = host.manager.load_third_parties()
     adapters = host.manager.adapters()
+    here = [name for name in ENGINES if installed(name)]
+    checks += loading(here, settings)
     for name in dict.fromkeys((*ENGINES, *adapters)):
-        checks += _engine(host, name, adapters.get(name), bool(gpus))
-    if not any(installed(name) for name in ENGINES):
-        status: Status = "fail" if settings.given & {"strategy", "verify", "step_lengths"} else "note"
-        fix = "install the plugin into the engine's own environment"
-        checks.append(Check("engine", "any", status, "neither sglang nor vLLM is installed here", fix))
-    checks += _plugins(host, loaded)
-    return checks
+        if name in ENGINES and name not in here:
+            checks.append(Check("engine", name, "note", "not installed", more=True))
+        else:
+            found = _engine(host, name, adapters.get(name), gpus)
+            checks += [
+                check for check in found if understood or check.section != "path"
+            ]  # else every path is the engine's
+    checks += [*_plugins(host, loaded), *_environment(gpus)]
+    shown = [name for name in adapters if name in here or name not in ENGINES] or list(adapters)
+    patches = {name: rows for name in shown if (rows := ledger(adapters[name]))}
+    return Report(sorted(checks, key=lambda check: SECTIONS.index(check.section)), patches)
 
 
 def installed(engine: str) -> bool:
@@ -78,20 +85,28 @@ def installed(engine: str) -> bool:
 
 
 def _environment(gpus: list[str]) -> Iterator[Check]:
-    yield Check("environment", "python", "ok", f"{platform.python_version()} on {platform.platform()}")
-    for name in VERSIONS:
-        yield Check("environment", name, "ok", installed_version(name).replace("unknown", "not installed"))
-    import torch
-
-    yield Check("environment", "CUDA toolkit of torch", "ok", torch.version.cuda or "none: a build without CUDA")
+    yield Check("environment", "nsa-plugin", "ok", named())
     for index, gpu in enumerate(gpus):
         yield Check("environment", f"GPU {index}", "ok", gpu)
+    import torch
+
     if not gpus:
-        fix = "" if torch.version.cuda is None else "check the driver (nvidia-smi) and the container's GPU access"
+        fix = (
+            "install a build of torch for CUDA, on a machine with a GPU"
+            if torch.version.cuda is None
+            else "check the driver (nvidia-smi) and the container's GPU access"
+        )
         yield Check("environment", "GPU", "note", "none found; strategy graph needs one", fix)
     if DRIVER.exists():
         found = re.search(r"(\d+\.\d+[.\d]*)", DRIVER.read_text())
         yield Check("environment", "NVIDIA driver", "ok", found.group(1) if found else "unknown")
+    for name in VERSIONS:
+        detail = installed_version(name).replace("unknown", "not installed")
+        yield Check("environment", name, "ok", detail, more=name != "torch")
+    cuda = torch.version.cuda or "none: a build without CUDA"
+    yield Check("environment", "CUDA toolkit of torch", "ok", cuda, more=True)
+    python = f"{platform.python_version()} on {platform.platform()}"
+    yield Check("environment", "python", "ok", python, more=True)
 
 
 def _gpus() -> list[str]:
@@ -106,10 +121,16 @@ def _gpus() -> list[str]:
     return []
 
 
+def _majors(gpus: list[str]) -> set[str]:
+    """Major compute capability of each GPU that names one."""
+    found = (re.search(r"(\d+)\.\d+$", gpu) for gpu in gpus)
+    return {match.group(1) for match in found if match}
+
+
 def _settings(settings: Settings) -> Iterator[Check]:
     problems: dict[str, tuple[str, str]] = {}
     for variable, mistake in settings.mistakes:
-        yield Check("setting", variable, "fail", mistake, "mend it, or unset it: the default is used")
+        yield Check("setting", variable, "fail", mistake, f"unset {variable}, or write an expected value")
     for problem in monitoring.missing(settings).values():
         found, _, fix = problem.partition("; ")
         problems["NSA_PLUGIN_METRICS"] = (found, fix)
@@ -132,7 +153,8 @@ def _settings(settings: Settings) -> Iterator[Check]:
     for name, value, source in settings.rows():
         problem, fix = problems.get(name, ("", ""))
         detail = f"{value or '(none)'}, from {source}" + (f": {problem}" if problem else "")
-        yield Check("setting", name, "fail" if problem else "ok", detail, fix)
+        default = source == "default" and not problem
+        yield Check("setting", name, "fail" if problem else "ok", detail, fix, more=default)
 
 
 def _writable(directory: Path) -> bool:
@@ -140,14 +162,11 @@ def _writable(directory: Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK)
 
 
-def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterator[Check]:
+def _engine(host: Host, name: str, adapter: Adapter | None, gpus: list[str]) -> Iterator[Check]:
     settings = host.settings
-    if name in ENGINES and not installed(name):
-        yield Check("engine", name, "note", "not installed")
-        return
     release = installed_version(name)
     if adapter is None:
-        yield Check("engine", name, "fail", f"{release}, but there is no adapter for it", "report this")
+        yield Check("engine", name, "fail", f"{release}, but there is no adapter for it", "reinstall nsa-plugin")
         return
     problems = _guarded(adapter)
     for problem in problems:
@@ -156,23 +175,32 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpu: bool) -> Iterat
     if not problems:
         yield Check("engine", name, "ok", f"{release}: all that is needed is there")
         if name in launch_lines.ENGINES:
-            yield Check("engine", f"{name}: launch line", "ok", launch_lines.line(name))
+            yield Check("engine", f"{name}: launch line", "ok", launch_lines.line(name), more=True)
     for line in () if problems else _untested(adapter):
-        yield Check("engine", f"{name}: untested", "note", line, "let NSA_PLUGIN_VERIFY compare it for a while")
-    wanted = settings.strategy
-    plans = _paths(host, adapter)
-    met = [wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu) for plan in plans]
-    for plan, fulfilled in zip(plans, met, strict=True):
-        why = "once there is a GPU; none was found" if plan.strategy == "graph" and not gpu else plan.why
-        left = plan.strategy == "off" != wanted
-        detail = ("left to the engine" if left else f"strategy {plan.strategy}") + (f" ({why})" if why else "")
-        lacking: Status = "note" if any(met) or problems else "fail"
-        fix = "" if fulfilled else "set NSA_PLUGIN_STRATEGY=auto"
-        yield Check("path", f"{name}: {plan.path}", "ok" if fulfilled and not left else lacking, detail, fix)
+        yield Check("engine", f"{name}: untested", "note", line, "set NSA_PLUGIN_VERIFY=1000 for a while")
     for variable in settings.beyond(getattr(adapter, "features", frozenset())):
         yield Check(
             "engine", f"{name}: {variable}", "fail", "can't be had with this engine", f"unset {variable} for it"
         )
+    yield from _paths(name, _plans(host, adapter), settings.strategy, gpus, bool(problems))
+
+
+def _paths(name: str, plans: list[PathPlan], wanted: str, gpus: list[str], broken: bool) -> Iterator[Check]:
+    """What each path of an engine would get; what other machines or models would choose is for who wants more."""
+    majors, gpu = _majors(gpus), bool(gpus)
+    met = [wanted in ("auto", "off", plan.strategy) and (wanted != "graph" or gpu) for plan in plans]
+    for plan, fulfilled in zip(plans, met, strict=True):
+        waits = plan.strategy == "graph" and not gpu
+        why = "once there is a GPU; none was found" if waits else plan.why
+        left = plan.strategy == "off" != wanted
+        detail = ("left to the engine" if left else f"strategy {plan.strategy}") + (f" ({why})" if why else "")
+        lacking: Status = "note" if any(met) or broken else "fail"
+        fix = "set NSA_PLUGIN_STRATEGY=auto" + (", or run it where a GPU is" if waits else "")
+        elsewhere = plan.gpus is not None and (not gpus or bool(majors)) and not majors & plan.gpus
+        yield Check(
+            "path", f"{name}: {plan.path}", "ok" if fulfilled and not left else lacking, detail,
+            "" if fulfilled else fix, more=elsewhere,
+        )  # fmt: skip
 
 
 def _guarded(adapter: Adapter) -> list[str]:
@@ -189,7 +217,7 @@ def _untested(adapter: Adapter) -> list[str]:
         return [f"its adapter can't say what is untested ({type(error).__name__}: {error})"]
 
 
-def _paths(host: Host, adapter: Adapter) -> list[PathPlan]:
+def _plans(host: Host, adapter: Adapter) -> list[PathPlan]:
     try:
         return adapter.paths(host)
     except Exception as error:
@@ -203,4 +231,5 @@ def _plugins(host: Host, loaded: list[str]) -> Iterator[Check]:
         if allowed is None or name in allowed:
             yield Check("plugin", name, "fail", "it failed to load (see the log above)", "reinstall or uninstall it")
     for hook, names in host.manager.providers().items():
-        yield Check("plugin", hook, "ok", ", ".join(names) or "(built-in default)")
+        ours_alone = set(names) <= {"built-in"}
+        yield Check("plugin", hook, "ok", ", ".join(names) or "(built-in default)", more=ours_alone)

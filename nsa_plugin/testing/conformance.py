@@ -19,7 +19,7 @@ import torch
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Case, Engine, Session, Skipped, Values
-from nsa_plugin.testing.watching import installed, restored
+from nsa_plugin.testing.watching import installed_adapter, restored
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Conformance:
 
     def _run(self, case: Case, strategy: Strategy) -> Run:
         run = Run(case, strategy)
-        with restored(self.engine), installed(self.engine, strategy) as (host, _):
+        with restored(self.engine), installed_adapter(self.engine, strategy) as (host, _):
             try:
                 session = self.engine.start(case)
                 buffers = _addresses(session)

@@ -17,14 +17,14 @@ from unittest import mock
 from nsa_plugin import __version__
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.settings import STRATEGIES
-from nsa_plugin.testing import lasting
+from nsa_plugin.testing import lasting, patches
 from nsa_plugin.testing.engine import SITUATIONS, Case, Engine, Fault, Skipped
 from nsa_plugin.testing.watching import (
     WatchedHost,
     allocations,
     attributes,
     changed,
-    installed,
+    installed_adapter,
     logged,
     make_host,
     restored,
@@ -75,7 +75,7 @@ def probe(kit: Conformance) -> list[str]:
         problems += [f"it goes by the version ({UNTESTED}): {problem}" for problem in refused]
         with logged(engine.logger) as records, restored(engine):
             if not refused:
-                with installed(engine):
+                with installed_adapter(engine):
                     pass
             warnings = [_text(record) for record in records if record.levelno == logging.WARNING]
             if len(warnings) != 1 or UNTESTED not in warnings[0]:
@@ -123,7 +123,7 @@ def install(kit: Conformance) -> list[str]:
                 with suppress(Exception):
                     adapter.undo()
     before = attributes(engine)
-    with installed(engine) as (host, adapter):
+    with installed_adapter(engine) as (host, adapter):
         once = attributes(engine)
         if not changed(before, once):
             problems.append("install() changed no attribute of Engine.patched()")
@@ -202,7 +202,7 @@ def replays(kit: Conformance) -> list[str]:
         raise Skipped("allocations and host syncs are seen on a CUDA device only")
     for case in engine.cases():
         for strategy in engine.strategies:
-            with restored(engine), installed(engine, strategy) as (host, _):
+            with restored(engine), installed_adapter(engine, strategy) as (host, _):
                 session = engine.start(case)
                 for round in range(case.rounds):  # everything is compiled
                     session.prepare(round)
@@ -271,7 +271,7 @@ def register(kit: Conformance) -> list[str]:
     engine = kit.engine
     module, _, function = engine.entry_point.partition(":")
     entry: Callable[[], None] = getattr(__import__(module, fromlist=[function]), function)
-    with restored(engine), installed(engine) as (_, adapter):
+    with restored(engine), installed_adapter(engine) as (_, adapter):
         summary = adapter.summary()
     problems = _registering(engine, "by default", entry, {}, (__version__, "auto", summary), patches=True)
     problems += _registering(
@@ -348,6 +348,7 @@ LINES: dict[str, Callable[[Conformance], list[str]]] = {
     "probe": probe,
     "install": install,
     "undo": undo,
+    "ledger": patches.ledger,
     "describe": describe,
     "faithful": faithful,
     "addresses": addresses,

@@ -18,7 +18,15 @@ import torch
 
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.testing.engine import Case, Engine, Session
-from nsa_plugin.testing.watching import WatchedHost, attributes, installed, logged, make_host, restored, unexcused
+from nsa_plugin.testing.watching import (
+    WatchedHost,
+    attributes,
+    installed_adapter,
+    logged,
+    make_host,
+    restored,
+    unexcused,
+)
 
 if TYPE_CHECKING:
     from nsa_plugin.testing.conformance import Conformance
@@ -48,7 +56,7 @@ def _with_parameter(kit: Conformance, case: Case, strategy: Strategy) -> list[st
     with restored(engine):
         for owner, name in hooked:
             setattr(owner, name, calls.extend(vars(owner)[name]))
-        with logged(engine.logger) as records, installed(engine, strategy) as (host, _):
+        with logged(engine.logger) as records, installed_adapter(engine, strategy) as (host, _):
             warnings = [record.getMessage() for record in records if record.levelno == logging.WARNING]
             problems += [
                 f"{name}: no warning that names it and {NEW}"
@@ -73,7 +81,7 @@ def _with_parameter(kit: Conformance, case: Case, strategy: Strategy) -> list[st
 def _hooked(engine: Engine, strategy: Strategy) -> list[tuple[Any, str]]:
     """The engine's own functions that an installation replaces."""
     before = attributes(engine)
-    with restored(engine), installed(engine, strategy):
+    with restored(engine), installed_adapter(engine, strategy):
         after = attributes(engine)
     return [
         (engine.patched()[index], name)
@@ -289,7 +297,7 @@ def memory(kit: Conformance) -> list[str]:
     _ = kit.expected
     for case in kit.one_of_each_path():
         for strategy in engine.strategies:
-            with restored(engine), installed(engine, strategy):
+            with restored(engine), installed_adapter(engine, strategy):
                 problems += [f"{strategy}, {case.name}: {line}" for line in _memory(kit, case)]
     return problems
 

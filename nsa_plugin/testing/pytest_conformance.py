@@ -46,6 +46,10 @@ class AdapterConformance:
         """Line 2."""
         _require(conformance, "undo")
 
+    def test_the_ledger_names_what_is_replaced_and_why(self, conformance: Conformance) -> None:
+        """Line 2."""
+        _require(conformance, "ledger")
+
     def test_describe_takes_every_type_of_batch_and_copies_no_tensor(self, conformance: Conformance) -> None:
         """Line 3."""
         _require(conformance, "describe")

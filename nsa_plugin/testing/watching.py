@@ -96,7 +96,7 @@ def make_host(engine: Engine, strategy: str = "auto", plugins: Sequence[object] 
 
 
 @contextlib.contextmanager
-def installed(
+def installed_adapter(
     engine: Engine, strategy: str = "auto", plugins: Sequence[object] = ()
 ) -> Iterator[tuple[WatchedHost, Adapter]]:
     """An installed adapter and its host. Undone afterwards.

@@ -75,6 +75,7 @@ def stepping(**arguments: Any) -> None:
 
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "precompute": (api.precompute, core), "fast_copy": (api.fast_copy, core), "resolve_impl": (api.resolve_impl, core),
+    "best_impl": (api.best_impl, core),
     "bind_precompute": (api.bind_precompute, core), "bind_copy": (api.bind_copy, core), "bind": (api.bind, core),
     "ReplayPlan": (ReplayPlan, core), "bind_draft_steps": (draft_steps.bind_draft_steps, drafted),
     "check_source": (draft_steps.check_source, drafted), "StepUpdate": (StepUpdate, updated),
@@ -87,8 +88,6 @@ MORE: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
 }  # fmt: skip
 UNREAD = {"precompute": ("out.batch", "out.geometry"), "bind_precompute": ("out.batch",)}
 """What stands beside the buffers that are asked for."""
-UNCHECKED = {"fill_reference"}
-"""Called per step with what was checked when it was bound."""
 
 
 def public(module: ModuleType) -> set[str]:
@@ -104,7 +103,7 @@ def public(module: ModuleType) -> set[str]:
 
 
 def test_every_public_function_is_tried() -> None:
-    assert set.union(*map(public, MODULES)) == CALLS.keys() | UNCHECKED
+    assert set.union(*map(public, MODULES)) == CALLS.keys()
     theirs = {"disable", "enable"}  # take nothing
     functions = {
         name

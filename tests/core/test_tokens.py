@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from nsa_plugin import ForwardMode, InvalidTypeError, InvalidValueError, ReplayPlan, fast_copy, precompute
 from nsa_plugin.core.api import Impl
-from tests.batches import POISON, Case, assert_equal_live, cases, naive, poisoned
+from tests.batches import POISON, Case, assert_equal_live, cases, interpreted, naive, poisoned
 
 DECODE = (ForwardMode.DECODE,)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @settings(max_examples=40)
-@given(case=cases(modes=DECODE), stride=st.sampled_from([1, 3]))
+@given(case=interpreted(modes=DECODE), stride=st.sampled_from([1, 3]))
 def test_they_are_what_a_loop_says_clamped_at_the_tables_width(impl: Impl, case: Case, stride: int) -> None:
     batch, geometry = case.batch, case.geometry
     out = precompute(batch, geometry, impl=impl, out=poisoned(batch, geometry, stride=stride, tokens=True)[0])
@@ -33,7 +33,7 @@ def test_they_are_what_a_loop_says_clamped_at_the_tables_width(impl: Impl, case:
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @settings(max_examples=20)
-@given(case=cases(modes=DECODE), mixed=st.booleans())
+@given(case=interpreted(modes=DECODE), mixed=st.booleans())
 def test_they_are_copied_to_the_consumers_that_have_them(impl: Impl, case: Case, mixed: bool) -> None:
     source = precompute(
         case.batch, case.geometry, impl="reference", out=poisoned(case.batch, case.geometry, tokens=True)[0]

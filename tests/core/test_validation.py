@@ -26,7 +26,7 @@ from tests.batches import POISON, poisoned
 
 TABLE = TokenTable(torch.arange(256, dtype=torch.int32).view(2, 128), torch.tensor([1, 0]))
 BATCH = BatchDescriptor(ForwardMode.DECODE, 2, torch.tensor([5, 70]), TABLE)
-GEOMETRY = Geometry(index_topk=32, page_size=64, table_width=128)
+GEOMETRY = Geometry(index_topk=32, page_size=64, table_width=128, num_sms=2)
 
 BAD_BATCHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "decode"}, TypeError, "mode: expected a ForwardMode, got 'decode'"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nsa_plugin import BatchDescriptor, BlockTable, ForwardMode, Geometry, ReplayPlan
-from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, reference
+from nsa_plugin.core import reference
+from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
 
 pytestmark = pytest.mark.gpu
 DEVICE, POISON, PAGE = "cuda", -77, 64
@@ -94,7 +95,7 @@ class Recorded:
             replace(group, **{name: here(getattr(group, name)) for name in GroupRows.__dataclass_fields__})
             for group in self.groups
         ]
-        reference(GroupMetadata(groups, batch, self.geometry), batch)
+        reference.group_rows(GroupMetadata(groups, batch, self.geometry), batch)
         return [
             plane for group in groups for plane, _ in (*group.vectors(batch).values(), *group.tables(batch).values())
         ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import torch
 
 import toy_engine
 from nsa_plugin import ForwardMode
+from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.reporting import Stage
 from toy_adapter import Prepared, ToyAdapter, _replace
 
@@ -129,6 +131,37 @@ class CannotComeBack(ToyAdapter):
         super().undo()
 
 
+# ledger
+
+
+class HidesAPatch(ToyAdapter):
+    """Replaces more than its ledger says."""
+
+    def install(self, host: Any) -> list[str]:
+        with mock.patch.object(self, "ledger", super().ledger):
+            return super().install(host)
+
+    def ledger(self) -> Sequence[LedgerRow]:
+        return super().ledger()[:1]
+
+
+class ClaimsAPatch(ToyAdapter):
+    """Replaces less than its ledger says."""
+
+    def install(self, host: Any) -> list[str]:
+        with mock.patch.object(self, "ledger", super().ledger):
+            return super().install(host)
+
+    def ledger(self) -> Sequence[LedgerRow]:
+        rows = super().ledger()
+        return (*rows, replace(rows[0], target="toy_engine.StepBuffers.__init__"))
+
+
+class GivesNoReason(ToyAdapter):
+    def ledger(self) -> Sequence[LedgerRow]:
+        return [replace(row, why="") for row in super().ledger()]
+
+
 # describe and faithful: what a plan is told and does
 
 
@@ -141,8 +174,6 @@ def described(change: Callable[[Any, Any], dict[str, Any]], batch_change: Any = 
     """With some fields of the descriptor replaced."""
 
     def describe(forward: Any, batch: Any) -> Any:
-        from dataclasses import replace
-
         good = Prepared.describe(forward, batch)
         return replace(good, **change(good, batch))
 
@@ -327,6 +358,10 @@ BROKEN: list[tuple[str, type[ToyAdapter], str]] = [
     ("undo", UndoesWithACopy, "prepare is not what it was"),
     ("undo", LeavesAnAttribute, "plugin is not what it was"),
     ("undo", CannotComeBack, "second install() found"),
+    ("ledger", HidesAPatch, "prepare: install() replaces it, but the ledger has no row for it"),
+    ("ledger", LeavesAnAttribute, "plugin: install() replaces it"),
+    ("ledger", ClaimsAPatch, "toy_engine.StepBuffers.__init__: the ledger has a row for it"),
+    ("ledger", GivesNoReason, "toy_engine.Forward.capture: the row of the ledger has no 'why'"),
     ("describe", described(lambda good, batch: {"seq_lens": batch.lengths.clone()}), "clone"),
     ("describe", described(lambda good, batch: {"seq_lens": batch.lengths.contiguous()}), "clone"),
     ("describe", described(_reads_on_the_host), "it ran aten._local_scalar_dense"),

@@ -84,7 +84,7 @@ class Unforeseen(Exception):
     st.lists(
         st.tuples(
             st.sampled_from(EVENTS),
-            st.sampled_from(monitoring.USED),
+            st.sampled_from(monitoring.SERVED_WITH),
             st.sampled_from(get_args(Stage)),
             st.sampled_from([ValueError("a"), torch.OutOfMemoryError("b"), Unforeseen("c")]),
         ),

@@ -18,7 +18,7 @@ from nsa_plugin.bench.results import load as load_results
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.core.metadata import PrecomputedMetadata
-from nsa_plugin.rigs import seed
+from nsa_plugin.rigs.sglang import original_loop
 from nsa_plugin.trace import Round, load, save
 
 SMALL = [
@@ -47,7 +47,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> Path:
         raise UnavailableError("no network in this test")
 
-    monkeypatch.setattr(seed, "fetch_wheel", refuse)
+    monkeypatch.setattr(original_loop, "fetch_wheel", refuse)
 
 
 def test_it_writes_results_and_a_plot_and_says_that_a_cpu_is_a_cpu(
@@ -64,7 +64,7 @@ def test_it_writes_results_and_a_plot_and_says_that_a_cpu_is_a_cpu(
         assert {"copy", "share"} <= cell["contenders"].keys()
         assert all(row["differs"] == [] for row in cell["contenders"].values())
     out = capsys.readouterr().out
-    assert "without the seed loop" in out
+    assert "without the original loop" in out
     if not torch.cuda.is_available():
         assert "the times say nothing about a GPU" in " ".join(out.split())
 

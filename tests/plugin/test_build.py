@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nsa_plugin import __version__
-from nsa_plugin.adapters.build import DIGITS, build, source_hash
+from nsa_plugin import _RELEASE
+from nsa_plugin.adapters.build import DIGITS, WRITTEN, build, named, source_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,11 +29,12 @@ def package(tmp_path: Path) -> Path:
 def test_equal_files_are_one_build_wherever_they_are(package: Path, tmp_path: Path) -> None:
     """Linked together in a checkout, copied into a site folder, with byte code beside them, in an archive."""
     here = source_hash(files("nsa_plugin"))
-    assert build() == f"{__version__}+{here}" and len(here) == DIGITS
+    assert build() == f"{_RELEASE}+{here}" and len(here) == DIGITS
     assert source_hash(package) == here
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "cli.cpython-311.pyc").write_bytes(b"byte code")
-    assert source_hash(package) == here
+    (package / WRITTEN).write_text('version = "0.0.1.dev7+g0123456"')
+    assert source_hash(package) == here, "the commit that a wheel names is no source"
     archive = shutil.make_archive(str(tmp_path / "wheel"), "zip", package.parent, "nsa_plugin")
     assert source_hash(zipfile.Path(archive, "nsa_plugin/")) == here
 
@@ -57,3 +58,9 @@ def test_the_command_line_says_which_build_it_is() -> None:
         [sys.executable, "-m", "nsa_plugin", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == f"nsa-plugin {build()}"
+
+
+def test_a_wheel_between_releases_names_its_commit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named() == build()
+    monkeypatch.setattr("nsa_plugin.adapters.build.__version__", "0.0.1.dev7+g0123456")
+    assert named() == f"{build()} (0.0.1.dev7+g0123456)"

@@ -138,7 +138,7 @@ def test_a_foreign_file_is_refused_by_every_command_that_reads_one(
         ["verify", str(foreign)],
         ["demo", "--trace", str(foreign)],
         ["bench", "--trace", str(foreign)],
-        ["bench", "--seed-wheel", str(foreign)],
+        ["bench", "--original-wheel", str(foreign)],
     ):
         status, said = run_main(words, capsys)
         assert status == 2 and str(foreign) in said and "expected" in said, words
@@ -179,7 +179,7 @@ def test_version_and_help_and_settings_do_not_import_torch() -> None:
 
 def test_every_public_name_is_found_and_others_are_not() -> None:
     assert set(nsa_plugin.__all__) <= set(dir(nsa_plugin))
-    named = [name for names in nsa_plugin._ROOMS.values() for name in names]
+    named = [name for names in nsa_plugin._EXPORTS.values() for name in names]
     assert sorted([*named, "__version__"]) == sorted(nsa_plugin.__all__)
     for name in nsa_plugin.__all__:
         assert getattr(nsa_plugin, name) is not None
@@ -200,7 +200,7 @@ def test_nothing_is_cut_at_80_columns(
     out = capsys.readouterr().out
     assert "nsa_plugin_bind_precompute" in out and "…" not in out
     arguments = ["--bs", "1", "--ctx", "200", "--steps", "2", "--width", "512"]
-    monkeypatch.setattr(run, "_seed_wheel", lambda *rest: None)
+    monkeypatch.setattr(run, "_original_wheel", lambda *rest: None)
     assert cli.main(["bench", *arguments]) == 0
     out = capsys.readouterr().out
     assert "…" not in out and "differs" in out and max(map(len, out.splitlines())) <= 80

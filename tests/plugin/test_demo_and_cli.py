@@ -11,9 +11,14 @@ import torch
 
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
-from nsa_plugin.core.metadata import PrecomputedMetadata
+from nsa_plugin.core.metadata import PrecomputedMetadata, live_entries
+from nsa_plugin.demo.embedded import Harness, describe
+from nsa_plugin.demo.run import INDEX_TOPK, _live_values
 from nsa_plugin.trace import Round, Sizes, SlotTable, generate, load, save, sizes_of
 
+COMPARED = (
+    "cache_seqlens", "cu_seqlens_k", "nsa_cache_seqlens", "nsa_cu_seqlens_k", "page_table_1", "real_page_table",
+)  # fmt: skip
 RECORDED = Path(__file__).parents[2] / "examples" / "traces" / "sglang_h100.jsonl"
 
 
@@ -21,8 +26,30 @@ def test_demo_is_green(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--rounds", "30", "--steps", "2", "4"]) == 0
     out = capsys.readouterr().out
     assert "Every live value of every round is equal." in out
+    assert out.index("values compared") < out.index("Every live value") < out.index("What these times mean")
     for operation in ("cumsum", "top-k lengths", "page lookup", "table transform", "concatenation"):
         assert operation in out
+
+
+def test_demo_counts_what_it_compares_and_what_runs() -> None:
+    sizes = Sizes()
+    entries = list(generate(12, 4, sizes))
+    slots, compared = SlotTable(sizes, torch.device("cpu")), 0
+    harness = Harness(sizes, INDEX_TOPK, 4, slots.table)
+    for entry in entries:
+        slots.advance(entry)
+        harness.run(entry)
+        batch = describe(entry, slots.table, 3)
+        made = PrecomputedMetadata((harness._buffers["share", batch.batch_size][0],), batch, harness._geometry)
+        entire = live_entries(made, made.steps[0], 0, COMPARED)
+        compared += sum(int((values >= 0).sum()) for values in entire.values())
+    assert sum(_live_values(entry, sizes.page_size) for entry in entries) == compared > 0
+    more = Harness(sizes, INDEX_TOPK, 8, slots.table)
+    more.run(entries[-1])
+    first, copy, share = harness.contenders
+    assert harness.operations[share] == more.operations[share] > 0, "once, for any number of steps"
+    assert harness.operations[first] * 7 == more.operations[first] * 3 > 0
+    assert harness.operations[share] < harness.operations[copy] < more.operations[copy]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plants the error in the reference, which a GPU does not use")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from nsa_plugin import UnavailableError, disable, enable, entry
+from nsa_plugin.host import Host
 from nsa_plugin.settings import SettingError, Settings
 
 
@@ -170,3 +172,48 @@ def test_what_an_engine_cant_honour_is_said_and_an_installed_host_can_be_switche
     assert disable() == ["recorded work goes on"]
     assert enable() == [] and toy.switched == [False, True]
     assert caplog.text.count("nsa-plugin: recorded work goes on") == 1
+
+
+def test_a_forked_process_says_in_its_own_log_what_was_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A process that inherits the plugin by a fork may have a log of its own: it says the line at first use, once."""
+    monkeypatch.setattr(entry, "_hosts", {})
+    monkeypatch.setattr("nsa_plugin.host.VllmAdapter", Toy)
+    monkeypatch.delenv("NSA_PLUGIN_STRATEGY", raising=False)
+    logger = logging.getLogger("vllm.plugins.nsa_plugin")
+    caplog.set_level(logging.INFO, logger.name)
+
+    def log_to(name: str) -> None:
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.addHandler(logging.FileHandler(tmp_path / name))
+
+    def use(host: Host) -> None:
+        report = host.path("vllm", "draft decode", logger)
+        for _ in range(2):
+            report.using("graph")
+
+    log_to("parent")
+    entry.register_vllm()
+    host = entry._hosts["vllm"]
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            log_to("child")
+            host.switch(False, "a call")
+            use(host)
+            entry.register_vllm()  # engines load plugins again
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    use(host)
+    log_to("nothing more")
+    line, path = "strategy auto; a toy", "nsa-plugin: draft decode: strategy graph"
+    parent, childs = ((tmp_path / name).read_text().splitlines() for name in ("parent", "child"))
+    assert [line in said for said in parent] == [True, False] and parent[1] == path
+    assert [line in said for said in childs] == [True, False] and childs[1] == path
+    assert childs[0].endswith("switched off for now: a call")
+    logger.removeHandler(logger.handlers[0])

@@ -19,8 +19,8 @@ from unittest import mock
 
 import pytest
 
-from nsa_plugin.adapters.vllm import lazy
-from nsa_plugin.adapters.vllm.lazy import WhenImported
+from nsa_plugin.adapters import lazy
+from nsa_plugin.adapters.lazy import WhenImported
 
 PROBE = Path(__file__).parents[2] / "benchmarks" / "end_to_end" / "probe"
 NUMBERS = itertools.count()
@@ -132,7 +132,7 @@ def test_an_import_that_is_under_way_in_another_thread(
 STRESS = """
 import importlib, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from nsa_plugin.adapters.vllm.lazy import WhenImported
+from nsa_plugin.adapters.lazy import WhenImported
 sys.setswitchinterval(1e-6)
 number, called, failed = int(sys.argv[2]), [], []
 def importing(names):

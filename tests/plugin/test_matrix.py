@@ -15,6 +15,7 @@ from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
+from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 
 SOURCE = {
     "toy/__init__.py": "",
@@ -145,6 +146,26 @@ def test_the_table() -> None:
     ]
 
 
+def test_a_path_that_a_release_was_not_tried_on_is_said_to_be_not_run() -> None:
+    rows = [
+        ROWS[0],
+        ROWS[1] | {"paths": {**ROWS[1]["paths"], "draft (another runner)": {"copy": "faithful"}}},
+        ROWS[1] | {"engine": "other"},
+    ]
+    assert render.table(rows).splitlines()[2:] == [
+        "| toy 2.0 | faithful: graph, share; differs: copy | faithful: copy | torch 3, 2026-01-02 |",
+        "| toy 1.0 | unsupported: no `C.d` | not run | source only, 2026-01-01 |",
+        "| other 2.0 | faithful: graph, share; differs: copy | – | torch 3, 2026-01-02 |",
+    ]
+
+
+def test_every_path_of_a_kit_is_probed() -> None:
+    """What the kit of an engine finds out has a cell to go into."""
+    needs = {name: [set(of.paths) for of in engine.needs] for name, engine in ENGINES.items()}
+    assert needs["vllm"] == [{"draft decode", v1_proposer.PATH}]
+    assert all(paths == {"draft decode", "target verify", "draft extend"} for paths in needs["sglang"])
+
+
 def test_a_canary_names_every_difference() -> None:
     assert run.differences([ROWS[1] | {"paths": {"draft": {"graph": "faithful"}}}]) == []
     assert run.differences(ROWS[1:]) == [
@@ -153,6 +174,25 @@ def test_a_canary_names_every_difference() -> None:
         "toy 3.0: the kit did not run: no gpu",
         "toy 3.0: draft: static only",
     ]
+
+
+def test_a_canary_names_metadata_builders_without_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "vllm-9.9-py3-none-any.whl"
+    source = """
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+class NewMetadataBuilder(AttentionMetadataBuilder[int]): ...
+class AbstractMetadataBuilder(AttentionMetadataBuilder, abc.ABC): ...
+def make(base):
+    class Derived(NewMetadataBuilder): ...
+"""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vllm/v1/attention/backends/mla/new.py", source)
+        archive.writestr("vllm/v1/attention/backends/gdn_attn.py", "class GDNAttentionMetadataBuilder(Base): ...")
+        archive.writestr("vllm/elsewhere.py", "class OtherMetadataBuilder(AttentionMetadataBuilder): ...")
+    row = run.check("vllm", path, tmp_path / "no environment")
+    module = "vllm.v1.attention.backends.mla.new"
+    assert row["unexamined"] == [f"{module}.NewMetadataBuilder", f"{module}.make.<locals>.Derived"]
+    assert f"vllm 9.9: not examined: {module}.NewMetadataBuilder" in run.differences([row])
 
 
 def test_committed_results_are_those_of_the_adapters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -30,6 +31,10 @@ OUTSIDE = {
 }
 """Third-party packages that each room may import; engines are asked for separately."""
 ENGINES = {"sglang", "vllm", "sgl_kernel", "deep_gemm"}
+KIT_ADAPTERS = {"nsa_plugin.adapters.base", "nsa_plugin.adapters.ledger"}
+"""All that the kit for third parties may import of the adapters' room."""
+DRIVE_RIGS = ("nsa_plugin.demo.", "nsa_plugin.bench.", "nsa_plugin.rigs.")
+"""Modules of the package that may import rigs; so may `tests` and `benchmarks`, which are not in it."""
 DRIVE_ENGINES = ("nsa_plugin.rigs.vllm.",)
 """Modules that drive real engine parts, and are imported only where the engine is installed."""
 
@@ -72,6 +77,7 @@ def imports(tree: ast.Module, *, inside: bool) -> Iterator[str]:
             pending += ast.iter_child_nodes(node)
 
 
+@functools.cache
 def imported(name: str, *, inside: bool) -> set[str]:
     """What a module imports: modules of this package by their names, others by their top-level package."""
     found: set[str] = set()
@@ -90,6 +96,30 @@ def test_a_room_imports_only_what_it_may() -> None:
         for name in FILES
         for target in imported(name, inside=True) & FILES.keys() - {"nsa_plugin"}
         if room_of(target) not in may[room_of(name)]
+    ]
+    assert not wrong
+
+
+def test_the_kit_for_third_parties_needs_no_engine_and_no_rig() -> None:
+    kit = [name for name in FILES if name.startswith("nsa_plugin.testing")]
+    wrong = [
+        f"{name} imports {target}"
+        for name in kit
+        for target in imported(name, inside=True)
+        if target in ENGINES
+        or target.startswith("nsa_plugin.rigs")
+        or (room_of(target) == "adapters" and target not in KIT_ADAPTERS)
+    ]
+    assert len(kit) > 5 and not wrong
+
+
+def test_only_demo_and_benchmark_of_the_package_drive_rigs() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name in FILES
+        if not name.startswith(DRIVE_RIGS)
+        for target in imported(name, inside=True)
+        if target.startswith("nsa_plugin.rigs.")
     ]
     assert not wrong
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_plugin import hookimpl
-from nsa_plugin.adapters.sglang import paths
+from nsa_plugin.adapters.sglang import hooked
 from nsa_plugin.core import api
 from nsa_plugin.rigs.sglang import backends as kit
 
@@ -57,7 +57,7 @@ def replays(mode: str, longest: int) -> list[Any]:
 def record(owner: Any, static: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What sglang's runners do inside a capture. Without a GPU the stream says that it is being captured."""
     with monkeypatch.context() as patch:
-        patch.setattr(paths, "capturing", lambda: True)
+        patch.setattr(hooked, "capturing", lambda: True)
         owner.init_forward_metadata_in_graph(static)
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +23,14 @@ import pytest
 import torch
 
 from nsa_plugin import hookimpl
-from nsa_plugin.adapters.sglang import owners, paths, releases
-from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
+from nsa_plugin.adapters.sglang import refusals, releases
 from nsa_plugin.adapters.sglang.reports import MODES
+from nsa_plugin.cli import main
 from nsa_plugin.core import api
+from nsa_plugin.core.errors import UnavailableError
 from nsa_plugin.core.metadata import same_buffer
 from nsa_plugin.rigs.sglang import backends as kit
+from nsa_plugin.rigs.sglang import original_loop
 from tests.sglang.batches import CONFIG, TABLE, batch, replays
 from tests.sglang.conftest import Install
 
@@ -41,7 +46,7 @@ def made(mode: str, lengths: torch.dtype = torch.int64) -> tuple[Any, list[Any]]
 
 
 def replay(owner: Any, live: Any) -> None:
-    kit.before_replay(owner, live, kit.replay_view(live))
+    kit.preparation(owner, live)()
 
 
 def wrong(mode: str, live: Any, backends: list[Any]) -> list[str]:
@@ -137,7 +142,7 @@ def test_the_strategy_says_what_it_can_be(install: Install, caplog: pytest.LogCa
     made("DECODE")
     (line,) = [line for line in caplog.messages if "draft decode: strategy" in line]
     plans = {plan.path: plan for plan in adapter.paths(host)}
-    if why := paths.not_graph():
+    if why := refusals.not_graph():
         assert "strategy share, not graph: looked for " in line and "init_forward_metadata_in_graph" in line
         assert plans["draft decode"].strategy == plans["target verify"].strategy == "share"
         assert plans["draft decode"].why == plans["target verify"].why == why
@@ -145,10 +150,48 @@ def test_the_strategy_says_what_it_can_be(install: Install, caplog: pytest.LogCa
         assert "strategy graph" in line and plans["draft decode"].strategy == "graph"
 
 
+@pytest.mark.parametrize("mode", ["decode", "verify", "extend"])
+def test_the_benchmark_compares_every_strategy(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or it says what the release lacks."""
+
+    def offline(folder: Path) -> Path:
+        raise UnavailableError("no network in this test")
+
+    monkeypatch.setattr(original_loop, "fetch_wheel", offline)
+    cell = [
+        "bench",
+        "--engine",
+        "sglang",
+        "--mode",
+        mode,
+        "--bs",
+        "2",
+        "--ctx",
+        "300",
+        "--steps",
+        "3",
+        "--width",
+        "512",
+    ]
+    status = main([*cell, "--json", str(tmp_path / "b.json")])
+    if mode == "extend" and (problem := releases.lacking("draft extend")):
+        assert status == 2 and f"--mode extend: {problem}" in capsys.readouterr().err
+        return
+    assert status == 0
+    (measured,) = json.loads((tmp_path / "b.json").read_text())["cells"]
+    wrong = {name: row["differs"] for name, row in measured["contenders"].items()}
+    shipped: dict[str, list[str]] = {"sglang shipped": []} if mode == "decode" else {}
+    assert wrong == {"sglang loop": [], **shipped, "copy": [], "share": []}
+
+
 def test_the_arguments_of_the_older_methods_are_batches() -> None:
     lengths = torch.tensor([5, 6])
-    captured = batch_to_capture(2, 8, "pool", lengths, None, "mode", "spec")
-    live = batch_to_replay(2, "pool", lengths, 11, None, "mode", "spec", seq_lens_cpu="cpu", out_cache_loc=None)
+    captured = releases.nsa_batch_to_capture(2, 8, "pool", lengths, None, "mode", "spec")
+    live = releases.nsa_batch_to_replay(
+        2, "pool", lengths, 11, None, "mode", "spec", seq_lens_cpu="cpu", out_cache_loc=None
+    )
     for made in (captured, live):
         assert made.seq_lens is lengths
         assert (made.batch_size, made.req_pool_indices, made.forward_mode, made.spec_info) == (
@@ -159,14 +202,23 @@ def test_the_arguments_of_the_older_methods_are_batches() -> None:
         )
     assert torch.equal(captured.seq_lens_cpu, lengths) and live.seq_lens_cpu == "cpu" and live.seq_lens_sum == 11
     draft = SimpleNamespace()
-    assert owners.MultiStepDraft.batch_to_capture(draft) is owners.MultiStepDraft.batch_to_replay(draft, bs=2) is draft
+    assert releases.nsa_draft_batch(draft) is releases.nsa_draft_batch(draft, bs=2) is draft
+
+
+def test_top_k_plans_count_as_written_where_sglang_cant_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "sglang.kernels.ops.attention.dsv4.topk"
+    monkeypatch.setitem(sys.modules, name, module := types.ModuleType(name))
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert releases.topk_plan_is_written(on_a_gpu)
+    vars(module)["topk_v2_plan_is_written"] = lambda lengths: lengths is not on_a_gpu
+    assert not releases.topk_plan_is_written(on_a_gpu) and releases.topk_plan_is_written(torch.ones(2))
 
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    releases.names.cache_clear()
+    releases.generation.cache_clear()
     yield
-    releases.names.cache_clear()
+    releases.generation.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -178,8 +230,8 @@ def uncached() -> Iterator[None]:
         ([], releases.DSA),
     ],
 )
-def test_names_go_by_the_module_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, uncached: None, there: list[str], expected: releases.Names
+def test_the_generation_goes_by_the_module_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, uncached: None, there: list[str], expected: releases.Generation
 ) -> None:
     modules = {generation.module: generation.prefix in there for generation in releases.GENERATIONS}
 
@@ -187,7 +239,7 @@ def test_names_go_by_the_module_that_is_there(
         return importlib.machinery.ModuleSpec(name, None) if modules[name] else None
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    assert releases.names() is expected
+    assert releases.generation() is expected
 
 
 AUTOLOAD = """
@@ -196,10 +248,11 @@ logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stre
 from sglang.srt.plugins import load_plugins
 load_plugins()
 load_plugins()
-from nsa_plugin.adapters.sglang.releases import names
-for owner in (names().multi_step, names().backend):
-    for name in names().hooks:
-        method = getattr(pkgutil.resolve_name(owner), name)
+from nsa_plugin.adapters.sglang.releases import generation
+found = generation()
+for owner, entries in ((found.multi_step, found.draft_entries), (found.backend, found.single_entries)):
+    for entry in entries:
+        method = getattr(pkgutil.resolve_name(owner), entry.method)
         print("hooked:", hasattr(method, "__wrapped__"), hasattr(getattr(method, "__wrapped__", None), "__wrapped__"))
 """
 

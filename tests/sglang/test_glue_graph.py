@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import compare, glue, paths, preparation
-from nsa_plugin.adapters.sglang.releases import lacking
+from nsa_plugin.adapters.sglang import hooked, ledger, own_path, preparation
+from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, lacking
 from nsa_plugin.core.plan import ReplayPlan
 from tests.sglang.conftest import Install
 from tests.sglang.test_switch import Runner
@@ -58,9 +58,9 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
-    monkeypatch.setattr(paths, "capturing", lambda: Graph.capturing is not None)
+    monkeypatch.setattr(hooked, "capturing", lambda: Graph.capturing is not None)
     monkeypatch.setattr(ReplayPlan, "run", launched(ReplayPlan.run))
-    monkeypatch.setattr(preparation, "native_replay", launched(compare.native_replay))
+    monkeypatch.setattr(preparation, "native_replay", launched(own_path.native_replay))
 
 
 class Forwarding:
@@ -95,9 +95,6 @@ def test_every_promise_holds_under_the_glue_graph(
     from sglang.srt.model_executor.runner.metadata_glue_graph import MetadataGlueGraph
 
     host, _ = install(strategy, verify=verify)
-    runner = Runner("TARGET_VERIFY", monkeypatch)
-    runner.capture(2)
-    graph, key = MetadataGlueGraph("cpu"), ("verify", 2)
     verified: list[int] = []
     verify_once = preparation.Preparation._verify
     turn = 0
@@ -107,6 +104,9 @@ def test_every_promise_holds_under_the_glue_graph(
         verify_once(self, batch)
 
     monkeypatch.setattr(preparation.Preparation, "_verify", verifying)
+    runner = Runner("TARGET_VERIFY", monkeypatch)
+    runner.capture(2)
+    graph, key = MetadataGlueGraph("cpu"), ("verify", 2)
     owner = Forwarding(runner.owner) if wrapped else runner.owner
     static = runner.graphs[2][0]
 
@@ -136,5 +136,5 @@ def test_every_promise_holds_under_the_glue_graph(
 
 
 def test_releases_without_a_glue_graph_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glue, "lacking", lambda part: "no such module")
-    assert glue.GlueGraphs().hooks() == {}
+    monkeypatch.setattr(ledger, "lacking", lambda part: "no such module" if "glue graph" in part else "")
+    assert [row.target for row in ledger.rows() if GLUE_GRAPH in row.target] == []

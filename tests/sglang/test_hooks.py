@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import hooking, paths, releases
+from nsa_plugin.adapters.sglang import hooked, registry, releases
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
-from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
+from nsa_plugin.adapters.sglang.releases import nsa_batch_to_capture, nsa_batch_to_replay
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, batch, capture_batch
@@ -48,14 +48,14 @@ def test_unknown_parameters_reach_sglangs_own_method(install: Install, by_name: 
 
 def test_unknown_parameters_of_the_older_methods() -> None:
     lengths = torch.tensor([5, 6])
-    captured = batch_to_capture(2, 8, "pool", lengths, None, "mode", "spec", 7, added=7)
-    live = batch_to_replay(2, "pool", lengths, 11, None, "mode", "spec", "cpu", None, 7, added=7)
+    captured = nsa_batch_to_capture(2, 8, "pool", lengths, None, "mode", "spec", 7, added=7)
+    live = nsa_batch_to_replay(2, "pool", lengths, 11, None, "mode", "spec", "cpu", None, 7, added=7)
     assert captured.batch_size == live.batch_size == 2
 
 
 def test_anothers_patch_under_the_hook_stays(monkeypatch: pytest.MonkeyPatch, install: Install) -> None:
     """`functools.wraps` makes it look like a hook; undo and a second installation take off hooks only."""
-    target = f"{releases.names().multi_step}.init_forward_metadata_out_graph"
+    target = f"{releases.generation().multi_step}.init_forward_metadata_out_graph"
     owner, _, name = target.rpartition(".")
     cls = pkgutil.resolve_name(owner)
     own = cls.__dict__[name]
@@ -67,7 +67,7 @@ def test_anothers_patch_under_the_hook_stays(monkeypatch: pytest.MonkeyPatch, in
     monkeypatch.setattr(cls, name, patched)
     for _ in range(2):
         _, adapter = install("auto")
-        assert hooking.beneath_hooks(cls.__dict__[name]) is patched and cls.__dict__[name] is not patched
+        assert registry.beneath_hooks(cls.__dict__[name]) is patched and cls.__dict__[name] is not patched
         adapter.undo()
         assert cls.__dict__[name] is patched
 
@@ -77,7 +77,7 @@ def test_anothers_patch_over_the_hook_stays_and_ours_does_nothing(
 ) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    target = f"{releases.names().multi_step}.init_forward_metadata_out_graph"
+    target = f"{releases.generation().multi_step}.init_forward_metadata_out_graph"
     owner, _, name = target.rpartition(".")
     cls = pkgutil.resolve_name(owner)
     own = cls.__dict__[name]
@@ -88,7 +88,7 @@ def test_anothers_patch_over_the_hook_stays_and_ours_does_nothing(
     def patched(*arguments: Any, **keywords: Any) -> Any:
         return hook(*arguments, **keywords)
 
-    assert hooking.beneath_hooks(patched) is own
+    assert registry.beneath_hooks(patched) is own
     setattr(cls, name, patched)
     try:
         adapter.undo()
@@ -112,9 +112,9 @@ def test_capturing_asks_the_device_that_torch_runs_on(monkeypatch: pytest.Monkey
         )
         device.__name__ = kind
         monkeypatch.setattr(torch, "get_device_module", lambda device=device: device)
-        assert paths.capturing() == (there and under_capture)
+        assert hooked.capturing() == (there and under_capture)
     monkeypatch.setattr(torch, "get_device_module", lambda: torch.cpu)
-    assert not paths.capturing()
+    assert not hooked.capturing()
 
 
 @pytest.mark.parametrize("graph_type", ["CUDAGraph", "XPUGraph", "NPUGraph"])
@@ -123,7 +123,7 @@ def test_rehearsing_takes_the_graph_of_the_device(
 ) -> None:
     device = mock.MagicMock(spec=["is_available", "Stream", "current_stream", "stream", graph_type])
     monkeypatch.setattr(torch, "get_device_module", lambda *_: device)
-    monkeypatch.setattr(paths, "capturing", lambda: False)
+    monkeypatch.setattr(hooked, "capturing", lambda: False)
     host, _ = install("graph")
     owner = kit.make_backend(CONFIG, TABLE)
     owner.init_forward_metadata_out_graph(batch("TARGET_VERIFY", [1, 1], [0, 0]), in_capture=True)

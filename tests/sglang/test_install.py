@@ -69,7 +69,7 @@ def test_a_release_without_the_static_draft_extend_keeps_it(
     caplog.set_level(logging.INFO, LOGGER)
     before = methods()
     host, adapter = install("auto")
-    assert "draft extend is left alone: looked for" in adapter.summary()
+    assert "draft extend is left to sglang: looked for" in adapter.summary()
     assert [plan.strategy for plan in adapter.paths(host)] == ["graph", "graph", "off"]
     backend = kit.make_backend(CONFIG, TABLE)
     backend._refresh_topk_v2_plan = lambda metadata: None  # sglang's own code calls it here
@@ -89,7 +89,7 @@ def test_what_is_not_covered_is_left_alone_by_name(install: Install, caplog: pyt
     pooled.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
     served = [line for line in caplog.messages if "strategy" in line]
     assert served == ["nsa-plugin: draft decode: strategy graph, without the wide page table, which nothing reads"]
-    from nsa_plugin.adapters.sglang.paths import unsupported
+    from nsa_plugin.adapters.sglang.refusals import unsupported
 
     pooled.attn_backends[0].dsa_index_kpool = 4
     assert unsupported(pooled.attn_backends[0]) == "pooled index keys (index_kpool > 1) are not covered"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_plugin import launch_lines
-from nsa_plugin.rigs.installed import TINY_DSV32
+from nsa_plugin.rigs.models import TINY_DSV32
 
 server_args = pytest.importorskip("sglang.srt.server_args")
 

@@ -88,7 +88,7 @@ class Rank:
         """
         import torch
 
-        from nsa_plugin.adapters.sglang import paths, reports
+        from nsa_plugin.adapters.sglang import hooked, reports
         from nsa_plugin.rigs.sglang import backends as kit
 
         config, device = kit.Config(), torch.device("cpu")
@@ -111,7 +111,7 @@ class Rank:
 
         owners = {"DECODE": kit.make_multi_step(config, table, STEPS), "TARGET_VERIFY": kit.make_backend(config, table)}
         statics = {mode: batch(mode, *IDLE) for mode in owners}
-        with mock.patch.object(paths, "capturing", lambda: recorded):
+        with mock.patch.object(hooked, "capturing", lambda: recorded):
             for mode, owner in owners.items():
                 owner.init_forward_metadata_out_graph(statics[mode], in_capture=True)
                 for _ in range(2):  # warm-up, capture

@@ -16,7 +16,7 @@ import torch
 
 from nsa_plugin import BatchDescriptor
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.sglang import paths, reports
+from nsa_plugin.adapters.sglang import hooked, reports
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.sglang import backends as kit
@@ -186,7 +186,7 @@ def test_two_batch_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.layers.attention import tbo_backend
 
     monkeypatch.setattr(kit, "_bare_backend", with_pools(kit._bare_backend))
-    monkeypatch.setattr(paths, "capturing", lambda: True)
+    monkeypatch.setattr(hooked, "capturing", lambda: True)
     monkeypatch.setattr(tbo_backend.two_batch_overlap, "split_spec_info", lambda spec_info, **_: spec_info)
     host, adapter = TapeHost(), SglangAdapter()
     assert adapter.install(host) == []
@@ -248,7 +248,7 @@ def test_a_dropped_backend_leaves_nothing_to_a_new_one(
 ) -> None:
     """Its state goes with it; a new backend, whatever its id, is served only after a capture of its own."""
     install("auto")
-    monkeypatch.setattr(paths, "capturing", lambda: record)
+    monkeypatch.setattr(hooked, "capturing", lambda: record)
     rng = random.Random(4)
     config, num_steps, (mode,), (*_, size), _ = parameters
     for seed in range(2):

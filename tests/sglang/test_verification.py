@@ -11,7 +11,8 @@ import torch
 
 from nsa_plugin import ForwardMode, hookimpl, repro
 from nsa_plugin.adapters.sglang import preparation, reports
-from nsa_plugin.adapters.sglang.compare import differences, native_replay
+from nsa_plugin.adapters.sglang.compare import differences
+from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
 from nsa_plugin.rigs.sglang import backends as kit
@@ -129,7 +130,7 @@ def test_the_number_of_repro_files_is_bounded(
     install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(repro.LIMIT_FILES):
-        (tmp_path / f"{repro.PREFIX}-{number}.npz").touch()
+        (tmp_path / f"{repro.FILE_PREFIX}-{number}.npz").touch()
     install("share", Sometimes(1, "cu_seqlens_k"), verify=1, repro_dir=tmp_path)
     owner, _ = made("DECODE")
     owner.init_forward_metadata_out_graph(kit.replay_view(replays("DECODE", CONFIG.width)[0]))
@@ -304,7 +305,7 @@ def test_what_was_captured_while_off_takes_a_new_capture_and_the_switch_says_so(
 def test_a_failed_path_stays_with_sglang_when_the_switch_goes_on(install: Install) -> None:
     host, _ = install("share", Sometimes(99, "cu_seqlens_k"))
     owner, backends = made("DECODE")
-    (captured,) = next(iter(host.manager.adapters()["sglang"]._paths[0]._prepared.values())).values()  # type: ignore[attr-defined]
+    (captured,) = next(iter(host.manager.adapters()["sglang"]._backends[0]._prepared.values())).values()  # type: ignore[attr-defined]
     captured.fail()
     assert not captured.look_at_switch() and captured.native
     live = replays("DECODE", CONFIG.width)[0]

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.attention import dsa_backend
 from sglang.srt.layers.attention.dsa import dsa_indexer, dsa_topk_backend
 
-from nsa_plugin.adapters.sglang import owners
+from nsa_plugin.adapters.sglang import backends
 from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import CONFIG, TABLE, capture_batch
 from tests.sglang.conftest import Install
@@ -122,7 +122,7 @@ def test_it_is_dropped_where_sglang_itself_drops_it_without_speculation(
 def test_a_question_that_fails_steps_down_like_any_error_of_ours(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owners.MultiStepDraft, "wide_table_is_unread", lambda self, backend: 1 / 0)
+    monkeypatch.setattr(backends.MultiStepDraft, "wide_table_is_unread", lambda self, backend: 1 / 0)
     host, _ = install("share")
     multi = kit.make_multi_step(CONFIG, TABLE, 3)
     multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -12,7 +13,6 @@ import pytest
 
 if TYPE_CHECKING:
     from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
     from nsa_plugin.host import Host
     from tests.vllm.drafts import Step
 
@@ -70,34 +70,25 @@ def expected() -> list[Step]:
 @pytest.fixture
 def install_v1() -> Iterator[Callable[[], Host]]:
     """Patches Model Runner V1's proposer; undoes it after the test."""
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft
-    from nsa_plugin.host import Host
+    from nsa_plugin.rigs.vllm.v1_draft import patched
 
-    patches: list[V1Draft] = []
-
-    def install() -> Host:
-        host = Host()
-        patches.append(V1Draft())
-        patches[-1].install(host)
-        return host
-
-    yield install
-    for patch in patches:
-        patch.undo()
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(patched())
 
 
 @pytest.fixture(params=[90, 100])
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def family(request: pytest.FixtureRequest) -> Iterator[int]:
     """The indexer builder's branches for Hopper or Blackwell, with a stand-in for DeepGEMM."""
-    from nsa_plugin.rigs.vllm.v1_draft import emulate_cuda
+    from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda
 
-    emulate_cuda(monkeypatch.setattr, request.param)
-    return int(request.param)
+    with emulated_cuda(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper() -> Iterator[None]:
     """The indexer builder's branches for Hopper."""
-    from nsa_plugin.rigs.vllm.v1_draft import emulate_cuda
+    from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda
 
-    emulate_cuda(monkeypatch.setattr, 90)
+    with emulated_cuda(90):
+        yield

@@ -1,4 +1,4 @@
-"""Drafts of Model Runner V2, as the tests of faults and of other plugins compare them."""
+"""Drafts of both model runners, as the tests make and compare them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.rigs.vllm import v1_draft
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 
 Step = dict[str, torch.Tensor]
 LAYOUT, TOKENS = LAYOUTS["bf16"], 3
@@ -23,6 +24,19 @@ POISONED = (
 )  # fmt: skip
 """Buffers of the builders that captured metadata refer to."""
 OWNERS = (releases.BUILDER, releases.INDEXER, releases.speculator(), releases.V1_PROPOSER)
+
+
+def captured(layout: str = "bf16", tokens: int = TOKENS) -> Draft:
+    """A speculator that has warmed up its captured size."""
+    draft = Draft(*LAYOUTS[layout], tokens)
+    draft.warm_up()
+    return draft
+
+
+def assert_same(want: list[v1_draft.Step], have: list[v1_draft.Step]) -> None:
+    """Every field of every draft step of Model Runner V1."""
+    for index, (theirs, ours) in enumerate(zip(want, have, strict=True)):
+        assert not (wrong := v1_draft.differing(theirs, ours)), f"step {index}: {wrong}"
 
 
 def proposals(draft: Draft) -> list[Step]:

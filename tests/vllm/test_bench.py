@@ -17,7 +17,7 @@ from nsa_plugin.core.metadata import PrecomputedMetadata
 from nsa_plugin.trace import Round, save
 
 CELL = ["bench", "--engine", "vllm", "--bs", "3", "--ctx", "400", "--steps", "3", "--width", "512", "--seed", "7"]
-CHECKED = ["vllm stock", "metadata kept", "vllm in place", "one kernel"]
+CHECKED = ["vllm shipped", "metadata kept", "vllm in place", "graph"]
 
 
 def measured(path: Path, *more: str, status: int = 0) -> Any:
@@ -62,7 +62,7 @@ def test_one_wrong_value_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_step_that_is_left_to_vllm_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody has patched what the one kernel would leave out: "one kernel" would be vLLM's own update."""
+    """Somebody has patched what the plugin would leave out: "graph" would be vLLM's own update."""
     from vllm.v1.worker.gpu.block_table import BlockTables
 
     right = BlockTables.compute_slot_mappings

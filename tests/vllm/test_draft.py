@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
-from nsa_plugin.adapters.vllm.v2.updates import _vllms_request_map, request_map
+from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE
+from nsa_plugin.adapters.vllm.releases import vllms_request_map
+from nsa_plugin.adapters.vllm.v2.updates import request_map
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
@@ -50,14 +51,14 @@ def test_what_is_not_covered_is_named(builder: dict[str, Any], problem: str) -> 
     assert FLASHMLA_SPARSE.refused(SimpleNamespace(**builder)) == problem
 
 
-@pytest.mark.skipif(_vllms_request_map() is None, reason="this vLLM computes the request map on the host")
+@pytest.mark.skipif(vllms_request_map() is None, reason="this vLLM computes the request map on the host")
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(0, 4))
 def test_the_request_map_in_plain_torch_is_vllms(rows: list[int], padding: int) -> None:
     starts = torch.tensor([sum(rows[:i]) for i in range(len(rows) + 1)], dtype=torch.int32)
     tokens = sum(rows) + padding
     out, expected = (torch.full((tokens + 1,), -9, dtype=torch.int32) for _ in range(2))
     request_map(starts, out, tokens)
-    if tokens and (vllms := _vllms_request_map()) is not None:
+    if tokens and (vllms := vllms_request_map()) is not None:
         vllms(starts, expected, tokens)
     assert torch.equal(out, expected)
 

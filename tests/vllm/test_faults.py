@@ -29,19 +29,30 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
 from nsa_plugin import host as host_module
-from nsa_plugin.adapters.vllm import backends, releases
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
-from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.core.kernels import draft_steps, step_update
 from nsa_plugin.doctor import checks
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm import v1_draft
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
-from tests.vllm.drafts import FIRST_IS_REBUILT, LARGE, LAYOUT, OWNERS, TOKENS, Step, methods, proposals, unequal
+from tests.vllm.drafts import (
+    FIRST_IS_REBUILT,
+    LARGE,
+    LAYOUT,
+    OWNERS,
+    TOKENS,
+    Step,
+    assert_same,
+    methods,
+    proposals,
+    unequal,
+)
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -71,13 +82,13 @@ def test_the_kernel_of_a_step_does_not_compile(
 def test_the_kernel_of_v1s_steps_does_not_compile(
     install_v1: Callable[[], Host], monkeypatch: pytest.MonkeyPatch, log: Any, hopper: None
 ) -> None:
-    draft = v1_harness.V1Draft("auto", 4, TOKENS)
-    want = v1_harness.reference(draft)
+    draft = v1_draft.V1Draft("auto", 4, TOKENS)
+    want = v1_draft.reference(draft)
     monkeypatch.setattr(draft_steps, "draft_steps_kernel", DoesNotCompile())
     triton = functools.partial(bind_draft_steps, impl="triton")
     monkeypatch.setattr(host_module, "bind_draft_steps", triton)
     host = install_v1()
-    v1_harness.assert_same(want, v1_harness.proposals(draft))
+    assert_same(want, v1_draft.proposals(draft))
     (line,) = log(logging.ERROR)
     assert "no such function" in line and "NSA_PLUGIN_STRATEGY=off switches the plugin off" in line
     assert host.fallbacks == {("vllm", v1_proposer.PATH, "replay", "copy", "CompilationError"): 1}
@@ -217,7 +228,7 @@ import logging, multiprocessing, os
 import torch
 
 torch.set_num_threads(1)
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES
+from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.v2_draft import Draft
 
 
@@ -243,7 +254,11 @@ def work(expected, loaded):
     if not loaded:
         load()
     from nsa_plugin import entry
+    lines = []
+    logging.getLogger("vllm.plugins.nsa_plugin").addFilter(lambda record: lines.append(record.getMessage()) or True)
     assert drafts(True) == expected
+    said = sum("FlashMLA-sparse joins the fused multi-step draft" in line for line in lines)
+    assert said == int(loaded), "a forked process says it in its own log, once"
     assert list(entry._hosts) == ["vllm"] and not entry._hosts["vllm"].fallbacks
 
 
@@ -286,14 +301,19 @@ def test_worker_processes(tmp_path: Path, pytestconfig: pytest.Config) -> None:
 def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["doctor", "--json"]) == 0
     found = {check["name"]: check["detail"] for check in json.loads(capsys.readouterr().out)["checks"]}
     paths = {name.removeprefix("vllm: "): detail for name, detail in found.items() if name.startswith("vllm: ")}
-    left = {f"draft decode with {name}": f"left to the engine ({why})" for name, why in backends.LACKING_HOOK}
+    left = {
+        f"draft decode with {name}": f"left to the engine ({row.left_alone})"
+        for row in builders.REBUILT
+        for name in row.backends
+    }
     assert paths.pop("launch line").startswith("vllm serve")
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
-    assert paths.pop(f"{v2_copy.PATH} (Model Runner V2)").startswith("strategy copy")
+    assert paths.pop(f"{v2_unfused.PATH} (Model Runner V2)").startswith("strategy copy")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")
     assert paths == left
 
@@ -301,6 +321,7 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
 def test_the_doctor_says_what_verification_changes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("NSA_PLUGIN_VERIFY", "1000")
     monkeypatch.setenv("NSA_PLUGIN_REPRO_DIR", str(tmp_path))

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.describe import DraftBatch, describe, describe_draft
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import unfused
@@ -20,8 +21,9 @@ from nsa_plugin.core.step_update import StepUpdate
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm import v1_draft
+from nsa_plugin.rigs.vllm.drafts import BATCHES, BLOCK_SIZE
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
-from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, proposals, unequal
+from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, assert_same, proposals, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 BROKEN = RuntimeError("planted")
@@ -69,7 +71,7 @@ class ThirdParty:
     @hookimpl
     def nsa_plugin_describe(self, engine: str, batch: object) -> Callable[[Any], BatchDescriptor]:
         assert engine == "vllm"
-        block_size = v1_draft.BLOCK_SIZE
+        block_size = BLOCK_SIZE
 
         def described(live: Any) -> BatchDescriptor:
             self.described.append(type(live))
@@ -97,7 +99,7 @@ def third_party() -> ThirdParty:
 @pytest.fixture
 def v1(third_party: ThirdParty) -> Iterator[Callable[[], Host]]:
     """Patches Model Runner V1's proposer, with the third party's plugin; undoes it after the test."""
-    patch = v1_proposer.V1Draft()
+    patch = v1_patches()
 
     def install() -> Host:
         host = Host()
@@ -179,14 +181,14 @@ def test_a_draft_that_is_not_fused_uses_what_is_provided_and_is_observed(
 
 def test_model_runner_v1_uses_what_is_provided_and_is_observed(third_party: ThirdParty, v1: Callable[[], Host]) -> None:
     draft = v1_draft.V1Draft("auto", 4, TOKENS)
-    want = v1_draft.reference(draft, v1_draft.BATCHES[:2])
+    want = v1_draft.reference(draft, BATCHES[:2])
     host = v1()
-    v1_draft.assert_same(want, v1_draft.proposals(draft, v1_draft.BATCHES[:2]))
+    assert_same(want, v1_draft.proposals(draft, BATCHES[:2]))
     assert third_party.bound == ["draft steps"] and third_party.ran.count("draft steps") == 2
     assert set(third_party.described) == {CommonAttentionMetadata}
     assert [(path, strategy, live.batch_size) for path, strategy, live, _ in third_party.seen] == [
-        (v1_proposer.PATH, "copy", 3)
-    ] * 2
+        (v1_proposer.PATH, "copy", len(lengths)) for lengths, *_ in BATCHES[:2]
+    ]
     assert not host.fallbacks
 
 
@@ -195,8 +197,8 @@ def test_a_plugin_that_fails_leaves_drafts_of_model_runner_v1_to_vllm(
     third_party: ThirdParty, v1: Callable[[], Host], broken: str
 ) -> None:
     draft = v1_draft.V1Draft("auto", 4, TOKENS)
-    want = v1_draft.reference(draft, v1_draft.BATCHES[:2])
+    want = v1_draft.reference(draft, BATCHES[:2])
     third_party.broken = broken
     host = v1()
-    v1_draft.assert_same(want, v1_draft.proposals(draft, v1_draft.BATCHES[:2]))
+    assert_same(want, v1_draft.proposals(draft, BATCHES[:2]))
     assert {key[1:4] for key in host.fallbacks} == {(v1_proposer.PATH, "replay", "copy")}

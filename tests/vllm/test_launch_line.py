@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nsa_plugin import launch_lines
-from nsa_plugin.rigs.installed import TINY_DSV32
+from nsa_plugin.rigs.models import TINY_DSV32
 
 
 def test_the_launch_line_is_parsed_and_its_draft_configured() -> None:

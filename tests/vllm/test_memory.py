@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from vllm.config import set_current_vllm_config
 
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm import v1_draft
+from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from nsa_plugin.testing.lasting import live_bytes
 from tests.vllm.drafts import LARGE, LAYOUT, TOKENS
 
@@ -26,8 +25,7 @@ def v2(captures: int) -> Any:
     """A speculator that has drafted, after so many captures."""
     draft = Draft(*LAYOUT, TOKENS)
     for _ in range(captures):
-        with set_current_vllm_config(draft.config):
-            draft.graphs.body()
+        draft.warm_up()
     for batch in (*BATCHES[:2], LARGE):
         draft.propose(*batch)
     return draft.speculator
@@ -35,8 +33,8 @@ def v2(captures: int) -> Any:
 
 def v1(captures: int) -> Any:
     """A proposer that has drafted."""
-    draft = v1_harness.V1Draft(*LAYOUT, TOKENS)
-    v1_harness.proposals(draft, v1_harness.BATCHES[:2] * captures)
+    draft = v1_draft.V1Draft(*LAYOUT, TOKENS)
+    v1_draft.proposals(draft, BATCHES[:2] * captures)
     return draft.proposer
 
 
@@ -58,8 +56,7 @@ def test_memory_is_flat_over_captures(install: Install, verify: int) -> None:
     draft = Draft(*LAYOUT, TOKENS)
     held = []
     for number in range(50):
-        with set_current_vllm_config(draft.config):
-            draft.graphs.body()
+        draft.warm_up()
         if number in (2, 49):
             draft.propose(*BATCHES[0])
             held.append(live_bytes())

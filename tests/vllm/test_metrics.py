@@ -7,21 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from vllm.config import set_current_vllm_config
 
 from nsa_plugin import background, monitoring
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH as V1_PATH
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 from nsa_plugin.adapters.vllm.v2.step import PATH as V2_PATH
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm import v1_draft as v1_harness
-from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES
+from nsa_plugin.rigs.vllm import v1_draft
+from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.settings import Settings
-from tests.vllm.drafts import LARGE, LAYOUT, TOKENS
+from tests.vllm.drafts import LARGE, TOKENS, captured
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 PROMETHEUS = frozenset({"prometheus"})
@@ -56,14 +54,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Host], Grown]
         return grown
 
     yield since
-
-
-def captured() -> Draft:
-    """A speculator that has warmed up its captured size."""
-    draft = Draft(*LAYOUT, TOKENS)
-    with set_current_vllm_config(draft.config):
-        draft.graphs.body()
-    return draft
 
 
 def test_drafts_whose_metadata_a_graph_computes(install: Install, counted: Any) -> None:
@@ -103,16 +93,16 @@ def test_drafts_that_are_prepared_before_they_begin(install: Install, counted: A
 @pytest.mark.parametrize("verify", [0, 1])
 def test_drafts_of_model_runner_v1(counted: Any, monkeypatch: pytest.MonkeyPatch, verify: int) -> None:
     """One figure per draft: all its steps, and no verification."""
-    host, patch = Host(Settings(metrics=PROMETHEUS, verify=verify)), Patch()
+    host, patch = Host(Settings(metrics=PROMETHEUS, verify=verify)), v1_patches()
     patch.install(host)
     try:
-        draft = v1_harness.V1Draft("auto", 4, TOKENS)
-        v1_harness.proposals(draft, v1_harness.BATCHES[:3])
+        draft = v1_draft.V1Draft("auto", 4, TOKENS)
+        v1_draft.proposals(draft, BATCHES[:3])
         assert counted(host) == {(V1_PATH, "copy"): (3, 3 * (TOKENS - 1))}
         assert host.verifications.total() == (3 if verify else 0)
         monkeypatch.setattr(KeptSteps, "at", lambda kept, step, longest: 1 / 0)
-        v1_harness.proposals(draft, v1_harness.BATCHES[:2])
-        draft.propose(*v1_harness.BATCHES[0], None, 1)  # a single token has no further steps
+        v1_draft.proposals(draft, BATCHES[:2])
+        draft.propose(*BATCHES[0], None, 1)  # a single token has no further steps
     finally:
         patch.undo()
     assert counted(host)[V1_PATH, "off"] == (2, 2 * (TOKENS - 1))

@@ -15,16 +15,15 @@ import pytest
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
-from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
-from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
 from nsa_plugin.core.kernels import draft_steps
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm import v1_draft
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import VllmEngine
+from nsa_plugin.rigs.vllm.v2_engine import V2Engine
 from nsa_plugin.testing.watching import restored
-from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, proposals, unequal
+from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, assert_same, proposals, unequal
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -45,8 +44,8 @@ class Wrapper:
         setattr(self.owner, name, counted)
 
 
-CHOOSE = v2_choice.CHOOSE[releases.speculator()]
-WRAPPED = [(releases.speculator(), CHOOSE), (releases.BUILDER, v2_builder.METHOD),
+CHOOSE = releases.CHOOSE[releases.speculator()]
+WRAPPED = [(releases.speculator(), CHOOSE), (releases.BUILDER, v2_updates.METHOD),
            (releases.speculator(), v2_step.GENERATE), (releases.speculator(), v2_step.UPDATE)]  # fmt: skip
 
 
@@ -56,7 +55,7 @@ def test_another_plugin_wraps_a_method_of_v2(
     install: Install, log: Any, expected: list[Step], owner: str, name: str, before_us: bool
 ) -> None:
     """Both work: where ours would leave theirs out, that step is vLLM's, and theirs. An undo does not take theirs away."""
-    with restored(VllmEngine()):
+    with restored(V2Engine()):
         if before_us:
             other = Wrapper(owner, name)
         host, adapter = install("graph")
@@ -65,7 +64,7 @@ def test_another_plugin_wraps_a_method_of_v2(
         draft = Draft(*LAYOUT, TOKENS)
         other.calls *= name == CHOOSE  # called when the draft is made
         assert unequal(expected, proposals(draft)) == [] and not host.fallbacks
-        fused = not (before_us and name == v2_builder.METHOD)  # theirs does not say that it may be used
+        fused = not (before_us and name == v2_updates.METHOD)  # theirs does not say that it may be used
         assert draft.fused == fused
         assert bool(other.calls) == fused
         left_out = [line for line in log(logging.INFO) if "draft step: strategy off (" in line]
@@ -98,15 +97,15 @@ def test_the_probe_of_the_end_to_end_example_has_no_effect(
 def test_another_plugin_wraps_a_method_of_v1(
     install: Install, monkeypatch: pytest.MonkeyPatch, log: Any, hopper: None, name: str, before_us: bool
 ) -> None:
-    draft = v1_harness.V1Draft("auto", 4, TOKENS)
-    want = v1_harness.reference(draft)
-    with restored(VllmEngine()):
+    draft = v1_draft.V1Draft("auto", 4, TOKENS)
+    want = v1_draft.reference(draft)
+    with restored(V2Engine()):
         if before_us:
             other = Wrapper(releases.V1_PROPOSER, name)
         host, adapter = install("copy")
         if not before_us:
             other = Wrapper(releases.V1_PROPOSER, name)
-        v1_harness.assert_same(want, v1_harness.proposals(draft))
+        assert_same(want, v1_draft.proposals(draft))
         assert other.calls >= len(want) and not host.fallbacks
         left_out = [line for line in log(logging.INFO) if f"{name} was patched by {__name__})" in line]
         assert len(left_out) == before_us
@@ -115,7 +114,7 @@ def test_another_plugin_wraps_a_method_of_v1(
         assert_named_once(log, name, before_us)
         monkeypatch.setattr(v1_proposer, "DraftSteps", None)
         monkeypatch.delattr(draft_steps, "draft_steps_kernel")
-        v1_harness.assert_same(want, v1_harness.reference(draft))
+        assert_same(want, v1_draft.reference(draft))
         assert not host.fallbacks
 
 
@@ -131,6 +130,6 @@ def test_a_later_plugin_that_replaces_the_update_of_a_step(install: Install, exp
     """It never calls ours: no slots may be waiting for that."""
     host, _ = install()
     stock = pkgutil.resolve_name(releases.speculator()).__mro__[1].__dict__[v2_step.UPDATE]
-    with restored(VllmEngine()):
+    with restored(V2Engine()):
         setattr(pkgutil.resolve_name(releases.speculator()), v2_step.UPDATE, lambda *arguments: stock(*arguments))
         assert unequal(expected, proposals(Draft(*LAYOUT, TOKENS))) == [] and not host.fallbacks

@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 
 from nsa_plugin.adapters.vllm import agreement
-from nsa_plugin.adapters.vllm.in_place import InPlace
+from nsa_plugin.adapters.vllm.builders import BuilderRow
 from tests import ranks
 from tests.vllm.rank import BATCHES, FORWARD, PADDING, TOKENS, Rank
 
@@ -137,9 +137,9 @@ def in_turn(rank: int, world: int, store: str) -> dict[str, Any]:
         with mock.patch.object(agreement, "build", lambda: f"0.1.0+{rank}"):
             found["builds"] = one.made()
         planted = mock.Mock(side_effect=RuntimeError("planted") if rank == 1 else None, return_value="")
-        with mock.patch.object(InPlace, "refused", planted):
+        with mock.patch.object(BuilderRow, "refused", planted):
             found["failing"] = one.made()
-        with mock.patch.object(InPlace, "refused", lambda *_: "all refuse"):
+        with mock.patch.object(BuilderRow, "refused", lambda *_: "all refuse"):
             found["refused"] = one.made()
     return found
 

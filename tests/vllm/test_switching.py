@@ -14,14 +14,14 @@ from nsa_plugin.adapters.vllm import agreement
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
-from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
 from nsa_plugin.core.step_update import StepUpdate
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm import v1_draft as v1_harness
+from nsa_plugin.rigs.vllm import v1_draft
+from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from tests.storm import storm
-from tests.vllm.drafts import LARGE, LAYOUT, TOKENS, Step, proposals, unequal, unequal_steps
+from tests.vllm.drafts import LARGE, LAYOUT, TOKENS, Step, captured, proposals, unequal, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 STORM_SECONDS = 4.0
@@ -31,7 +31,7 @@ STORM_SECONDS = 4.0
 def ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Everything of this plugin that computes a value of a draft, each time that it does."""
     ran: list[str] = []
-    for owner, name in ((StepUpdate, "run"), (v1_steps.DraftSteps, "advance"), (v2_builder, "request_map")):
+    for owner, name in ((StepUpdate, "run"), (v1_steps.DraftSteps, "advance"), (v2_updates, "request_map")):
         monkeypatch.setattr(owner, name, _noted(ran, name, getattr(owner, name)))
     return ran
 
@@ -42,19 +42,6 @@ def _noted(ran: list[str], name: str, function: Callable[..., Any]) -> Callable[
         return function(*args, **kwargs)
 
     return noted
-
-
-def captured() -> Draft:
-    """A speculator that has warmed up its captured size."""
-    draft = Draft(*LAYOUT, TOKENS)
-    capture(draft)
-    return draft
-
-
-def capture(draft: Draft) -> None:
-    """What vLLM does at a capture, and at every later one."""
-    with set_current_vllm_config(draft.config):
-        draft.graphs.body()
 
 
 @pytest.mark.parametrize("verify", [0, 2])
@@ -118,7 +105,7 @@ def test_after_an_undo_captured_eager_and_newly_captured_drafts_are_vllms_own(
     adapter.undo()
     ours.clear()
     assert unequal(expected, proposals(draft)) == [] and ours == []
-    capture(draft)
+    draft.warm_up()
     assert unequal(expected, proposals(draft)) == []
 
 
@@ -141,18 +128,18 @@ def test_after_an_undo_and_a_second_install_a_new_speculator_is_served(
 @pytest.mark.parametrize("off_first", [True, False])
 def test_v1_is_off_from_the_next_draft_on(ours: list[str], off_first: bool) -> None:
     """Whenever it was said, also before the proposer was made."""
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+    from nsa_plugin.adapters.vllm.ledger import v1_patches
 
-    host, patch = Host(), Patch()
+    host, patch = Host(), v1_patches()
     if off_first:
         host.switch(False, "test")
     patch.install(host)
     try:
-        draft = v1_harness.V1Draft("auto", 4, TOKENS)
+        draft = v1_draft.V1Draft("auto", 4, TOKENS)
         for on in (not off_first, off_first, not off_first):
             host.switch(on, "test")
             ours.clear()
-            v1_harness.proposals(draft, v1_harness.BATCHES[:2])
+            v1_draft.proposals(draft, BATCHES[:2])
             assert bool(ours) == on
     finally:
         patch.undo()
@@ -176,27 +163,27 @@ def test_a_storm_of_switches_changes_no_value(install: Install, monkeypatch: pyt
                 assert unequal_steps(want[index], seen) == set(), (index, drafts)
                 drafts += 1
                 if rng.random() < 0.2:
-                    capture(draft)
+                    draft.warm_up()
     assert meanwhile.raised == [] and not host.fallbacks and not host.mismatches
 
 
 @pytest.mark.usefixtures("hopper")
 def test_a_storm_of_switches_over_v1() -> None:
     """Every field of every step is what vLLM's rebuild gives, or what vLLM gives by itself."""
-    from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+    from nsa_plugin.adapters.vllm.ledger import v1_patches
 
-    batches = v1_harness.BATCHES[:3]
-    stock = v1_harness.proposals(v1_harness.V1Draft("auto", 4, TOKENS), batches)
-    right = v1_harness.reference(v1_harness.V1Draft("auto", 4, TOKENS), batches)
-    host, patch = Host(), Patch()
+    batches = BATCHES[:3]
+    stock = v1_draft.proposals(v1_draft.V1Draft("auto", 4, TOKENS), batches)
+    right = v1_draft.reference(v1_draft.V1Draft("auto", 4, TOKENS), batches)
+    host, patch = Host(), v1_patches()
     patch.install(host)
     try:
         with storm(host) as meanwhile:
             deadline, turns = time.monotonic() + STORM_SECONDS, 0
-            draft = v1_harness.V1Draft("auto", 4, TOKENS)
+            draft = v1_draft.V1Draft("auto", 4, TOKENS)
             while time.monotonic() < deadline or turns < 3:
-                for step, seen in enumerate(v1_harness.proposals(draft, batches)):
-                    wrong = set(v1_harness.differing(right[step], seen)) & set(v1_harness.differing(stock[step], seen))
+                for step, seen in enumerate(v1_draft.proposals(draft, batches)):
+                    wrong = set(v1_draft.differing(right[step], seen)) & set(v1_draft.differing(stock[step], seen))
                     assert wrong <= {"addresses that a CUDA graph reads"}
                 turns += 1
         assert meanwhile.raised == [] and not host.fallbacks

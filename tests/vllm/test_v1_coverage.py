@@ -15,27 +15,23 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from nsa_plugin.adapters.vllm import builders
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE
-from nsa_plugin.adapters.vllm.v1 import kept as v1_metadata
+from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
-from nsa_plugin.adapters.vllm.v1.kept import keeper_of
 from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE, unsupported
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
+from nsa_plugin.adapters.vllm.v1.steps import keeper_of
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import (
-    V1Draft,
-    assert_same,
-    proposals,
-    reference,
-)
+from nsa_plugin.rigs.vllm.v1_draft import V1Draft, proposals, reference
+from tests.vllm.drafts import assert_same
 
 Install = Callable[[], Host]
 
 
 def test_undo_restores_the_proposer_by_identity_and_install_can_be_repeated() -> None:
     before = dict(vars(SpecDecodeBaseProposer))
-    host, patch = Host(), Patch()
+    host, patch = Host(), v1_patches()
     patch.install(host)
     changed = {name for name, value in vars(SpecDecodeBaseProposer).items() if value is not before[name]}
     assert changed == {UPDATE, BUILD}
@@ -80,7 +76,7 @@ def test_a_draft_none_of_whose_groups_is_kept_is_made_right(
 ) -> None:
     draft = V1Draft("auto", 4, 3)
     want = reference(draft)
-    monkeypatch.setattr(v1_metadata, "KEPT", {})
+    monkeypatch.setattr(builders, "ROWS", {})
     install_v1()
     logging.getLogger("vllm").propagate = True
     with caplog.at_level("INFO", "vllm.plugins.nsa_plugin"):
@@ -112,13 +108,16 @@ def test_groups_that_are_made_anew_are_looked_at_anew(install_v1: Install, hoppe
     ],
 )
 def test_proposers_that_are_not_covered_are_named(attributes: dict[str, Any], problem: str) -> None:
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**attributes))
-    assert problem in unsupported(SimpleNamespace(vllm_config=config, draft_attn_groups=[], **attributes))
+    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    features = ("parallel_drafting", "constant_draft_positions", "needs_extra_input_slots", "uses_mrope")
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**parallel | attributes))
+    proposer = dict.fromkeys(features, False) | {"vllm_config": config, "draft_attn_groups": []} | attributes
+    assert problem in unsupported(SimpleNamespace(**proposer))
 
 
 def test_a_proposer_with_methods_of_its_own_is_left_alone(install_v1: Install) -> None:
     install_v1()
-    patch = v1_proposer.Patch(Host(), SpecDecodeBaseProposer, print, print)
+    patch = v1_proposer.Patch(Host(), SpecDecodeBaseProposer, print, print, lambda: True)
     assert patch._unsupported(object.__new__(Gemma4Proposer)) == f"Gemma4Proposer has its own {BUILD}"
 
 
@@ -168,7 +167,7 @@ def test_what_is_missing_leaves_vllm_alone(
     draft = V1Draft("auto", 4, 3)
     with monkeypatch.context() as patch:
         patch.delattr(owner, name)
-        before, patcher = dict(vars(SpecDecodeBaseProposer)), Patch()
+        before, patcher = dict(vars(SpecDecodeBaseProposer)), v1_patches()
         problems = patcher.probe() + [keeper_of(group)[1] for group in draft.proposer.draft_attn_groups]
         patcher.install(Host())
         after = dict(vars(SpecDecodeBaseProposer))
@@ -180,9 +179,10 @@ def test_what_is_missing_leaves_vllm_alone(
 
 AUTOLOAD = """
 import importlib, sys
-from nsa_plugin.adapters.vllm.v1.proposer import UPDATE, V1Draft
+from nsa_plugin.adapters.vllm.ledger import v1_patches
+from nsa_plugin.adapters.vllm.v1.proposer import UPDATE
 from nsa_plugin.host import Host
-patch, name = V1Draft(), "vllm.v1.spec_decode.llm_base_proposer"
+patch, name = v1_patches(), "vllm.v1.spec_decode.llm_base_proposer"
 patch.install(Host())
 assert name not in sys.modules
 proposer = importlib.import_module(name).SpecDecodeBaseProposer

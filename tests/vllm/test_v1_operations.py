@@ -19,12 +19,8 @@ from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1.proposer import BUILD, UPDATE
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import (
-    BATCHES,
-    LAYOUTS,
-    V1Draft,
-    proposals,
-)
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
+from nsa_plugin.rigs.vllm.v1_draft import V1Draft, proposals
 
 Install = Callable[[], Host]
 
@@ -92,7 +88,7 @@ def counted(draft: V1Draft, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str
 
         patch.setattr(EagleProposer, UPDATE, update, raising=False)
         patch.setattr(EagleProposer, BUILD, build, raising=False)
-        proposals(draft, BATCHES[1:2])
+        proposals(draft, BATCHES[-1:])
     return steps
 
 

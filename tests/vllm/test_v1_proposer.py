@@ -16,25 +16,17 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.mla import flashinfer_mla_sparse
 
 from nsa_plugin import host as host_module
-from nsa_plugin.adapters.vllm.v1 import kept as v1_metadata
+from nsa_plugin.adapters.vllm.ledger import v1_patches
+from nsa_plugin.adapters.vllm.v1 import kept as v1_kept
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v1 import steps as v1_steps
-from nsa_plugin.adapters.vllm.v1.kept import KeptSteps, keeper_of
+from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
-from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
+from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import (
-    ATTENTION,
-    BATCHES,
-    INDEX,
-    LAYOUTS,
-    V1Draft,
-    assert_same,
-    differing,
-    proposals,
-    reference,
-)
+from nsa_plugin.rigs.vllm.drafts import ATTENTION, BATCHES, INDEXER, LAYOUTS
+from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, differing, proposals, reference
+from tests.vllm.drafts import assert_same
 
 Install = Callable[[], Host]
 REQUEST_MAP = "attn.req_id_per_token"
@@ -45,7 +37,7 @@ REQUEST_MAP = "attn.req_id_per_token"
 def test_every_step_equals_a_rebuild(install_v1: Install, family: int, layout: str, tokens: int) -> None:
     draft = V1Draft(*LAYOUTS[layout], tokens)
     want = reference(draft)
-    assert len(want) == len(BATCHES) * (tokens - 1)
+    assert len(want) == len(ALL_BATCHES) * (tokens - 1)
     host = install_v1()
     assert_same(want, proposals(draft))
     assert_same(want, proposals(draft))  # from what was kept
@@ -65,13 +57,13 @@ def test_flashinfers_sparse_attention(install_v1: Install, family: int, backend:
 def test_stock_vllm_is_wrong_and_is_no_reference(install_v1: Install, hopper: None) -> None:
     """Its request map is that of the target's tokens, where [0, 1, 2] is right: every request reads request 0's blocks."""
     draft = V1Draft("auto", 4, 3)
-    want, stock = reference(draft, BATCHES[:1]), proposals(draft, BATCHES[:1])
+    want, stock = reference(draft, BATCHES[1:2]), proposals(draft, BATCHES[1:2])
     assert [step[REQUEST_MAP].tolist() for step in want] == [[0, 1, 2]] * 2
     if [step[REQUEST_MAP].tolist() for step in stock] == [[0, 1, 2]] * 2:
         pytest.skip("this vLLM makes the request map on the host for every step, as those before 0.31 do")
     assert [step[REQUEST_MAP].tolist() for step in stock] == [[0, 0, 0]] * 2
     install_v1()
-    assert [step[REQUEST_MAP].tolist() for step in proposals(draft, BATCHES[:1])] == [[0, 1, 2]] * 2
+    assert [step[REQUEST_MAP].tolist() for step in proposals(draft, BATCHES[1:2])] == [[0, 1, 2]] * 2
 
 
 def test_rows_that_pad_a_cuda_graph(install_v1: Install, hopper: None) -> None:
@@ -82,7 +74,7 @@ def test_rows_that_pad_a_cuda_graph(install_v1: Install, hopper: None) -> None:
 
     draft.proposer._determine_batch_execution_and_padding = padded
     want = reference(draft)
-    assert (want[0]["context slots"][3:] == -1).all() and len(want[0]["context slots"]) == 80
+    assert (want[0]["context slots"][len(BATCHES[0][0]) :] == -1).all() and len(want[0]["context slots"]) == 80
     host = install_v1()
     assert_same(want, proposals(draft))
     assert not host.fallbacks
@@ -101,7 +93,7 @@ def test_fewer_tokens_than_configured(install_v1: Install, hopper: None) -> None
 def test_only_some_batch_shapes_are_kept(install_v1: Install, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(v1_steps, "KEPT_BATCHES", 2)
     draft = V1Draft("fp8_ds_mla", 64, 3)
-    want = reference(draft, BATCHES * 2)
+    want = reference(draft, ALL_BATCHES * 2)
     host = install_v1()
     most, bind = [0], DraftSteps._bind
 
@@ -111,7 +103,7 @@ def test_only_some_batch_shapes_are_kept(install_v1: Install, hopper: None, monk
         return bound
 
     monkeypatch.setattr(DraftSteps, "_bind", watched)
-    assert_same(want, proposals(draft, BATCHES * 2))
+    assert_same(want, proposals(draft, ALL_BATCHES * 2))
     assert most == [2] and not host.fallbacks
 
 
@@ -146,7 +138,7 @@ def test_any_batches_one_after_another(hopper: None, batches: list[tuple[list[tu
     draft = V1Draft("fp8_ds_mla", 64, 4)
     made = [([length for length, _ in rows], [count for _, count in rows], block) for rows, block in batches]
     want = reference(draft, made)
-    host, patch = Host(), Patch()
+    host, patch = Host(), v1_patches()
     patch.install(host)
     try:
         assert_same(want, proposals(draft, made))
@@ -162,7 +154,7 @@ def test_the_check_can_fail(install_v1: Install, hopper: None, monkeypatch: pyte
     want = reference(draft)
     install_v1()
     if field == "schedule":
-        monkeypatch.setattr(v1_metadata, "_schedule", lambda builder: None)
+        monkeypatch.setattr(v1_kept, "_schedule", lambda builder: None)
     if field == "lengths":
         at = KeptSteps.at
         monkeypatch.setattr(KeptSteps, "at", lambda kept, step, longest: at(kept, 0, longest))
@@ -183,7 +175,7 @@ def planted(*args: Any, **kwargs: Any) -> Any:
         (host_module, "bind_draft_steps", 0),  # the first draft step's positions
         (torch, "_foreach_copy_", 0),  # a later one's
         (DraftSteps, "metadata", 0),
-        (v1_metadata, "copy", 0),  # keeping what vLLM built
+        (v1_kept, "copy", 0),  # keeping what vLLM built
         (KeptSteps, "at", 0),
         (KeptSteps, "at", 4),  # the second group of a later step
     ],
@@ -223,4 +215,4 @@ def test_the_layers_get_the_metadata_of_their_group(install_v1: Install, hopper:
     draft = V1Draft("auto", 4, 3)
     install_v1()
     for step in proposals(draft):
-        assert step["layers"] == sorted([ATTENTION, INDEX])
+        assert step["layers"] == sorted([ATTENTION, INDEXER])

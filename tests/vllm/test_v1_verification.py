@@ -14,18 +14,21 @@ import pytest
 import torch
 
 from nsa_plugin import repro
+from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.verification import SpareBuffers
+from nsa_plugin.adapters.vllm.ledger import v1_patches
 from nsa_plugin.adapters.vllm.rebuilds import spare_group
 from nsa_plugin.adapters.vllm.v1.kept import KeptSteps
 from nsa_plugin.adapters.vllm.v1.proposer import PATH
-from nsa_plugin.adapters.vllm.v1.proposer import V1Draft as Patch
 from nsa_plugin.adapters.vllm.v1.steps import DraftSteps
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import PastEnd
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import BATCHES, LAYOUTS, V1Draft, assert_same, proposals, reference
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
+from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, proposals, reference
 from nsa_plugin.settings import Settings
+from tests.vllm.drafts import assert_same
 
 TOKENS = 4
 Install = Callable[..., Host]
@@ -34,12 +37,12 @@ Install = Callable[..., Host]
 @pytest.fixture
 def install() -> Iterator[Install]:
     """Patches the proposer for a host with settings."""
-    patches: list[Patch] = []
+    patches: list[PatchSet] = []
 
     def installed(**settings: Any) -> Host:
         for patch in patches:
             patch.undo()
-        host, patch = Host(Settings(**settings)), Patch()
+        host, patch = Host(Settings(**settings)), v1_patches()
         patches.append(patch)
         patch.install(host)
         return host
@@ -72,7 +75,7 @@ def test_right_values_pass(install: Install, family: int, layout: str, tokens: i
     host = install(verify=1)
     for _ in range(2):  # as built, and as kept
         assert_same(want, proposals(draft))
-    assert compared == list(range(1, tokens)) * len(BATCHES) * 2
+    assert compared == list(range(1, tokens)) * len(ALL_BATCHES) * 2
     assert not host.mismatches and not host.fallbacks and host.on
 
 

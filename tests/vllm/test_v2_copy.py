@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
 
-from nsa_plugin.adapters.vllm import in_place, releases
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 from tests.vllm.drafts import LARGE, POISONED, unequal_steps
-from tests.vllm.test_in_place import importable
+from tests.vllm.test_builders import importable
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 
@@ -39,28 +40,28 @@ def drafts(
         seen += draft.propose(lengths, [min(count, tokens) for count in rejected], first_block)
     assert not draft.fused
     assert isinstance(draft.speculator.attn_groups, list) and draft.speculator.block_tables is draft.tables
-    assert not any(name in vars(draft.speculator) for name in v2_copy.BUILDS)
+    assert not any(name in vars(draft.speculator) for name in releases.BUILDS)
     return seen
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[v2_copy.KeptStep]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[v2_unfused.KeptStep]:
     """The steps that were kept, in the order in which they ran."""
-    found: list[v2_copy.KeptStep] = []
-    run = v2_copy.KeptStep.run
+    found: list[v2_unfused.KeptStep] = []
+    run = v2_unfused.KeptStep.run
 
-    def counted(step: v2_copy.KeptStep) -> None:
+    def counted(step: v2_unfused.KeptStep) -> None:
         found.append(step)
         run(step)
 
-    monkeypatch.setattr(v2_copy.KeptStep, "run", counted)
+    monkeypatch.setattr(v2_unfused.KeptStep, "run", counted)
     return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens", [2, 3, 4, 8])
 def test_every_step_equals_a_full_rebuild(
-    install: Install, hopper: None, runs: list[v2_copy.KeptStep], layout: str, tokens: int
+    install: Install, hopper: None, runs: list[v2_unfused.KeptStep], layout: str, tokens: int
 ) -> None:
     expected = drafts(layout, tokens)
     host, adapter = install("copy")
@@ -73,18 +74,19 @@ def test_every_step_equals_a_full_rebuild(
 
 
 def test_where_drafts_are_to_be_verified_these_are_left_to_vllm(
-    install: Install, hopper: None, runs: list[v2_copy.KeptStep], log: Callable[[int], list[str]]
+    install: Install, hopper: None, runs: list[v2_unfused.KeptStep], log: Callable[[int], list[str]]
 ) -> None:
     expected = drafts("bf16", 4)
     host, adapter = install("copy", verify=1)
     assert unequal_steps(expected, drafts("bf16", 4)) == set() and not runs
-    assert f"nsa-plugin: {v2_copy.PATH}: strategy off ({v2_copy.UNVERIFIED})" in log(logging.INFO)
-    (plan,) = (plan for plan in adapter.paths(host) if plan.path.startswith(v2_copy.PATH))
-    assert plan.strategy == "off" and plan.why == v2_copy.UNVERIFIED
+    assert f"nsa-plugin: {v2_unfused.PATH}: strategy off ({v2_unfused.UNVERIFIED})" in log(logging.INFO)
+    (plan,) = (plan for plan in adapter.paths(host) if plan.path.startswith(v2_unfused.PATH))
+    assert plan.strategy == "off" and plan.why == v2_unfused.UNVERIFIED
 
 
 def dense() -> Any:
     """FLASHMLA's backend for dense MLA, whose scheduler object is a new one for every build."""
+    sys.modules.setdefault("vllm._flashmla_C", ModuleType("vllm._flashmla_C"))  # compiled, and absent on a CPU
     importable("vllm.third_party.flashmla.flash_mla_interface")
     module = importable("vllm.v1.attention.backends.mla.flashmla")
     made = sys.modules["vllm.third_party.flashmla.flash_mla_interface"].get_mla_metadata
@@ -94,7 +96,7 @@ def dense() -> Any:
 
 @pytest.mark.parametrize("strategy", ["auto", "copy"])
 def test_a_group_that_is_not_understood_is_rebuilt(
-    install: Install, hopper: None, runs: list[v2_copy.KeptStep], strategy: str, log: Callable[[int], list[str]]
+    install: Install, hopper: None, runs: list[v2_unfused.KeptStep], strategy: str, log: Callable[[int], list[str]]
 ) -> None:
     attention = dense()
     expected = drafts("bf16", 4, attention)
@@ -122,7 +124,7 @@ def test_a_group_that_is_not_understood_is_rebuilt(
 def test_the_comparison_can_fail(install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = drafts("bf16", 4)
     install("copy")
-    monkeypatch.setattr(v2_copy.KeptStep, "run", lambda step: None)
+    monkeypatch.setattr(v2_unfused.KeptStep, "run", lambda step: None)
     assert {"slots", "indexer lengths", "schedule"} <= unequal_steps(expected, drafts("bf16", 4))
 
 
@@ -142,7 +144,7 @@ def test_an_error_leaves_vllms_results_right(
 
     monkeypatch.setattr(step_update.StepUpdate, "run", planted)
     assert unequal_steps(expected, drafts("fp8 separate", 4)) == set()
-    assert list(host.fallbacks.items()) == [(("vllm", v2_copy.PATH, "replay", "copy", "RuntimeError"), 1)]
+    assert list(host.fallbacks.items()) == [(("vllm", v2_unfused.PATH, "replay", "copy", "RuntimeError"), 1)]
     (line,) = log(logging.ERROR)
     assert "planted" in line and next(calls) == failing + 1
 
@@ -150,12 +152,12 @@ def test_an_error_leaves_vllms_results_right(
 def test_an_error_when_the_steps_are_bound(install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = drafts("bf16", 4)
     host, _ = install("copy")
-    monkeypatch.setattr(v2_copy, "places", lambda *_: 1 / 0)
+    monkeypatch.setattr(v2_unfused, "places", lambda *_: 1 / 0)
     assert unequal_steps(expected, drafts("bf16", 4)) == set()
     assert sum(host.fallbacks.values()) == 1
 
 
-def test_switching_off_and_on(install: Install, hopper: None, runs: list[v2_copy.KeptStep]) -> None:
+def test_switching_off_and_on(install: Install, hopper: None, runs: list[v2_unfused.KeptStep]) -> None:
     host, _ = install("copy")
     host.switch(False, "test")
     drafts("bf16", 3, batches=BATCHES[:1])
@@ -169,12 +171,12 @@ def test_what_no_row_knows_is_left_to_vllm(
     install: Install,
     hopper: None,
     monkeypatch: pytest.MonkeyPatch,
-    runs: list[v2_copy.KeptStep],
+    runs: list[v2_unfused.KeptStep],
     log: Callable[[int], list[str]],
 ) -> None:
     expected = drafts("bf16", 3)
     install("copy")
-    monkeypatch.setattr(in_place, "ROWS", {})
+    monkeypatch.setattr(builders, "ROWS", {})
     assert unequal_steps(expected, drafts("bf16", 3)) == set() and not runs
     assert any("strategy off (no attention group that this update knows)" in line for line in log(logging.INFO))
     monkeypatch.setattr(releases, "uncovered_speculator", lambda speculator: "context parallelism is not covered")
@@ -183,7 +185,7 @@ def test_what_no_row_knows_is_left_to_vllm(
 
 
 def test_groups_that_vllm_makes_anew_are_bound_anew(
-    install: Install, hopper: None, runs: list[v2_copy.KeptStep]
+    install: Install, hopper: None, runs: list[v2_unfused.KeptStep]
 ) -> None:
     attention = dense()
     expected = drafts("bf16", 3, attention, BATCHES[:1])

@@ -22,13 +22,14 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from nsa_plugin import host as host_module
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.builders import INDEXER, INDEXER_DECODE, changes_of
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
-from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
 from tests.vllm.drafts import FIRST_IS_REBUILT, POISONED, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -106,7 +107,7 @@ def test_every_step_equals_a_full_rebuild(
     assert len(expected) == len(BATCHES) * (tokens - 1)
     host, _ = install()
     if impl == "reference":
-        monkeypatch.setattr(v2_step, "is_available", lambda device: "switched off")
+        monkeypatch.setattr(host_module, "best_impl", lambda device: "reference")
     updates: list[None] = []
     in_graph = len(BATCHES) * (tokens - 1 - FIRST_IS_REBUILT)
     run = v2_step.Step.run
@@ -226,7 +227,7 @@ def count(layout: str, tokens: int) -> list[Counter[str]]:
         for method in ("_build_uniform_attn_metadata", "_build_draft_attn_metadata", v2_step.UPDATE):
             if hasattr(speculator, method):
                 patch.setattr(speculator, method, watched(getattr(speculator, method)))
-        patch.setattr(v2_copy.KeptStep, "run", watched(v2_copy.KeptStep.run))
+        patch.setattr(v2_unfused.KeptStep, "run", watched(v2_unfused.KeptStep.run))
         if FIRST_IS_REBUILT:
             patch.setattr(v2_step.Step, "run", watched(v2_step.Step.run))
             for group in (group for groups in speculator.attn_groups for group in groups):
@@ -329,9 +330,10 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
     )
     metadata = draft.graphs._metadata["model.layers.2.mtp_block.self_attn.indexer.k_cache"]
     rows = draft.sizes.captured
-    assert releases.kind_of_group(builder, metadata, rows) == "indexer"
+    assert changes_of(builder, metadata, rows, "update") == "lengths and schedule"
     if change == "a field more":
-        monkeypatch.setattr(releases, "INDEXER_FIELDS", releases.INDEXER_FIELDS - {"indices"})
+        known: Any = INDEXER.fields
+        monkeypatch.setitem(known, INDEXER_DECODE, known[INDEXER_DECODE] - {"indices"})
     elif change == "a method of its own":
         own = type("Own", (type(builder),), {"update_draft_decode_metadata": lambda self, metadata: None})
         monkeypatch.setattr(builder, "__class__", own)
@@ -339,7 +341,7 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
         monkeypatch.setattr(builder, "compress_ratio", 4)
     else:
         rows += 1
-    assert releases.kind_of_group(builder, metadata, rows) == "other"
+    assert changes_of(builder, metadata, rows, "update") == "other"
 
 
 def test_context_parallelism_is_left_to_vllm(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

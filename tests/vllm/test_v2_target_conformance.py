@@ -13,7 +13,7 @@ from nsa_plugin.rigs.vllm.v2_target_engine import CASES, TargetEngine, TargetSes
 from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.engine import Engine
 from nsa_plugin.testing.pytest_conformance import AdapterConformance
-from nsa_plugin.testing.watching import installed
+from nsa_plugin.testing.watching import installed_adapter
 
 
 class TestTarget(AdapterConformance):
@@ -29,7 +29,7 @@ def test_the_check_can_fail() -> None:
     kit = Conformance(engine)
     with engine.running():
         _ = kit.expected
-        with installed(engine, "graph"), mock.patch.object(Refresh, "run", lambda refresh: None):
+        with installed_adapter(engine, "graph"), mock.patch.object(Refresh, "run", lambda refresh: None):
             session = TargetSession(case)
             session.prepare(1)
             wrong = kit.differences(case, 1, session.read())

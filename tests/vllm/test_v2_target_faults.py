@@ -152,7 +152,7 @@ def test_a_field_that_is_not_known_is_left_to_vllm(install: Install, log: Callab
     def fields(kind: Any) -> Any:
         return (*real(kind), new) if kind is indexer.DeepSeekV32IndexerDecodeMetadata else real(kind)
 
-    with mock.patch("nsa_plugin.adapters.vllm.in_place.dataclasses.fields", fields):
+    with mock.patch("nsa_plugin.adapters.vllm.builders.dataclasses.fields", fields):
         ours = TargetRunner(FLAT)
     assert replays(ours).refreshes == {}
     assert any("of_a_later_release" in line for line in log(logging.INFO))

@@ -24,14 +24,15 @@ from nsa_plugin.adapters.vllm.v2.verified.staged import Staged
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import PastEnd
 from nsa_plugin.host import Host
-from nsa_plugin.rigs.vllm.v1_draft import emulate_cuda
+from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
+from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES, LAYOUTS
-from tests.vllm.drafts import LARGE
+from tests.vllm.drafts import LARGE, captured
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Step = dict[str, torch.Tensor]
 POISON = 3
+LAYOUT, TOKENS = "fp8 separate", 4
 pytestmark = pytest.mark.usefixtures("hopper")
 
 
@@ -48,15 +49,6 @@ def propose(draft: Draft, batches: Any = BATCHES) -> list[Step]:
     return seen
 
 
-def captured(layout: str = "fp8 separate", tokens: int = 4) -> Draft:
-    """A speculator that has warmed up its captured size."""
-    draft = Draft(*LAYOUTS[layout], tokens)
-    assert draft.speculator.supports_decode_metadata_update
-    with set_current_vllm_config(draft.config):
-        draft.graphs.body()
-    return draft
-
-
 def unequal(want: list[Step], have: list[Step]) -> list[str]:
     """What differs in any step; schedules count rows of padding, of which a rebuild takes no notice."""
     wrong = set()
@@ -70,7 +62,7 @@ def unequal(want: list[Step], have: list[Step]) -> list[str]:
 _stock: dict[Any, list[Step]] = {}
 
 
-def stock(layout: str = "fp8 separate", tokens: int = 4) -> list[Step]:
+def stock(layout: str = LAYOUT, tokens: int = TOKENS) -> list[Step]:
     """What vLLM's own rebuild gives, before the plugin is installed."""
     if (layout, tokens) not in _stock:
         draft = Draft(*LAYOUTS[layout], tokens)
@@ -103,20 +95,20 @@ def test_right_values_pass(install: Install, layout: str, tokens: int, compared:
     assert host.on and not host.mismatches and not host.fallbacks
 
 
-def test_right_values_pass_on_blackwell(install: Install, monkeypatch: pytest.MonkeyPatch, compared: list[int]) -> None:
+def test_right_values_pass_on_blackwell(install: Install, compared: list[int]) -> None:
     """Whose indexer has a row of indices more."""
-    emulate_cuda(monkeypatch.setattr, 100)
-    draft = Draft(*LAYOUTS["bf16"], 4)
-    expected = propose(draft)
-    assert "indices" in expected[0]
-    host, _ = install(verify=1)
-    assert unequal(expected, propose(captured("bf16"))) == []
+    with emulated_cuda(100):
+        draft = Draft(*LAYOUTS["bf16"], 4)
+        expected = propose(draft)
+        assert "indices" in expected[0]
+        host, _ = install(verify=1)
+        assert unequal(expected, propose(captured("bf16", TOKENS))) == []
     assert len(compared) == len(BATCHES) and not host.mismatches and not host.fallbacks
 
 
 def test_every_nth_draft_of_a_size_is_verified(install: Install, compared: list[int]) -> None:
     install(verify=3)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     batch = BATCHES[1]
     for number in range(7):
         draft.propose(*batch)
@@ -128,7 +120,7 @@ def test_every_nth_draft_of_a_size_is_verified(install: Install, compared: list[
 
 def test_many_random_drafts(install: Install, compared: list[int]) -> None:
     host, _ = install(verify=1)
-    draft, rng = captured("fp8 mixed"), random.Random(5)
+    draft, rng = captured("fp8 mixed", TOKENS), random.Random(5)
     for _ in range(60):
         size = rng.randint(1, CAPTURED + 2)
         lengths = [
@@ -144,7 +136,7 @@ def test_captured_copies_read_where_every_later_draft_is_prepared(
     """As in a CUDA graph: the steps that were recorded at capture run for ever, with the addresses that they had."""
     expected = stock()
     host, _ = install(verify=1)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     for batch in (LARGE, BATCHES[0]):
         draft.propose(*batch)
     step = v2_watch.Watch.step
@@ -157,8 +149,7 @@ def test_captured_copies_read_where_every_later_draft_is_prepared(
         return recorded[0]
 
     monkeypatch.setattr(v2_watch.Watch, "step", once)
-    with set_current_vllm_config(draft.config):
-        draft.graphs.body()
+    draft.warm_up()
     assert unequal(expected, propose(draft)) == [] and not host.mismatches
 
 
@@ -210,7 +201,7 @@ def test_a_difference_gives_vllms_values_switches_off_and_leaves_a_repro(
             spoil(staged)
 
     monkeypatch.setattr(Staged, "prepare", planted)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     prepared[0] = 0
     for number, batch in enumerate(BATCHES):
         part = expected[number * 3 : number * 3 + 3]
@@ -240,7 +231,7 @@ def test_a_difference_gives_vllms_values_switches_off_and_leaves_a_repro(
 def test_what_a_repro_of_a_draft_holds(install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lengths and block tables, no tokens; a wrong value of the engine's shows when it is computed again."""
     host, _ = install(verify=1, repro_dir=tmp_path)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     differences = Staged.differences
 
     def wrong_engine(staged: Staged, begun: Begun) -> Any:
@@ -275,7 +266,7 @@ def test_an_error_while_preparing_hands_drafts_back(
         prepare(staged, begun)
 
     monkeypatch.setattr(Staged, "prepare", failing)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     assert unequal(expected, propose(draft)) == []
     assert host.fallbacks == {("vllm", "draft step", "replay", "copy", "RuntimeError"): 1} and host.on
     assert len(log(logging.ERROR)) == 1
@@ -285,7 +276,7 @@ def test_a_draft_for_the_sake_of_other_ranks_is_prepared_and_not_compared(
     install: Install, compared: list[int]
 ) -> None:
     host, _ = install(verify=1)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     draft.propose(*BATCHES[0])
     descriptor = draft.graphs.dispatch(CAPTURED, CAPTURED)
     with set_current_vllm_config(draft.config):
@@ -298,7 +289,7 @@ def test_a_rebuild_that_fails_ends_verification_only(
 ) -> None:
     expected = stock()
     host, _ = install(verify=1)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     monkeypatch.setattr(v2_rebuild.Rebuild, "steps", lambda rebuild, begun: 1 / 0)
     assert unequal(expected, propose(draft)) == []
     assert len(compared) == 1 and sum(host.fallbacks.values()) == 2 and host.on
@@ -310,7 +301,7 @@ def test_what_cant_be_verified_is_recorded_in_the_graph_and_said(
     expected = stock()
     monkeypatch.setattr(v2_watch, "Rebuild", lambda *arguments: 1 / 0)
     install(verify=1)
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     assert unequal(expected[:3], propose(draft, BATCHES[:1])) == []
     assert any("NSA_PLUGIN_VERIFY can't be had: division by zero" in line for line in log(logging.WARNING))
     assert "draft step: strategy graph" in " ".join(log(logging.INFO))
@@ -347,7 +338,7 @@ def test_a_running_process_can_be_switched(install: Install, monkeypatch: pytest
     ways: list[str] = []
     for name in ("prepare", "prepare_natively"):
         monkeypatch.setattr(Staged, name, noted(ways, name, getattr(Staged, name)))
-    draft = captured()
+    draft = captured(LAYOUT, TOKENS)
     ways.clear()
     for on in (True, False, True):
         assert host.switch(on, "test") == []
@@ -359,13 +350,13 @@ def test_nothing_is_watched_when_nothing_is_asked(install: Install, monkeypatch:
     expected = stock()
     monkeypatch.setattr(v2_watch, "Watch", lambda *arguments: 1 / 0)
     install()
-    assert unequal(expected[:3], propose(captured(), BATCHES[:1])) == []
+    assert unequal(expected[:3], propose(captured(LAYOUT, TOKENS), BATCHES[:1])) == []
 
 
 def test_spare_buffers_are_those_of_a_draft(install: Install) -> None:
     """No captured buffer is written by a rebuild, and no spare one has room for a whole batch of prefills."""
     install(verify=1)
-    draft = captured("fp8 mixed")
+    draft = captured("fp8 mixed", TOKENS)
     known = vars(draft.speculator)["_nsa_plugin_watched"]
     (rebuild,) = known._rebuilds.values()
     own = {value.data_ptr() for builder in draft.builders for value in integers(builder)}

@@ -1,1 +1,1 @@
-"""Model Runner V1's draft. Runs where vLLM chooses that runner; `verified/` only where drafts are verified or measured."""
+"""Runs where vLLM chooses Model Runner V1: its drafts. `verified/` runs only where drafts are verified or measured."""

@@ -1,32 +1,25 @@
-"""What the draft metadata of Model Runner V1 keeps from step to step, builder by builder.
+"""Runs at every draft: what Model Runner V1 builds for the first draft step of a batch shape is kept for all later ones.
 
-A draft step has one query token per request, whatever came before. For the builders in `KEPT`, all that then changes
-from step to step are the sequence lengths, and the indexer's DeepGEMM schedule that follows from them; all that changes
-from draft to draft are values in buffers that keep their addresses. So vLLM's own builder is asked once per batch size,
-and its answer is kept, with every buffer that it writes for other batches too replaced by one that only draft steps use.
+A draft step has one query token per request, whatever came before. For the rows of `builders` that have a `Keeper`, all
+that then changes from step to step are the sequence lengths, and the indexer's DeepGEMM schedule that follows from them;
+all that changes from draft to draft are values in buffers that keep their addresses. So vLLM's own builder is asked once
+per batch size, and its answer is kept, with every buffer that it writes for other batches too replaced by one that only
+draft steps use.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.probe import Need, missing
+from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-from nsa_plugin.adapters.vllm.in_place import FLASHINFER_SPARSE, FLASHMLA_SPARSE, INDEXER, InPlace, unknown_fields
-from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, uncovered_builder
-
-
-def build_group(group: Any, batch: Any, draft_index: int) -> Any:
-    """What vLLM itself builds for an attention group in a draft step; until 0.31 its builder is asked, not the group."""
-    if hasattr(group, "build_metadata_for_drafting"):
-        return group.build_metadata_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
-    return group.get_metadata_builder().build_for_drafting(common_attn_metadata=batch, draft_index=draft_index)
+from nsa_plugin.adapters.vllm.releases import ones_of
 
 
 @dataclass(frozen=True)
@@ -69,49 +62,21 @@ class KeptSteps:
 
 @dataclass(frozen=True)
 class Keeper:
-    """How one builder's metadata is kept.
+    """How the metadata of a row of `builders` is kept.
 
     Attributes
     ----------
     needs : tuple of Need
         What it takes for granted.
-    fields : mapping of str to frozenset of str
-        Every field that the metadata may have, by dotted path: one that is not known here may change from step to step.
-    refused : callable
-        `refused(builder)`: empty, or why this one is left to vLLM.
     keep : callable
         `keep(builder, built, batch)`: the steps, from what vLLM built for the first one; None if they can't be kept.
     """
 
     needs: tuple[Need, ...]
-    fields: Mapping[str, frozenset[str]]
-    refused: Callable[[Any], str]
     keep: Callable[[Any, Any, DecodeBatch], KeptSteps | None]
 
 
-def keeper_of(group: Any) -> tuple[Keeper | None, str]:
-    """The keeper of an attention group, or None and why vLLM rebuilds its metadata at each draft step."""
-    builder = group.get_metadata_builder()
-    kind = type(builder)
-    keeper = KEPT.get(f"{kind.__module__}.{kind.__qualname__}")
-    if keeper is None:
-        return None, f"{kind.__name__}: {REBUILT.get(kind.__name__, 'not examined')}"
-    if problems := missing(keeper.needs):
-        return None, f"{kind.__name__}: {'; '.join(problems)}"
-    maps_blocks = hasattr(group, "map_to_kernel_block_table")
-    if maps_blocks and group.kernel_block_size is not None:
-        return None, f"{kind.__name__}: its block table is mapped to kernel blocks anew for every build"
-    problem = keeper.refused(builder) or unknown_fields(keeper.fields)
-    return (None, f"{kind.__name__}: {problem}") if problem else (keeper, "")
-
-
-def _sparse_refused(builder: Any) -> str:
-    settings = builder.vllm_config.attention_config
-    hisparse = getattr(settings, "hisparse_config", None) is not None
-    return uncovered_builder(builder) or ("HiSparse is not covered" if hisparse else "")
-
-
-def _keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
+def keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
     """Kept: counts, views of the proposer's buffers, the block table, constants, and FlashMLA's scheduler object.
 
     FlashMLA lets that object be reused while shapes, `cache_seqlens` and `topk_length` stay the same: vLLM passes a
@@ -132,21 +97,13 @@ def _keep_sparse(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | No
     return KeptSteps(steps, None)
 
 
-def _indexer_refused(builder: Any) -> str:
-    if builder.compress_ratio > 1:
-        return "a compressed indexer cache has slots of its own, computed anew for every step"
-    return uncovered_builder(builder)
-
-
-def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
+def keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | None:
     """Kept: all but lengths and schedule. The block table is the batch's, of which flattening makes a copy."""
     decode = built.decode
     if built.prefill is not None or decode is None or built.num_decode_tokens != batch.size:
         return None
     if decode.global_seq_lens is not None or decode.block_table.shape != batch.block_table.shape:
         return None
-    per_request = getattr(decode, "per_req_decode_lens", None)  # which vLLM 0.28 does not have
-    ones = ("decode_lens",) if per_request is None else ("decode_lens", "per_req_decode_lens")
     steps = []
     for seq_lens in batch.seq_lens:
         step = copy.copy(built)
@@ -155,7 +112,7 @@ def _keep_indexer(builder: Any, built: Any, batch: DecodeBatch) -> KeptSteps | N
             decode,
             seq_lens=seq_lens.unsqueeze(-1),
             block_table=batch.block_table,
-            **dict.fromkeys(ones, batch.ones),
+            **dict.fromkeys(ones_of(decode), batch.ones),
             indices=None if decode.indices is None else batch.request_map,
         )
         steps.append(step)
@@ -172,35 +129,3 @@ def _schedule(builder: Any) -> Callable[[Any], None] | None:
         metadata.decode.schedule_metadata = schedule(metadata.decode)
 
     return refresh
-
-
-def _sparse(row: InPlace, metadata: str) -> Keeper:
-    needs = ("seq_lens", "req_id_per_token", "max_seq_len", "num_prefills", "num_decode_tokens", "prefill")
-    why = "lengths and request map of a draft step"
-    return Keeper((Need(f"{row.module}.{metadata}", needs, why),), row.fields, _sparse_refused, _keep_sparse)
-
-
-KEPT: dict[str, Keeper] = {
-    FLASHMLA_SPARSE.builder: _sparse(FLASHMLA_SPARSE, "FlashMLASparseMetadata"),
-    **{row.builder: _sparse(row, "FlashInferMLASparseMetadata") for row in FLASHINFER_SPARSE},
-    INDEXER.builder: Keeper(
-        (Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
-              ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"), "lengths of a draft step"),
-         Need(f"{INDEXER_MODULE}.DeepSeekV32IndexerDecodeMetadata",
-              ("block_table", "seq_lens", "decode_lens", "schedule_metadata", "indices", "global_seq_lens"),
-              "lengths and schedule of a draft step"),
-         Need(f"{INDEXER_MODULE}.get_paged_mqa_logits_metadata", ("context_lens", "block_size", "num_sms", "indices"),
-              "DeepGEMM's schedule of a draft step")),
-        INDEXER.fields, _indexer_refused, _keep_indexer),
-}  # fmt: skip
-"""Builders (their exact classes) whose metadata is kept."""
-
-REBUILT: dict[str, str] = {
-    "FlashAttnMLASparseMetadataBuilder": "not shown right: it needs compiled kernels to be imported",
-    "FlashInferMLASparseSM90Builder": "it plans on the host from each step's lengths",
-    "KpoolTailMetadataBuilder": "its slots come from positions that every step computes anew",
-    "FlashAttentionMetadataBuilder": "its schedule depends on each step's lengths",
-    "FlashInferMetadataBuilder": "it plans on the host from each step's lengths",
-    "FlashMLAMetadataBuilder": "its tile schedule depends on each step's lengths",
-}
-"""Builders that vLLM asks again at every draft step, and why; those in neither table have not been examined."""

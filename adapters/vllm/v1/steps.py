@@ -1,4 +1,4 @@
-"""The draft steps of one proposer of Model Runner V1: where they are, computed in one launch, and their kept metadata."""
+"""Runs at every draft: the steps of one proposer of Model Runner V1, computed in one launch, and their kept metadata."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.reporting import PathReport
+from nsa_plugin.adapters.vllm.builders import NOT_EXAMINED, row_of
 from nsa_plugin.adapters.vllm.describe import describe
-from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, KeptSteps, build_group, keeper_of
+from nsa_plugin.adapters.vllm.releases import build_group, maps_blocks
+from nsa_plugin.adapters.vllm.v1.kept import DecodeBatch, Keeper, KeptSteps
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, PastEnd, check_source
 from nsa_plugin.core.errors import reject
@@ -22,6 +25,21 @@ KEPT_BATCHES = 128
 """Batch shapes whose metadata a proposer keeps; the oldest goes first."""
 ROUND = 32
 """Rows are allocated in multiples of this, so that every step's lengths start at a multiple of 128 bytes."""
+
+
+def keeper_of(group: Any) -> tuple[Keeper | None, str]:
+    """The keeper of an attention group, or None and why vLLM rebuilds its metadata at each draft step."""
+    builder = group.get_metadata_builder()
+    name, row = type(builder).__name__, row_of(builder)
+    keeper = row.keeper
+    if keeper is None:
+        return None, f"{name}: {row.left_alone or NOT_EXAMINED}"
+    if problems := missing(keeper.needs):
+        return None, f"{name}: {'; '.join(problems)}"
+    if maps_blocks(group):
+        return None, f"{name}: its block table is mapped to kernel blocks anew for every build"
+    problem = row.uncovered(builder)
+    return (None, f"{name}: {problem}") if problem else (keeper, "")
 
 
 @dataclass
@@ -43,8 +61,8 @@ class _Bound:
 class DraftSteps:
     """The draft steps of one proposer.
 
-    The first step's positions and slots are computed right into the proposer's buffers, which CUDA graphs read; those
-    of the others, and the lengths of all, into rows of this object's own.
+    The first step's positions and slots are computed right into the proposer's buffers, which CUDA graphs read. Those of
+    the other steps, and the lengths of all steps, go into rows of this object's own.
     """
 
     def __init__(self, proposer: Any, host: Host, report: PathReport, strategy: str) -> None:
@@ -88,7 +106,7 @@ class DraftSteps:
     def advance(
         self, num_steps: int, positions: torch.Tensor, batch: Any, batch_size: int, num_rows: int, block_size: int
     ) -> torch.Tensor:
-        """Move the batch on by one token: what vLLM's method does, with `seq_lens` in a place of its own at each step."""
+        """Move the batch on by one token, as vLLM's method does. `seq_lens` has a place of its own at each step."""
         current = self._current
         if current is None:
             table = BlockTable(batch.block_table_tensor, block_size)
@@ -109,7 +127,7 @@ class DraftSteps:
         return current.targets[0]
 
     def settle(self, batch: Any) -> None:
-        """Bring the host's bound of the lengths up to date, which no kept metadata reads."""
+        """Bring the host's upper bound of the lengths up to date. No kept metadata reads it."""
         if self._owed and batch.seq_lens_cpu_upper_bound is not None:
             batch.seq_lens_cpu_upper_bound += self._owed
         self._owed = 0

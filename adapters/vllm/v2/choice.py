@@ -1,8 +1,8 @@
-"""Whether a draft of Model Runner V2 is fused because of this adapter's updates in place: by all ranks, or by none.
+"""Runs at start, when vLLM has made a draft: all ranks fuse it because of our updates in place, or none does.
 
-vLLM decides at `DraftModelSpeculator.set_attn`, right after it has made the draft's attention groups: it fuses if every
-one's builder says that its metadata can be updated in place. A builder of ours says so only then, only in the draft's
-groups, and only for a draft of more than one step: nobody else, and no engine without such a draft, asks the other ranks.
+vLLM decides in `DraftModelSpeculator.set_attn`, right after it has made the draft's attention groups. It fuses if the
+builder of every group says that its metadata can be updated in place. A builder of ours says so only at that moment, only
+in the draft's groups, and only for a draft of more than one step. Without such a draft no rank asks another.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.updates import PATH, Hooks, Served, served
 
-CHOOSE = {
-    releases.SPECULATORS[0]: "_configure_decode_metadata_update",
-    releases.SPECULATORS[1]: "_configure_fused_multi_step_decode",
-}
-"""By speculator, its method that decides."""
 SAYS = "supports_draft_decode_metadata_update"
 ELASTIC = "elastic expert parallelism is not covered: ranks that share the draft come and go, and can't be asked"
-"""An objection that all ranks have, since they have the same setting: none asks another."""
+"""All ranks have this setting, and so this objection: none asks another."""
 
 
 def needs(speculator: str) -> tuple[Need, ...]:
     """What it takes of the speculator at a dotted path."""
-    return (Need(f"{speculator}.{CHOOSE[speculator]}", (), "choose the fused draft on all ranks or none", hooked=True),)
+    return (
+        Need(
+            f"{speculator}.{releases.CHOOSE[speculator]}",
+            (),
+            "choose the fused draft on all ranks or none",
+            hooked=True,
+        ),
+    )
 
 
 def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """The replacement of the method of `owner` that decides; it passes its calls on, after what is ours if it is `live`."""
-    name = CHOOSE[releases.speculator()]
+    """The replacement of the method of `owner` that decides. If it is `live` it lets our builders speak, then calls vLLM's."""
+    name = releases.CHOOSE[releases.speculator()]
     original = getattr(owner, name)
 
     @functools.wraps(original)
@@ -76,7 +78,7 @@ def _choose(host: Host, speculator: Any) -> None:
 
 
 def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
-    """Why each of these builders is left to vLLM, or empty. What fails here is an objection too: nobody waits for it."""
+    """For each of these builders why it is left to vLLM, or "". An error is an objection too: no rank waits for this one."""
     try:
         return [how.row.refused(builder) for builder, how in ours]
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One kernel per step of vLLM's fused draft, in place of the slot-mapping launch and of each group's own updates.
+"""Runs at capture, and at drafts that no graph replays: one kernel per step of vLLM's fused draft.
 
 `TargetDependentARSpeculator._generate_fused_drafts` (Eagle and MTP) does two things for the metadata at the start of each step:
 `BlockTables.compute_slot_mappings`, and `_update_draft_decode_metadata`, which asks the builder of every attention
@@ -21,6 +21,7 @@ import torch
 
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.adapters.vllm.builders import Replaced, changes_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
@@ -57,7 +58,7 @@ class Step:
     """
 
     strategy = "graph"
-    kind_of_group = staticmethod(releases.kind_of_group)
+    instead_of: Replaced = "update"
     _first = True
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int, host: Host) -> None:
@@ -68,11 +69,11 @@ class Step:
         request_maps, indexers, understood = [], [], False
         for group in releases.groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = self.kind_of_group(builder, own, num_reqs)
+            kind = changes_of(builder, own, num_reqs, self.instead_of)
             understood |= kind != "other"
             if kind == "request map":
                 request_maps.append(own.req_id_per_token)
-            elif kind == "indexer":
+            elif kind == "lengths and schedule":
                 indexers.append(_indexer_rows(own, num_reqs))
                 self._schedules.append(self.schedule(builder, own.decode))
                 self._captured.append((own.decode, own.decode.schedule_metadata))
@@ -175,13 +176,6 @@ class DeferredSlots:
             self.tables.compute_slot_mappings(*args, **kwargs)
 
 
-class EveryGroup:
-    """Stands for the attention groups of a speculator whose loop asks each of them to update its metadata."""
-
-    def __init__(self, update: Callable[..., None]) -> None:
-        self.update_draft_decode_metadata = update
-
-
 def hooks(
     host: Host,
     owner: type,
@@ -191,8 +185,8 @@ def hooks(
 ) -> Hooks:
     """Replacements of the methods of `owner`, one of `releases.SPECULATORS`, that make and update the steps of a draft."""
     generate, said = getattr(owner, GENERATE), report(host, PATH)
-    asks_groups = not hasattr(owner, UPDATE)
-    update = _update_groups if asks_groups else getattr(owner, UPDATE)
+    asks_groups = releases.asks_groups(owner)
+    update = releases.update_groups if asks_groups else getattr(owner, UPDATE)
     failed = False
 
     def uncovered(speculator: Any) -> str:
@@ -239,7 +233,7 @@ def hooks(
         tables, groups = speculator.block_tables, speculator.attn_groups
         speculator.block_tables = DeferredSlots(tables, step)
         if asks_groups:
-            ask = EveryGroup(
+            ask = releases.EveryGroup(
                 lambda metadata, *more, **named: update_draft_decode_metadata(
                     speculator, metadata, num_reqs, groups, *more, **named
                 )
@@ -267,34 +261,25 @@ def hooks(
     return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
 
 
-def _update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any, *args: Any, **kwargs: Any) -> None:
-    """What the loop of vLLM 0.28 to 0.31 does for the metadata of a step."""
-    for group in (group for same_cache in groups for group in same_cache):
-        group.update_draft_decode_metadata(attn_metadata, *args, **kwargs)
-
-
 def slot_groups(tables: Any) -> SlotGroups:
     """The block tables of vLLM's `BlockTables`, one per KV-cache group, and its slot mappings. Copies no tensor."""
-    enabled = getattr(tables, "slot_mapping_enabled", None)  # vLLM 0.28 maps every group's slots
     return SlotGroups(
         [table.gpu for table in tables.block_tables],
         tables.block_table_ptrs,
         tables.block_table_strides,
-        getattr(tables, "kernel_block_sizes_tensor", tables.block_sizes_tensor),  # of vLLM until 0.31
-        torch.ones_like(tables.block_sizes_tensor, dtype=torch.bool) if enabled is None else enabled,
+        releases.slot_block_sizes(tables),
+        releases.slots_enabled(tables),
         tables.slot_mappings,
     )
 
 
 def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
     decode = metadata.decode
-    ones = [decode.decode_lens, getattr(decode, "per_req_decode_lens", None)]
-    source = getattr(metadata, "block_table", decode.block_table)  # without it the first step's rebuild has copied it
     return IndexerRows(
         decode.seq_lens.view(-1),
-        tuple(lens for lens in ones if lens is not None),
+        tuple(getattr(decode, name) for name in releases.ones_of(decode)),
         decode.indices,
-        source[:num_reqs],
+        releases.indexer_table(metadata)[:num_reqs],
         decode.block_table,
     )
 

@@ -1,10 +1,11 @@
-"""A fused draft of Model Runner V2 while the plugin is off, or undone: drafted by vLLM's own unfused loop.
+"""Runs at every draft: while the plugin is off, or undone, a fused draft is drafted by vLLM's own unfused loop.
 
-Runs at the beginning of every fused draft. What a captured draft computes, it computes at every replay: vLLM has no values
-of its own for it, as it never rebuilds the metadata of a fused draft. So a draft that is switched off leaves its graph
-alone and takes `_multi_step_decode`, which rebuilds the metadata for each step and runs the model eagerly: slower, and all
-vLLM's own. A rank that shares its draft with others must not leave the graph alone, because collectives in a graph and
-outside of it do not meet: there captured drafts go on until a restart, and `lines` says so.
+A captured draft computes its metadata at every replay. vLLM never rebuilds the metadata of a fused draft, so it has no
+values of its own for it. A draft that is switched off therefore leaves its graph alone and takes `_multi_step_decode`. That
+rebuilds the metadata for each step and runs the model eagerly: slower, and all vLLM's own.
+
+A rank that shares its draft with others must not leave the graph alone: collectives inside a graph and outside of it do not
+meet. There captured drafts go on until a restart, and `lines` says so.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class FusedDraft:
 
     @property
     def prepared(self) -> bool:
-        """Whether vLLM's own code writes what captured drafts read before each: nobody does once this is undone."""
+        """Whether vLLM's own code writes what a captured draft reads, before each replay. Once undone, nobody does."""
         return self.switchable and not self.undone
 
 
@@ -123,10 +124,10 @@ def unfused(speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *a
 
 
 def undo(host: Host) -> list[str]:
-    """Have speculators that fuse because of a host draft as vLLM does from now on; returns what goes on, a line each.
+    """Make speculators that fuse because of a host draft as vLLM does; returns what goes on, a line each.
 
-    To be called before the patches go. What was chosen and captured outlives them: at a new capture the speculator still
-    asks its builders for an update in place, and they keep theirs for that.
+    Call it before the patches are undone. What was chosen and captured outlives them: at a new capture the speculator still
+    asks its builders for an update in place, so they keep theirs.
     """
     found = [(speculator, draft) for speculator, draft in drafts.items() if draft.host is host and not draft.undone]
     for speculator, draft in found:
@@ -164,7 +165,7 @@ def _after_undo(
 
 
 def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
-    """Whether a draft may be drafted unfused. Eagerly it may always: it issues the same forwards either way."""
+    """Whether a draft may be drafted unfused. Without a graph it always may: it issues the same forwards either way."""
     if batch_desc.cg_mode.name != "FULL":
         return draft.fuses
     return draft.alone and not draft.prepared and (draft.fuses or draft.recorded)
@@ -173,9 +174,9 @@ def _can_leave(draft: FusedDraft, batch_desc: Any) -> bool:
 def _alone(speculator: Any) -> bool:
     """Whether no other rank shares the draft of this one."""
     parallel = speculator.vllm_config.parallel_config
-    if agreement.is_elastic(speculator) or getattr(parallel, "data_parallel_size", 1) > 1:
+    if agreement.is_elastic(speculator) or parallel.data_parallel_size > 1:
         return False
     try:
         return len(agreement.sharing()) == 1
-    except Exception:  # who can't tell keeps its graph, as one that is not alone
+    except Exception:  # a rank that can't tell keeps its graph, as if it were not alone
         return False

@@ -1,9 +1,9 @@
-"""Drafts of Model Runner V2 that vLLM does not fuse: the metadata of understood groups is kept from step to step.
+"""Runs at every draft that vLLM does not fuse: understood groups keep their metadata from step to step.
 
-`_multi_step_decode` rebuilds the metadata of every attention group for each step, then replays a graph of one step. It is
-what vLLM does as soon as one group can't update its metadata in place. Here the first step's rebuild stays; in later
-steps one launch writes what changes into the buffers that it went to, which are those that the graph reads, and only the
-groups that are not understood are rebuilt.
+vLLM takes `_multi_step_decode` as soon as one group can't update its metadata in place. That loop rebuilds the metadata of
+every attention group for each step, then replays a graph of one step. Here the rebuild of the first step stays. In later
+steps one launch writes what changes into the buffers of that rebuild, which the graph reads. Only groups that are not
+understood are rebuilt.
 
 Positions and lengths of later steps need no precomputation: the graph of a step advances them in the runner's buffers.
 """
@@ -20,7 +20,7 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.vllm import in_place, releases
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
@@ -28,11 +28,9 @@ from nsa_plugin.adapters.vllm.v2.step import DeferredSlots, Hooks, Step, Uncover
 
 PATH = "draft steps that are not fused"
 LOOP = "_multi_step_decode"
-BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
-"""What the loop asks for the metadata of a step; the second in vLLM 0.28."""
 UNVERIFIED = "NSA_PLUGIN_VERIFY does not cover it"
 KEPT_BATCHES = 128
-"""Batch sizes, and places of their metadata, whose bound steps are kept."""
+"""How many bound steps are kept: one for each batch size and place of its metadata."""
 
 
 def needs(speculator: str) -> tuple[Need, ...]:
@@ -50,9 +48,9 @@ def needs(speculator: str) -> tuple[Need, ...]:
 
 
 class KeptStep(Step):
-    """The later steps of a draft, from what vLLM built for the first one, which has written all that stays the same."""
+    """The later steps of a draft. vLLM's rebuild of the first step has written all that stays the same."""
 
-    kind_of_group = staticmethod(in_place.kind_of_group)
+    instead_of = "rebuild"
     _first = False
 
     def run_others(self) -> None:
@@ -100,7 +98,7 @@ class Steps:
         fell_back: Callable[[Exception], None],
     ) -> None:
         self._speculator, self._num_rows, self._bind, self._fell_back = speculator, num_rows, bind, fell_back
-        self._name = next(name for name in BUILDS if hasattr(speculator, name))
+        self._name = releases.builds(speculator)
         self._build = getattr(speculator, self._name)
         self._before = {name: vars(speculator)[name] for name in (self._name,) if name in vars(speculator)}
         self._groups = speculator.attn_groups
@@ -164,7 +162,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
         said.fell_back("replay", "copy", error)
 
     def bind(speculator: Any, metadata: Any, num_rows: int) -> KeptStep | None:
-        """The steps for metadata in these places, bound when they are new; none of groups that vLLM has replaced."""
+        """The steps for metadata in these places, bound when the places are new. New attention groups start afresh."""
         try:
             known = kept.get(speculator)
             if known is None or known.groups is not speculator.attn_groups:

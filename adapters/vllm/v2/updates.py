@@ -1,8 +1,7 @@
-"""A builder's part in Model Runner V2's fused draft: its captured metadata, updated in place at each step."""
+"""Runs at capture, and at drafts that no graph replays: captured metadata of a builder is updated in place at each step."""
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,35 +10,40 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.vllm import releases
+from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE, BuilderRow, Changes
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
-from nsa_plugin.adapters.vllm.in_place import FLASHMLA_SPARSE, Changes, InPlace
 from nsa_plugin.adapters.vllm.reports import report
 
 PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
 Hooks = Mapping[str, Callable[..., Any]]
-RequestMap = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclass(frozen=True)
 class Served:
-    """A class of builders that has an update in place of this adapter's.
+    """A class of builders to which this adapter gives an update in place.
 
     Attributes
     ----------
-    row : InPlace
+    row : BuilderRow
     path : str
         For the log.
     live : callable
         Whether the update was not undone.
     """
 
-    row: InPlace
+    row: BuilderRow
     path: str
     live: Callable[[], bool]
 
 
 _served: dict[type, Served] = {}
+
+
+def has_own(owner: type) -> bool:
+    """Whether a class of builders has an update in place: vLLM's, or another plugin's that came first."""
+    return METHOD in vars(owner)
 
 
 def served(builder: Any) -> Served | None:
@@ -48,16 +52,16 @@ def served(builder: Any) -> Served | None:
     return found if found is not None and found.live() else None
 
 
-def hooks(row: InPlace, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
-    """Replacements of the methods of `owner`, the builder of a row, by name; none if it has an update of its own."""
-    if METHOD in vars(owner):
-        return {}
+def hooks(row: BuilderRow, host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
+    """Replacements of the methods of `owner`, the builder of a row, by name."""
+    if row.changes is None:
+        raise ValueError(f"{row.builder}: expected a row that says what changes, got one that is left to vLLM")
     _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
     return MappingProxyType({METHOD: UPDATES[row.changes](host)})
 
 
 def _update_request_map(host: Host) -> Callable[..., None]:
-    on_device = _vllms_request_map() or request_map
+    on_device = releases.vllms_request_map() or request_map
     failed = False
 
     def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
@@ -75,18 +79,9 @@ def _update_request_map(host: Host) -> Callable[..., None]:
                 report(host, PATH).fell_back("capture", "graph", error)
         request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
 
-    # Not merely True: functools.wraps copies attributes to whatever wraps this function and may do more.
+    # The function itself, not True: functools.wraps copies attributes to wrappers, which may do more.
     update_draft_decode_metadata.only_the_request_map = update_draft_decode_metadata  # type: ignore[attr-defined]
     return update_draft_decode_metadata
-
-
-def _vllms_request_map() -> RequestMap | None:
-    """vLLM's own kernel for the request map; None in releases that compute it on the host (0.28 to 0.31)."""
-    try:
-        compute = pkgutil.resolve_name("vllm.v1.attention.ops.metadata.compute_token_to_req_indices")
-    except (ImportError, AttributeError):
-        return None
-    return lambda query_start_loc, out, tokens: compute(query_start_loc, out, tokens, tokens)
 
 
 def update_indexer(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
@@ -111,9 +106,9 @@ def update_nothing(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> No
 
 
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
-    """The same in plain torch: request of each of the first `tokens` tokens, into `out` [>= tokens].
+    """The request map in plain torch: the request of each of the first `tokens` tokens, into `out` [>= tokens].
 
-    `query_start_loc` [requests + 1] is ascending; tokens past its end belong to the last request.
+    `query_start_loc` [requests + 1] is ascending. Tokens past its end belong to the last request.
     """
     token = torch.arange(tokens, dtype=query_start_loc.dtype, device=query_start_loc.device)
     request = torch.searchsorted(query_start_loc[1:], token, right=True)
@@ -125,4 +120,4 @@ UPDATES: dict[Changes, Callable[[Host], Callable[..., None]]] = {
     "lengths and schedule": lambda host: update_indexer,
     "nothing": lambda host: update_nothing,
 }
-"""By what changes: makes the update in place. What a later vLLM passes besides the metadata has nobody to go to."""
+"""By what changes: what makes the update in place. The updates ignore what a later vLLM passes besides the metadata."""

@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,11 @@ from unittest import mock
 
 import torch
 
-from nsa_plugin.adapters.sglang import compare
+from nsa_plugin.adapters.sglang import compare, own_path
 from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.adapters.sglang.describe import describe, geometry
-from nsa_plugin.adapters.sglang.releases import GENERATIONS, NSA, names
+from nsa_plugin.adapters.sglang.releases import GENERATIONS, NSA, generation
 from nsa_plugin.core.batch import ForwardMode
-from nsa_plugin.rigs.installed import require
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ def make_multi_step(config: Config, table: torch.Tensor, num_steps: int, **of_dr
     """
     model_runner = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(**of_draft_model)))
     backends = [_bare_backend(config, table, step, num_steps) for step in range(num_steps - 1)]
-    multi_step = pkgutil.resolve_name(names().multi_step)
-    with mock.patch(names().backend, mock.Mock(side_effect=backends)):
+    multi_step = pkgutil.resolve_name(generation().multi_step)
+    with mock.patch(generation().backend, mock.Mock(side_effect=backends)):
         multi: Any = multi_step(model_runner, 1, num_steps)
     multi.init_cuda_graph_state(config.max_batch_size, config.max_batch_size)
     return multi
@@ -83,8 +82,8 @@ def _bare_backend(config: Config, table: torch.Tensor, step: int, num_steps: int
 
     device = table.device
     sm = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    of = names().of
-    backend: Any = object.__new__(pkgutil.resolve_name(names().backend))
+    of = generation().of
+    backend: Any = object.__new__(pkgutil.resolve_name(generation().backend))
     vars(backend).update(
         device=device, device_sm_major=sm, num_q_heads=64, num_dcp_q_heads=64, flashmla_kv_num_q_heads=64,
         physical_page_size=config.page_size, real_page_size=config.page_size, max_context_len=config.width,
@@ -147,22 +146,22 @@ def capture_arguments(batch: Any) -> dict[str, Any]:
 
 
 def in_graph(owner: Any, batch: Any) -> None:
-    """What they call within the graph that they capture, if anything."""
+    """What they call within the graph that they capture; releases before 0.5.13 call nothing there."""
     if hasattr(owner, "init_forward_metadata_in_graph"):
         owner.init_forward_metadata_in_graph(batch)
 
 
-def before_replay(owner: Any, batch: Any, view: SimpleNamespace) -> None:
-    """What they call before a replay with a live batch; `view` is its `replay_view`."""
+def preparation(owner: Any, batch: Any) -> Callable[[], object]:
+    """The call that they make before each replay with a live batch."""
     if hasattr(owner, "init_forward_metadata_out_graph"):
-        owner.init_forward_metadata_out_graph(view)
-    elif hasattr(owner, "attn_backends"):
-        owner.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
-    else:
-        owner.init_forward_metadata_replay_cuda_graph(
-            batch.batch_size, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_sum, None, batch.forward_mode,
-            batch.spec_info, seq_lens_cpu=batch.seq_lens_cpu,
-        )  # fmt: skip
+        view = replay_view(batch)
+        return lambda: owner.init_forward_metadata_out_graph(view)
+    if hasattr(owner, "attn_backends"):
+        return lambda: owner.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+    return lambda: owner.init_forward_metadata_replay_cuda_graph(
+        batch.batch_size, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_sum, None, batch.forward_mode,
+        batch.spec_info, seq_lens_cpu=batch.seq_lens_cpu,
+    )  # fmt: skip
 
 
 def num_sms() -> int:
@@ -250,20 +249,6 @@ STAND_INS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
 
 
 @contextlib.contextmanager
-def installed_sglang() -> Iterator[None]:
-    """For a command with `--engine sglang`: `stand_ins`, and Triton's interpreter where there is no GPU.
-
-    Raises
-    ------
-    UnavailableError
-        sglang is not installed.
-    """
-    require("sglang")
-    with stand_ins():
-        yield
-
-
-@contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
     """On a CPU: run sglang's CUDA metadata paths on CPU tensors, compiled kernels replaced. On a GPU: nothing.
 
@@ -272,7 +257,7 @@ def stand_ins() -> Iterator[None]:
     if torch.cuda.is_available() or "is_cuda" in vars(torch.Tensor):
         yield
         return
-    dsa_backend = importlib.import_module(names().module)
+    dsa_backend = importlib.import_module(generation().module)
     replaced = [
         (owner, name, value)
         for paths, name, value in STAND_INS
@@ -285,7 +270,7 @@ def stand_ins() -> Iterator[None]:
             (dsa_backend, "resolve_num_sms", num_sms),
         ]
     functions: dict[str, dict[str, Any]] = {module: {"get_mla_metadata": flash_mla} for module in FLASH_MLA}
-    if names() is NSA:  # imports it where it uses it
+    if generation() is NSA:  # imports it where it uses it
         functions["deep_gemm"] = DEEP_GEMM
     interfaces = {module: types.ModuleType(module) for module in functions}
     for module, members in functions.items():
@@ -336,9 +321,9 @@ def engine_metadata(backend: Any, batch: Any, mode: str) -> Any:
 
     batch = SimpleNamespace(**vars(batch) | {"forward_mode": NativeMode[mode]})
     if batch.batch_size not in backend.decode_cuda_graph_metadata:
-        if names().own_path in names().hooks:
-            compare.unhooked(backend, "init_forward_metadata_capture_cuda_graph")(**capture_arguments(batch))
+        if generation().is_entry(generation().own_path):
+            own_path.unhooked(backend, "init_forward_metadata_capture_cuda_graph")(**capture_arguments(batch))
         else:
-            compare.native_replay((backend,), batch, batch.forward_mode)
-    compare.native_replay((backend,), batch, batch.forward_mode)
+            own_path.native_replay((backend,), batch, batch.forward_mode)
+    own_path.native_replay((backend,), batch, batch.forward_mode)
     return backend.decode_cuda_graph_metadata[batch.batch_size]

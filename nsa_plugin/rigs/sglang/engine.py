@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.sglang import paths, releases, reports
+from nsa_plugin.adapters.sglang import hooked, refusals, releases, reports
 from nsa_plugin.rigs.sglang import backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
 
@@ -128,7 +128,7 @@ class SglangSession(Session):
         self._backends = self._owner.attn_backends if draft else [self._owner]
         self._live = [make_batch(case, lengths, rows, device) for lengths, rows in case.batches]
         self._static: dict[int, Any] = {}
-        self._views = [backends.replay_view(live) for live in self._live]
+        self._preparations = [backends.preparation(self._owner, live) for live in self._live]
         self._captured: dict[int, list[Any]] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._batch: Any = None
@@ -166,7 +166,7 @@ class SglangSession(Session):
                 spare.add_(1)  # a graph may not be empty
                 backends.in_graph(self._owner, static)
         else:
-            with mock.patch.object(paths, "capturing", lambda: True):
+            with mock.patch.object(hooked, "capturing", lambda: True):
                 backends.in_graph(self._owner, static)
 
     def prepare(self, round: int) -> None:
@@ -175,7 +175,7 @@ class SglangSession(Session):
         static = self._static[self._batch.batch_size]
         static.seq_lens.copy_(self._batch.seq_lens[: self._batch.batch_size])
         static.req_pool_indices.copy_(self._batch.req_pool_indices[: self._batch.batch_size])
-        backends.before_replay(self._owner, self._batch, self._views[round])
+        self._preparations[round]()
 
     def read(self) -> list[Values]:
         """Run the graph; then the defined values of every backend's metadata."""
@@ -241,7 +241,7 @@ class SglangEngine(Engine):
     def __init__(self, cases: Sequence[SglangCase] = CASES, plugins: Sequence[object] = ()) -> None:
         self._cases = cases
         self._plugins = plugins
-        if paths.not_graph():  # 0.5.11, 0.5.12
+        if refusals.not_graph():  # 0.5.11, 0.5.12
             self.strategies = ("share", "copy")
         if problem := releases.lacking("draft extend"):  # before 0.5.15
             self._cases = [case for case in cases if case.mode != "DRAFT_EXTEND_V2"]
@@ -282,7 +282,9 @@ class SglangEngine(Engine):
 
     def patched(self) -> Sequence[object]:
         """The two backend classes."""
-        return [pkgutil.resolve_name(path) for path in (releases.names().multi_step, releases.names().backend)]
+        return [
+            pkgutil.resolve_name(path) for path in (releases.generation().multi_step, releases.generation().backend)
+        ]
 
     def state(self) -> object:
         """sglang's own books on hooks."""
@@ -294,7 +296,7 @@ class SglangEngine(Engine):
         """Each need in turn, and an installation that breaks off half-way."""
         # members of an Enum can't be taken out
         removable = [
-            need for need in releases.names().needs() if not re.search(r"\.(ForwardMode|HookType)\.", need.path)
+            need for need in releases.generation().needs() if not re.search(r"\.(ForwardMode|HookType)\.", need.path)
         ]
         absent = [Obstacle(need.path.rpartition(".")[2], without(need.path)) for need in removable]
         return [*absent, Obstacle("the third hook fails", _third_hook_fails(), probed=False)]

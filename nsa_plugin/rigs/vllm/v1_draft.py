@@ -1,22 +1,20 @@
-"""vLLM's real V1 proposer on a CPU or a GPU: real EagleProposer, attention groups, metadata builders and Triton kernels.
+"""Model Runner V1's draft without a worker: real EagleProposer, attention groups, metadata builders and Triton kernels.
 
-The draft model is a stand-in that writes down every field of the metadata that each draft step hands it.
+The draft model is a stand-in that writes down every field of the metadata that each draft step hands it. It runs on a GPU,
+or on a CPU with `stand_ins`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.runtime import interpreter
 from vllm.config import set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
@@ -24,31 +22,49 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
 
-from nsa_plugin.rigs.installed import TINY_DSV32
+from nsa_plugin.adapters.vllm.ledger import v1_patches
+from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.drafts import ATTENTION, BATCHES, BLOCK_SIZE, INDEXER, tiny_config
+from nsa_plugin.rigs.vllm.stand_ins import without_compiled_flashmla
+from nsa_plugin.settings import Settings
 
-ATTENTION = "model.layers.2.mtp_block.self_attn.attn"
-INDEX = "model.layers.2.mtp_block.self_attn.indexer.k_cache"
-BLOCK_SIZE, BLOCKS, HIDDEN = 64, 16, 128
+PADDING = "_determine_batch_execution_and_padding"
+"""The proposer's method that says how many rows a draft step has."""
+HIDDEN = 128
+"""Hidden size of the tiny model."""
+ADDRESSES = "addresses that a CUDA graph reads"
+"""The field of a `Step` that differs from one proposer to the next."""
 Step = dict[str, Any]
-LAYOUTS = {"bf16": ("auto", 4), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
-BATCHES: tuple[tuple[Any, ...], ...] = (
-    ([100, 107, 126], [1, 0, 2], 1),
-    ([63, 64, 700], [0, 0, 0], 70),  # the same shape, other blocks
-    ([300], [1], 140),
-    ([1000, 1019, 1024, 12], [0, 1, 0, 2], 7),  # past the model's maximal length, at different steps
+"""What a draft step was handed: field to value."""
+MORE_BATCHES: tuple[tuple[Any, ...], ...] = (
     ([1022, 1023, 1024], [0, 0, 0], 7),
-    ([200, 64, 90], None, 11, [1, 4, 2]),  # unpadded drafter batch
+    ([200, 64, 90], None, 11, [1, 4, 2]),  # an unpadded drafter batch
     ([200, 64, 90, 333], [0, 0, 0, 0], 11, [1, 3, 64, 333]),  # two requests are in prefill
 )
+"""More batches of Model Runner V1. The last item, if there are four, is the query tokens of each request."""
+ALL_BATCHES: tuple[tuple[Any, ...], ...] = (*BATCHES, *MORE_BATCHES)
+"""Arguments of `V1Draft.propose`."""
 
 
 class DraftModel(torch.nn.Module):
-    """Writes down what the attention of a draft step would read."""
+    """Writes down what the attention of a draft step would read.
+
+    Attributes
+    ----------
+    seen : list of Step
+        Copies of what each step was handed.
+    handed : list of mapping of name to tensor
+        What a CUDA graph of each step would read, itself.
+    watch : bool
+        False: write down nothing, to be timed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.model = torch.nn.Module()
         self.seen: list[Step] = []
+        self.handed: list[dict[str, torch.Tensor]] = []
         self.watch = True
 
     def forward(self, input_ids: Any, positions: Any, hidden_states: Any, inputs_embeds: Any = None) -> Any:
@@ -57,11 +73,12 @@ class DraftModel(torch.nn.Module):
             context = get_forward_context()
             slots = context.slot_mapping[ATTENTION]
             step: Step = {"positions": positions.clone(), "context slots": slots.clone()}
-            step["addresses that a CUDA graph reads"] = (positions.data_ptr(), slots.data_ptr())
+            step[ADDRESSES] = (positions.data_ptr(), slots.data_ptr())
             step["layers"] = sorted(context.attn_metadata)
-            for name in (ATTENTION, INDEX):
+            for name in (ATTENTION, INDEXER):
                 step.update(fields(name.rsplit(".", 1)[1], context.attn_metadata[name]))
             self.seen.append(step)
+            self.handed.append({"positions": positions, "slots": slots})
         return hidden_states.clone(), hidden_states.clone()
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -69,19 +86,8 @@ class DraftModel(torch.nn.Module):
         return torch.nn.functional.one_hot(torch.full((hidden.shape[0],), 7, device=hidden.device), 512).float()
 
 
-class Unpinned:
-    """`torch`, for a module that asks for pinned memory, which a machine without a GPU has not."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def zeros(self, *size: Any, pin_memory: bool = False, **keywords: Any) -> torch.Tensor:
-        """Not pinned."""
-        return torch.zeros(*size, **keywords)
-
-
 def fields(prefix: str, value: Any) -> Step:
-    """Every field of nested metadata, tensors copied; objects that are no dataclass by their type."""
+    """Every field of nested metadata by its dotted path, tensors copied; of a dataclass also its type."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found: Step = {prefix: type(value).__qualname__}
         for field in dataclasses.fields(value):
@@ -110,8 +116,7 @@ class V1Draft:
 
     Parameters
     ----------
-    cache_dtype : "auto" (bf16) or "fp8_ds_mla"
-    heads : 4 (fp8: mixed batches) or 64 (fp8: separate prefill and decode)
+    cache_dtype, heads : as in `LAYOUTS`
     tokens : speculative tokens
     device : where its tensors are
     attention : attention backend
@@ -128,26 +133,10 @@ class V1Draft:
         **settings: Any,
     ) -> None:
         self.device = torch.device(device)
-        if (
-            cache_dtype != "auto" and device == "cpu"
-        ):  # the compiled FlashMLA is absent: its scheduler object does without
-            sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
-            from vllm.third_party.flashmla import flash_mla_interface
-
-            flashmla_sparse.get_mla_metadata = flash_mla_interface.get_mla_metadata
-            flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
-            flashmla_sparse.torch = Unpinned()
-        overrides = {
-            "num_attention_heads": heads, "num_key_value_heads": heads,
-            "max_position_embeddings": settings.get("max_model_len", 1024),
-        }  # fmt: skip
-        arguments: dict[str, Any] = {
-            "model": str(TINY_DSV32), "skip_tokenizer_init": True, "max_model_len": 1024,
-            "max_num_seqs": 64, "max_num_batched_tokens": 1024, "block_size": BLOCK_SIZE, "dtype": "bfloat16",
-            "enforce_eager": True, "load_format": "dummy", "kv_cache_dtype": cache_dtype, "hf_overrides": overrides,
-            "speculative_config": {"method": "mtp", "num_speculative_tokens": tokens},
-        }  # fmt: skip
-        self.config = EngineArgs(**{**arguments, **settings}).create_engine_config()
+        if cache_dtype != "auto" and device == "cpu":
+            without_compiled_flashmla()
+        sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
+        self.config = tiny_config(cache_dtype, heads, tokens, **{**sizes, **settings})
         self.config.compilation_config.static_forward_context[ATTENTION] = SimpleNamespace(
             prefill_backend=None, num_heads=heads
         )
@@ -155,22 +144,40 @@ class V1Draft:
         with set_current_vllm_config(self.config):
             self.proposer = EagleProposer(self.config, self.device)
             self.proposer.model = self.model = DraftModel()
-            self.proposer._draft_attn_layer_names = {ATTENTION, INDEX}
+            self.proposer._draft_attn_layer_names = {ATTENTION, INDEXER}
             groups = [
                 AttentionGroup(backend, [name], MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=size, dtype=dtype), 0)
                 for backend, name, size, dtype in (
                     (attention, ATTENTION, 576, torch.bfloat16),
-                    (indexer.DeepseekV32IndexerBackend, INDEX, 132, torch.uint8),
+                    (indexer.DeepseekV32IndexerBackend, INDEXER, 132, torch.uint8),
                 )
             ]  # fmt: skip
             for group in groups:
                 group.create_metadata_builders(self.config, self.device)
             self.proposer.draft_attn_groups = groups
             self.proposer.block_size = BLOCK_SIZE
-        # As in the model runner: persistent, so that batches share addresses.
+        # as in the model runner: persistent, so that batches share addresses
         seqs, width = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len // BLOCK_SIZE
         self.block_table = torch.zeros(seqs, width, dtype=torch.int32, device=self.device)
         self.seq_lens = torch.zeros(seqs, dtype=torch.int32, device=self.device)
+
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """Pad the rows of each draft step as CUDA graphs of these sizes ask for; larger batches have no graph.
+
+        Raises
+        ------
+        UnavailableError
+            The proposer asks another method for its padding.
+        """
+        if not hasattr(self.proposer, PADDING):
+            raise UnavailableError(
+                f"looked for {type(self.proposer).__name__}.{PADDING}, found none: no padding to set"
+            )
+
+        def padded(tokens: int, use_cudagraphs: bool = True) -> tuple[CUDAGraphMode, int, None]:
+            return CUDAGraphMode.NONE, min((size for size in sizes if size >= tokens), default=tokens), None
+
+        setattr(self.proposer, PADDING, padded)
 
     def batch(self, lengths: Sequence[int], first_block: int, queries: Sequence[int]) -> CommonAttentionMetadata:
         """What the model runner hands to the proposer: `queries[i]` tokens of request i, `lengths[i]` with them."""
@@ -201,7 +208,13 @@ class V1Draft:
     ) -> Callable[[], torch.Tensor]:
         """The proposer's call for a batch whose target forward has run; to be made once.
 
-        `rejected` None stands for an unpadded drafter batch.
+        Parameters
+        ----------
+        lengths : of each request, with the tokens that the target has just run
+        rejected : of these, per request; None stands for an unpadded drafter batch
+        first_block : of the first request; each has its blocks behind those of the one before
+        queries : tokens of each request that the target has just run; by default a draft and one more
+        tokens : to draft, by default as many as configured
         """
         size = len(lengths)
         batch = self.batch(lengths, first_block, [self.tokens + 1] * size if queries is None else queries)
@@ -228,9 +241,23 @@ class V1Draft:
         """Make a `proposal`; what each draft step after the first forward saw."""
         propose = self.proposal(lengths, *arguments, **keywords)
         self.model.seen.clear()
+        self.model.handed.clear()
         drafted = propose()
-        assert drafted.shape == (len(lengths), self.proposer.num_speculative_tokens)
+        expected = (len(lengths), self.proposer.num_speculative_tokens)
+        if drafted.shape != expected:
+            raise RuntimeError(f"expected draft tokens of shape {expected}, got {tuple(drafted.shape)}")
         return self.model.seen[1:]
+
+
+@contextmanager
+def patched(**settings: Any) -> Iterator[Host]:
+    """Within it this package's patch of the proposer is installed, for a host with these `Settings`."""
+    host, patch = Host(Settings(**settings)), v1_patches()
+    patch.install(host)
+    try:
+        yield host
+    finally:
+        patch.undo()
 
 
 @contextmanager
@@ -251,8 +278,8 @@ def caches_cleared() -> Iterator[None]:
         owner.build_per_group_and_layer_attn_metadata = original
 
 
-def proposals(draft: V1Draft, batches: Any = BATCHES) -> list[Step]:
-    """What every draft step of every batch saw; no more tokens are rejected than there are."""
+def proposals(draft: V1Draft, batches: Any = ALL_BATCHES) -> list[Step]:
+    """What every draft step of every batch was handed; no more tokens are rejected than there are."""
     seen = []
     for lengths, rejected, *rest in batches:
         fewer = None if rejected is None else [min(count, draft.tokens) for count in rejected]
@@ -260,58 +287,7 @@ def proposals(draft: V1Draft, batches: Any = BATCHES) -> list[Step]:
     return seen
 
 
-def reference(draft: V1Draft, batches: Any = BATCHES) -> list[Step]:
+def reference(draft: V1Draft, batches: Any = ALL_BATCHES) -> list[Step]:
     """vLLM's own rebuild at every step."""
     with caches_cleared():
         return proposals(draft, batches)
-
-
-def assert_same(want: list[Step], have: list[Step]) -> None:
-    """Every field of every draft step."""
-    for index, (theirs, ours) in enumerate(zip(want, have, strict=True)):
-        assert not (wrong := differing(theirs, ours)), f"step {index}: {wrong}"
-
-
-def fake_schedule(context_lens: torch.Tensor, block_size: int, num_sms: int, indices: Any = None) -> torch.Tensor:
-    """Stands for DeepGEMM's schedule: a function of every context length, of the right shape."""
-    pages = (context_lens.clamp(min=0).flatten() + block_size - 1) // block_size
-    weighted = (pages * torch.arange(1, pages.numel() + 1)).sum().to(torch.int32)
-    slot = torch.arange(num_sms + 1, dtype=torch.int32)
-    return torch.stack([slot * weighted, (slot * 31 + weighted) % 97], 1).to(torch.int32)
-
-
-def emulate_cuda(setattr_: Callable[..., None], family: int) -> None:
-    """The indexer builder's branches for a CUDA device of this family (90 or 100), with a stand-in for DeepGEMM."""
-    real = indexer.current_platform
-
-    class CudaLike:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-        def is_cuda(self) -> bool:
-            return True
-
-        def is_device_capability_family(self, asked: int) -> bool:
-            return asked == family
-
-    setattr_(indexer, "current_platform", CudaLike())
-    setattr_(indexer, "has_deep_gemm", lambda: True)
-    setattr_(indexer, "get_paged_mqa_logits_metadata", fake_schedule)
-    setattr_(indexer, "native_next_n_supported", lambda n: n in (1, 2, 4) if family == 90 else True)
-    if family == 100:
-        _accept_splatted_masks(setattr_)
-
-
-def _accept_splatted_masks(setattr_: Callable[..., None]) -> None:
-    """Triton's interpreter splats a scalar bool to bytes, and then refuses masks that a kernel makes of it."""
-    builder = interpreter.InterpreterBuilder
-
-    def accepting(original: Callable[..., Any], at: int) -> Callable[..., Any]:
-        def access(self: Any, *arguments: Any) -> Any:
-            arguments[at].data = arguments[at].data.astype(bool)
-            return original(self, *arguments)
-
-        return access
-
-    setattr_(builder, "create_masked_load", accepting(builder.create_masked_load, 1))
-    setattr_(builder, "create_masked_store", accepting(builder.create_masked_store, 2))

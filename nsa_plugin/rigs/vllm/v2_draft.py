@@ -1,4 +1,4 @@
-"""vLLM's real V2 speculator on a CPU or a GPU: real MTPSpeculator, BlockTables, metadata builders and Triton kernels.
+"""Model Runner V2's draft without a worker: real MTPSpeculator, BlockTables, metadata builders and Triton kernels.
 
 The draft model is a stand-in that writes down the metadata that each draft step hands it. CUDA graphs are emulated: the
 metadata of the captured batch is built once, frozen, and every replay runs the captured Python body with it, so that
@@ -8,10 +8,9 @@ only updates in place can make it right.
 from __future__ import annotations
 
 import inspect
-import sys
 import tempfile
-import types
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from vllm.distributed.parallel_state import (
     init_distributed_environment,
     model_parallel_is_initialized,
 )
-from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
@@ -34,12 +32,15 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 
-from nsa_plugin.rigs.installed import TINY_DSV32
+from nsa_plugin.adapters.vllm.v2.updates import METHOD
+from nsa_plugin.rigs.vllm.drafts import ATTENTION, BLOCK_SIZE, INDEXER, tiny_config
+from nsa_plugin.rigs.vllm.stand_ins import without_compiled_flashmla
 
 CPU = torch.device("cpu")
 CAPTURED = 4
 TARGET = ("model.layers.0.self_attn.attn", "model.layers.0.self_attn.indexer.k_cache")
-DRAFT = ("model.layers.2.mtp_block.self_attn.attn", "model.layers.2.mtp_block.self_attn.indexer.k_cache")
+DRAFT = (ATTENTION, INDEXER)
+"""Attention layers of the target, and of the draft model."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Layer(AttentionLayerBase):  # type: ignore[misc]
 
     prefill_backend = Prefill()
     num_heads = 4
-    impl = types.SimpleNamespace(num_heads=num_heads)  # where vLLM 0.28 looks
+    impl = SimpleNamespace(num_heads=num_heads)  # where vLLM 0.28 looks
     q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 64, 512, 128, 64, 128
 
     def __init__(self, backend: Any, spec: Any) -> None:
@@ -180,6 +181,11 @@ class Graphs:
         )  # fmt: skip
         return metadata, build_slot_mappings_by_layer(slots, draft.cache)
 
+    @property
+    def captured(self) -> dict[str, Any]:
+        """The metadata that was captured, by layer."""
+        return self._metadata
+
     def body(self) -> None:
         """What a graph records: the whole draft if its metadata stays in place, else one step."""
         speculator, size = self._draft.speculator, self._draft.sizes.captured
@@ -211,8 +217,7 @@ class Draft:
 
     Parameters
     ----------
-    cache_dtype : "auto" (bf16) or "fp8_ds_mla"
-    heads : 4 (fp8: mixed batches) or 64 (fp8: separate prefill and decode)
+    cache_dtype, heads : as in `LAYOUTS`
     tokens : speculative tokens
     sizes : Sizes
     model : stand-in for the draft model
@@ -233,27 +238,20 @@ class Draft:
         on_cpu = sizes.device.type == "cpu"
         if on_cpu:
             without_pinned_memory()
-        if on_cpu and cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
-            sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
-            from vllm.third_party.flashmla import flash_mla_interface
-
-            flashmla_sparse.get_mla_metadata = flash_mla_interface.get_mla_metadata
-            flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
-        overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}
-        self.config = EngineArgs(
-            model=str(TINY_DSV32), skip_tokenizer_init=True, max_model_len=sizes.model_len,
-            max_num_seqs=sizes.requests, max_num_batched_tokens=sizes.tokens, block_size=64, dtype="bfloat16",
-            enforce_eager=True, load_format="dummy", speculative_config={"method": "mtp", "num_speculative_tokens": tokens},
-            kv_cache_dtype=cache_dtype, hf_overrides=overrides,
-        ).create_engine_config()  # fmt: skip
+        if on_cpu and cache_dtype != "auto":
+            without_compiled_flashmla()
+        self.config = tiny_config(
+            cache_dtype, heads, tokens,
+            max_model_len=sizes.model_len, max_num_seqs=sizes.requests, max_num_batched_tokens=sizes.tokens,
+        )  # fmt: skip
         self.tokens, self.sizes, device = tokens, sizes, sizes.device
         with set_current_vllm_config(self.config):
             if not model_parallel_is_initialized():
                 init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
                 ensure_model_parallel_initialized(1, 1)
             specs = [
-                MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
-                MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=132, dtype=torch.uint8),
+                MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
+                MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=132, dtype=torch.uint8),
             ]
             backends = (flashmla_sparse.FlashMLASparseBackend, indexer.DeepseekV32IndexerBackend)
             layers = self.config.compilation_config.static_forward_context
@@ -261,7 +259,9 @@ class Draft:
                 for name, backend, spec in zip(names, backends, specs, strict=True):
                     layers[name] = Layer(backend, spec)
             every = [*TARGET, *DRAFT]
-            group = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs={name: layers[name]._spec for name in every})
+            group = UniformTypeKVCacheSpecs(
+                block_size=BLOCK_SIZE, kv_cache_specs={name: layers[name]._spec for name in every}
+            )
             self.cache = KVCacheConfig(
                 num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)]
             )
@@ -270,7 +270,7 @@ class Draft:
             self.speculator.draft_attn_layer_names = set(DRAFT)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
             layers[DRAFT[0]]._backend = attention
-            self.tables = block_tables(64, sizes.requests, sizes.tokens, sizes.model_len // 64, device)
+            self.tables = block_tables(BLOCK_SIZE, sizes.requests, sizes.tokens, sizes.model_len // BLOCK_SIZE, device)
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
@@ -288,6 +288,22 @@ class Draft:
     def builders(self) -> list[Any]:
         """Metadata builders of the draft's groups."""
         return [group.get_metadata_builder() for groups in self.speculator.attn_groups for group in groups]
+
+    def keep_methods(self, *names: str) -> None:
+        """Keep these methods of the speculator, and the builders' update, as they are now, whatever is patched or undone later.
+
+        The emulated graphs of a CPU run them, and a real graph is captured more than once: what was recorded stays.
+        """
+        for builder in self.builders:
+            setattr(builder, METHOD, getattr(builder, METHOD))
+        for name in names:
+            if hasattr(self.speculator, name):
+                setattr(self.speculator, name, getattr(self.speculator, name))
+
+    def warm_up(self) -> None:
+        """Run what the graph of the captured size records, as vLLM does before it captures, and at every later capture."""
+        with set_current_vllm_config(self.config):
+            self.graphs.body()
 
     def propose(self, lengths: list[int], rejected: list[int], first_block: int) -> list[dict[str, torch.Tensor]]:
         """Draft for a batch whose target forward has run; what each draft decode step saw, real rows only."""

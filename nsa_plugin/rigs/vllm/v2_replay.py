@@ -1,4 +1,4 @@
-"""Drafts of vLLM's V2 speculator whose CUDA graph is captured and replayed, as shipped and with this plugin.
+"""Drafts of Model Runner V2 whose CUDA graph is captured and replayed, as shipped and with this plugin.
 
 A batch is put into the runner's buffers as vLLM leaves them before the draft steps, the speculator's own code runs the
 steps, and what each step's model saw is compared with what it sees where vLLM rebuilds its metadata. On a CPU the graphs
@@ -22,18 +22,16 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
-from nsa_plugin.adapters.vllm.v2 import unfused as v2_copy
-from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
+from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.rigs.vllm.drafts import BLOCK_SIZE, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft, DraftModel, Graphs, Sizes, Speculator
 from nsa_plugin.settings import Settings
 from nsa_plugin.testing.watching import WatchedHost
 
-LAYOUTS = {"fp8 64 heads": ("fp8_ds_mla", 64), "fp8 16 heads": ("fp8_ds_mla", 16), "bf16 64 heads": ("auto", 64)}
-"""Dtype of the KV cache and attention heads per GPU: each takes other branches of the metadata builders."""
-STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm stock", "metadata kept", "vllm in place", "one kernel"
+STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm shipped", "metadata kept", "vllm in place", "graph"
 STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE)
-"""Methods of the speculator that "one kernel" replaces and "vllm in place" leaves as they are."""
+"""Methods of the speculator that "graph" replaces and "vllm in place" leaves as they are."""
 POISON = 7
 BUFFERS = (
     "req_id_per_token_buffer", "decode_seq_lens_buffer", "decode_lens_buffer", "per_req_decode_lens_buffer",
@@ -116,8 +114,7 @@ class _Captured(Graphs):
 class ReplayedDraft(Draft):
     """A speculator whose draft steps are replayed from a captured graph.
 
-    Its methods are kept as they are when it is made, whatever is patched or undone later: the emulated graphs of a CPU
-    run them, and a real graph is captured more than once.
+    Its methods are kept as they are when it is made.
 
     Parameters
     ----------
@@ -129,12 +126,9 @@ class ReplayedDraft(Draft):
     def __init__(self, layout: str, tokens: int, sizes: Sizes) -> None:
         super().__init__(*LAYOUTS[layout], tokens, sizes, _Model, _Captured)
         for request in range(sizes.requests):
-            self.tables.append_block_ids(request, ([1] * (sizes.model_len // 64),), True)
+            self.tables.append_block_ids(request, ([1] * (sizes.model_len // BLOCK_SIZE),), True)
         self.tables.apply_staged_writes()
-        for builder in self.builders:
-            setattr(builder, v2_builder.METHOD, getattr(builder, v2_builder.METHOD))
-        for name in (*STEP_METHODS, v2_copy.LOOP):
-            setattr(self.speculator, name, getattr(self.speculator, name))
+        self.keep_methods(*STEP_METHODS, v2_unfused.LOOP)
 
     def without_metadata(self) -> None:
         """Leave the metadata of the steps as it was captured, from the next capture on."""
@@ -252,7 +246,7 @@ def ways(layout: str, tokens: int, sizes: Sizes, verify: int = 0) -> Iterator[di
     try:
         if problems := adapter.install(host):
             raise UnavailableError("; ".join(problems))
-        delattr(kept.speculator, v2_copy.LOOP)  # its class has what is installed
+        delattr(kept.speculator, v2_unfused.LOOP)  # its class has what is installed
         in_place, drafts = ReplayedDraft(layout, tokens, sizes), {STOCK: shipped, **({} if verify else {KEPT: kept})}
         for name in STEP_METHODS:
             setattr(
@@ -264,7 +258,7 @@ def ways(layout: str, tokens: int, sizes: Sizes, verify: int = 0) -> Iterator[di
         yield drafts
         if host.fallbacks or (v2_step.PATH, "copy" if verify else "graph") not in host.served:
             raise UnavailableError(f"the one kernel could not be had: {host.served}, {dict(host.fallbacks)}")
-        if not verify and tokens > 2 and (v2_copy.PATH, "copy") not in host.served:
+        if not verify and tokens > 2 and (v2_unfused.PATH, "copy") not in host.served:
             raise UnavailableError(f"metadata could not be kept: {host.served}")
         if host.mismatches:
             raise UnavailableError(f"a verification found a difference: {dict(host.mismatches)}")

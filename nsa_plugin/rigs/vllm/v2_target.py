@@ -37,8 +37,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 from vllm.v1.worker.gpu.states import RequestState
 
-from nsa_plugin.rigs.installed import TINY_DSV32
-from nsa_plugin.rigs.vllm import v1_draft
+from nsa_plugin.rigs.models import TINY_DSV32
+from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda, without_compiled_flashmla
 from nsa_plugin.rigs.vllm.v2_draft import CPU, DRAFT, TARGET, Layer, Prefill, block_tables, without_pinned_memory
 
 LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
@@ -112,14 +112,8 @@ def hopper() -> Iterator[None]:
         slot = torch.arange(num_sms // halves + 1, dtype=torch.int32)
         return torch.stack([slot * weighted, (slot * 31 + weighted) % 97], 1).to(torch.int32)
 
-    with contextlib.ExitStack() as stack:
-
-        def replace(owner: Any, name: str, value: Any) -> None:
-            stack.enter_context(mock.patch.object(owner, name, value))
-
-        v1_draft.emulate_cuda(replace, 90)
-        replace(indexer, "get_paged_mqa_logits_metadata", schedule)
-        replace(indexer, "num_compute_units", lambda *_: NUM_SMS)
+    replaced: dict[str, Any] = {"get_paged_mqa_logits_metadata": schedule, "num_compute_units": lambda *_: NUM_SMS}
+    with emulated_cuda(90), mock.patch.multiple(indexer, **replaced):
         yield
 
 
@@ -205,12 +199,8 @@ class TargetRunner:
     def __init__(self, shape: Shape) -> None:
         without_pinned_memory()
         cache_dtype, heads = LAYOUTS[shape.layout]
-        if cache_dtype != "auto":  # the compiled FlashMLA is absent: its scheduler object is made without it
-            sys.modules.setdefault("vllm._flashmla_C", types.ModuleType("vllm._flashmla_C"))
-            from vllm.third_party.flashmla import flash_mla_interface
-
-            flashmla_sparse.get_mla_metadata = flash_mla_interface.get_mla_metadata
-            flashmla_sparse.FlashMLASchedMeta = flash_mla_interface.FlashMLASchedMeta
+        if cache_dtype != "auto":
+            without_compiled_flashmla()
         self.shape, self.width = shape, shape.tokens + 1
         self._most = max(256, REQUESTS * self.width)
         overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}

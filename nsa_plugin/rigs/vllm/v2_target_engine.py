@@ -16,7 +16,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.hookspec import hookimpl
-from nsa_plugin.rigs.vllm.v2_engine import VllmEngine
+from nsa_plugin.rigs.vllm.v2_engine import V2Engine
 from nsa_plugin.rigs.vllm.v2_target import Batch, Shape, TargetRunner, hopper
 from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values
 
@@ -115,8 +115,8 @@ class Failing:
 class TargetEngine(Engine):
     """The installed vLLM, on CPU tensors, with the branches of Hopper."""
 
-    name, package, logger = VllmEngine.name, VllmEngine.package, VllmEngine.logger
-    entry_point, strategies = VllmEngine.entry_point, VllmEngine.strategies
+    name, package, logger = V2Engine.name, V2Engine.package, V2Engine.logger
+    entry_point, strategies = V2Engine.entry_point, V2Engine.strategies
     never: Mapping[str, str] = {
         "decode": "the draft's steps have cases of their own",
         "one step": "a batch is verified in one pass",
@@ -147,11 +147,11 @@ class TargetEngine(Engine):
 
     def patched(self) -> Sequence[object]:
         """All that this adapter patches."""
-        return VllmEngine().patched()
+        return V2Engine().patched()
 
     def obstacles(self) -> Sequence[Obstacle]:
         """Those of the adapter."""
-        return VllmEngine().obstacles()
+        return V2Engine().obstacles()
 
     @contextlib.contextmanager
     def plant(self, working: int) -> Iterator[Fault]:
@@ -163,7 +163,7 @@ class TargetEngine(Engine):
     def running(self) -> AbstractContextManager[object]:
         """With vLLM's own logging as it is in production, and a stand-in for DeepGEMM."""
         stack = contextlib.ExitStack()
-        stack.enter_context(VllmEngine().running())
+        stack.enter_context(V2Engine().running())
         stack.enter_context(hopper())
         return stack
 

@@ -1,1 +1,1 @@
-"""What runs only where the settings ask that drafts of Model Runner V1 be verified or measured."""
+"""Runs only where drafts of Model Runner V1 are verified or measured."""

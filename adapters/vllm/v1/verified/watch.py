@@ -1,4 +1,4 @@
-"""Model Runner V1's drafts watched at work: timed and verified. Runs only where the settings ask for that.
+"""Runs only where drafts of Model Runner V1 are verified or measured: times each, and compares it with vLLM's own.
 
 A verification follows a draft step by step. vLLM's own update moves a copy of the batch on, in spare buffers, and vLLM's
 own builders, which write into spare buffers too, rebuild its metadata from nothing: a rebuild as it would be without the
@@ -23,7 +23,7 @@ from nsa_plugin.adapters.verification import Described, SpareBuffers, Verificati
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.describe import describe, positions_geometry
 from nsa_plugin.adapters.vllm.rebuilds import defined, spare_group
-from nsa_plugin.adapters.vllm.v1.kept import build_group
+from nsa_plugin.adapters.vllm.releases import build_group
 from nsa_plugin.core.draft_steps import DraftLimits
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 A replayed graph reads metadata objects that were frozen at its capture. A rebuild makes new objects, which are thrown away,
 over the same buffers: those count. All else in the frozen objects is a view of the runner's own buffers, or a constant of
-the captured size; the rows of `in_place` say so field by field.
+the captured size; the rows of `builders` say so field by field.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm import in_place
+from nsa_plugin.adapters.vllm import builders
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, as_captured
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
@@ -75,8 +75,9 @@ class Planes:
         known: set[int] = set()
         sizes: list[tuple[int, int]] = []
         for group, own, table in frozen.each():
-            builder, row = group.get_metadata_builder(), in_place.ROWS.get(_path(group.get_metadata_builder()))
-            if row is not in_place.FLASHMLA_SPARSE and row is not in_place.INDEXER:
+            builder = group.get_metadata_builder()
+            row = builders.row_of(builder)
+            if row is not builders.FLASHMLA_SPARSE and row is not builders.INDEXER:
                 raise Uncovered(f"{type(builder).__name__} is not covered")
             if len(group.metadata_builders) > 1:
                 raise Uncovered("microbatches (DBO) are not covered")
@@ -84,7 +85,7 @@ class Planes:
                 raise Uncovered(problem)
             pages = _Pages(group, builder, table)
             sizes.append((pages.page_size, pages.block_size))
-            indexer = row is in_place.INDEXER
+            indexer = row is builders.INDEXER
             vectors = self._indexer(builder, own, pages) if indexer else {"request_map": own.req_id_per_token}
             made = GroupRows(
                 **pages.planes, **vectors, slots=BlockTable(table, pages.block_size), page_stride=pages.stride
@@ -181,7 +182,3 @@ def _not_uniform(own: Any, frozen: Frozen) -> str:
 
 def _rescheduled(make: Callable[[Any], torch.Tensor], decode: Any) -> Callable[[], None]:
     return lambda: decode.schedule_metadata.copy_(as_captured(make(decode), decode))
-
-
-def _path(builder: Any) -> str:
-    return f"{type(builder).__module__}.{type(builder).__qualname__}"

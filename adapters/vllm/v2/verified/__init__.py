@@ -1,1 +1,1 @@
-"""What runs only where the settings ask that drafts of Model Runner V2 be verified or measured."""
+"""Runs only where drafts of Model Runner V2 are verified or measured."""

@@ -1,4 +1,4 @@
-"""What Model Runner V2's own unfused draft would build for each step, into spare buffers."""
+"""Runs only where drafts are verified: what vLLM's own unfused draft would build for each step, in spare buffers."""
 
 from __future__ import annotations
 

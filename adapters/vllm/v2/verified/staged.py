@@ -1,4 +1,4 @@
-"""Model Runner V2's fused draft with metadata that is there before the draft begins, and so can be verified.
+"""Runs only where drafts are verified: the metadata of a fused draft is there before the draft begins.
 
 What a CUDA graph computes can't be repaired before it is used, and a rank that left the graph alone would leave the
 others waiting in custom all-reduces, whose buffers in a graph are not those of eager code. With NSA_PLUGIN_VERIFY the
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.vllm.builders import changes_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.rebuilds import live_blocks
-from nsa_plugin.adapters.vllm.releases import groups_of, kind_of_group
+from nsa_plugin.adapters.vllm.releases import groups_of, table_block_size
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.core.metadata import same_buffer
@@ -107,10 +108,7 @@ class StagedGroup:
     @property
     def block_size(self) -> int:
         """Tokens per entry of its block table."""
-        size: int = (
-            getattr(self.group, "kernel_block_size", None) or self.group.get_metadata_builder().kv_cache_spec.block_size
-        )
-        return size
+        return table_block_size(self.group)
 
 
 class Staged:
@@ -160,10 +158,10 @@ class Staged:
         request_maps, indexers = [], []
         for group in groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = kind_of_group(builder, own, num_reqs)
+            kind = changes_of(builder, own, num_reqs, "update")
             if kind == "request map":
                 request_maps.append(self._stage_request_map(group, own))
-            elif kind == "indexer":
+            elif kind == "lengths and schedule":
                 indexers.append(self._stage_indexer(group, own, builder))
             else:
                 self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]

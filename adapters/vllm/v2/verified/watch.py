@@ -1,4 +1,4 @@
-"""Model Runner V2's drafts watched at work: counted and timed, verified. Runs only where the settings ask for that.
+"""Runs only where drafts of Model Runner V2 are verified or measured: each draft is seen to begin.
 
 `TargetDependentARSpeculator._fused_multi_step_decode` replays a captured draft, or runs it: the one place on the host
 that every fused draft passes.
@@ -17,14 +17,15 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.verification import Described, Verification
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.reports import logger, report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.step import PATH, RunsStep, Step, Uncovered
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
+from nsa_plugin.core.batch import PAD_SLOT
 from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
-from nsa_plugin.core.step_update import PAD_SLOT
 
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
@@ -147,7 +148,7 @@ class Watch:
                 return original(speculator, *arguments, **kwargs)
             tokens = num_speculative_steps
             if captured:  # a graph runs the steps that it was captured with, however many are wanted
-                tokens = getattr(batch_desc, "num_speculative_tokens", 0) or speculator.num_speculative_steps
+                tokens = releases.captured_steps(speculator, batch_desc)
             draft = self._draft = Draft(num_reqs, batch_desc, seq_lens_cpu_upper_bound, tokens - 1, skip_attn)
             self._prepared, self._measured = False, None
             try:

@@ -1,8 +1,8 @@
-"""Run something right after a module is imported, whenever that is.
+"""When an engine imports a module: something is run right after that import, whenever it comes.
 
 Other threads import at any time. So one finder is put at the front of `sys.meta_path`, as part of a new list, and stays
-there: who walks along the old list meets every finder of it. What is watched is data of this module. Nothing of
-an engine's loaders is changed: a loader of ours stands before theirs until the module has run.
+there: a thread that walks along the old list still meets all finders of that list. What is watched is data of this module.
+The engine's own loaders stay as they are: a loader of ours stands before theirs until the module has run.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-logger = logging.getLogger("vllm.plugins.nsa_plugin")
+logger = logging.getLogger(__name__)
 
 
 class WhenImported:
     """Calls `call` once after the module `name` has been imported; at once if it is there already.
 
-    A first import that fails leaves the watch as it is. `call` should not raise, since the import is not ours: an error
-    of it is logged.
+    A first import that fails leaves the watch as it is. `call` should not raise, since the import belongs to somebody
+    else: an error is logged, to `logger`.
     """
 
-    def __init__(self, name: str, call: Callable[[], None]) -> None:
+    def __init__(self, name: str, call: Callable[[], None], logger: logging.Logger = logger) -> None:
         self.name = name
-        self._call = call
+        self._call, self._logger = call, logger
         _waiting.append(self)
         if sys.meta_path[:1] != [_FINDER]:  # who stands before it finds modules without it
             sys.meta_path = [_FINDER, *sys.meta_path]  # no call in this line: another thread's change can't be lost
@@ -43,7 +43,7 @@ class WhenImported:
             try:
                 self._call()
             except Exception:
-                logger.exception("nsa-plugin: what was to be done after the import of %s failed", self.name)
+                self._logger.exception("nsa-plugin: what was to be done after the import of %s failed", self.name)
 
     def cancel(self) -> bool:
         """Forget about it; returns whether the call was still to be made. Of several threads one gets True."""

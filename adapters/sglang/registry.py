@@ -1,4 +1,4 @@
-"""sglang's `HookRegistry`, its hooks put on and taken off again."""
+"""At start and at undo: hooks are put on by sglang's `HookRegistry`, and taken off again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def put_on(replacements: Mapping[str, Callable[..., Any]]) -> None:
-    """Register what stands in for targets, and apply it unless `load_plugins()` is about to apply the hooks of all plugins."""
+    """Register what stands in for each target. Hooks are applied here unless `load_plugins()` is about to apply all of them."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType, _current_plugin_source
 
     for target, replacement in replacements.items():
@@ -19,7 +19,7 @@ def put_on(replacements: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def take_off(replacements: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """Put back every target, with other plugins' hooks; returns those that another patch covers, which stay hooked."""
+    """Put back every target; other plugins' hooks stay. Returns the targets that another patch covers: they stay hooked."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     covered = []
@@ -34,14 +34,14 @@ def take_off(replacements: Mapping[str, Callable[..., Any]]) -> list[str]:
 
 
 def covered(targets: Mapping[str, Any]) -> list[str]:
-    """Targets with hooks of sglang's under a patch that is none: the hooks can't be applied anew there."""
+    """Targets whose hooks lie under a patch that is no hook of sglang's. Hooks can't be applied anew there."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     return [target for target in targets if target in HookRegistry._patched and not _is_hook(_found(target)[2])]
 
 
 def beneath_hooks(method: Callable[..., Any]) -> Callable[..., Any]:
-    """What sglang's hooks of a method wrap: its own code, with whatever patches of others are under the hooks."""
+    """The function that sglang's hooks of a method wrap: its own code, or a patch of others that lies under the hooks."""
     found, layer = method, method
     while hasattr(layer, "__wrapped__"):
         wrapped = layer.__wrapped__
@@ -52,7 +52,7 @@ def beneath_hooks(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _restore(target: str) -> bool:
-    """Take off the hooks of a target, if any are on it, so that they can be applied anew; False if a patch covers them."""
+    """Take the hooks off a target, so that they can be applied anew. False if a patch covers them."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     if target not in HookRegistry._patched:
@@ -77,7 +77,7 @@ def _found(target: str) -> tuple[Any, str, Any]:
 
 
 def _is_hook(method: Any) -> bool:
-    """Whether sglang's registry made it. `functools.wraps`, by which other patches look alike, leaves the globals alone."""
+    """Whether sglang's registry made this wrapper. Its globals tell; `functools.wraps` does not copy those."""
     from sglang.srt.plugins import hook_registry
 
     return getattr(method, "__globals__", None) is vars(hook_registry) and hasattr(method, "__wrapped__")

@@ -84,7 +84,7 @@ def load_methods(wheel: Path) -> dict[str, Callable[..., Any]]:
     return {name: namespace[name] for name in METHODS}
 
 
-class SeedBackend:
+class OriginalBackend:
     """The attributes that the methods read, around them.
 
     Parameters

@@ -18,14 +18,14 @@ from nsa_plugin import (
     UnavailableError,
     precompute,
 )
-from nsa_plugin.rigs import seed
+from nsa_plugin.rigs.sglang import original_loop
 from tests.batches import POISON, assert_equal_live, poisoned
 
 
 @pytest.fixture(scope="module")
 def wheel(pytestconfig: pytest.Config) -> Path:
     try:
-        return seed.fetch_wheel(pytestconfig.rootpath / ".venv-wheels")
+        return original_loop.fetch_wheel(pytestconfig.rootpath / ".venv-wheels")
     except UnavailableError as error:
         pytest.skip(str(error))
 
@@ -49,7 +49,7 @@ def test_every_live_entry_is_that_of_the_original(wheel: Path, mode: ForwardMode
     )  # fmt: skip
     buffers = poisoned(batch, geometry)[0].steps[0]
     buffers.cu_seqlens_k[0] = buffers.nsa_cu_seqlens_k[0] = 0  # made so at capture, never written again
-    backend = seed.SeedBackend(seed.load_methods(wheel), buffers, table, 100, 64, draft_tokens)
+    backend = original_loop.OriginalBackend(original_loop.load_methods(wheel), buffers, table, 100, 64, draft_tokens)
     backend.replay(mode, seq_lens, requests, accepted, seq_lens)
     if mode is ForwardMode.DECODE:  # aliased at capture
         buffers.seqlens_expanded[:] = buffers.cache_seqlens

@@ -1,17 +1,13 @@
-"""Engines to test and measure with: are they there, and what they need before they are imported."""
+"""What an engine needs before it is imported to be tested or measured."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 
 import torch
 
 from nsa_plugin.core.errors import UnavailableError
-
-TINY_DSV32 = Path(__file__).parent / "tiny_dsv32"
-"""The configuration of a DeepSeek-V3.2 with MTP and two small layers; it has no weights."""
 
 
 def require(engine: str) -> None:

@@ -1,12 +1,17 @@
-"""Every further backend that gets an update in place: frozen metadata, poisoned buffers, changing batches, as rebuilt."""
+"""The table of builders: complete, as read in vLLM's sources; and every further builder with an update in place replayed.
+
+Replayed are frozen metadata, with poisoned buffers and changing batches, against vLLM's rebuild.
+"""
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import importlib.util
 import logging
-import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,19 +23,20 @@ import pytest
 import torch
 from vllm.v1.attention.backends.mla import indexer
 
+from benchmarks.matrix.builders import BACKENDS, bases, classes, metadata_builders, unexamined
 from nsa_plugin.adapters.probe import installed_version, missing
-from nsa_plugin.adapters.vllm import backends, in_place
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.in_place import InPlace
+from nsa_plugin.adapters.vllm.builders import BuilderRow
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.host import Host
+from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.v2_draft import DRAFT, Draft
-from nsa_plugin.rigs.vllm.v2_engine import BATCHES
 from tests.vllm.drafts import POISONED, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
-ROWS = {row.backend: row for row in in_place.MORE}
+ROWS = {row.backend: row for row in builders.MORE}
 
 
 def importable(name: str) -> Any:
@@ -43,7 +49,7 @@ def importable(name: str) -> Any:
     return module
 
 
-def backend(row: InPlace) -> Any:
+def backend(row: BuilderRow) -> Any:
     """vLLM's backend of a row. In 0.28 one builder is that of both FlashInfer backends for sparse MLA."""
     module = importable(row.module)
     builder = getattr(module, row.builder.rpartition(".")[2], None)
@@ -62,7 +68,7 @@ def backend(row: InPlace) -> Any:
     return found[0]
 
 
-def steps(row: InPlace, poison: bool) -> tuple[Draft, list[dict[str, torch.Tensor]]]:
+def steps(row: BuilderRow, poison: bool) -> tuple[Draft, list[dict[str, torch.Tensor]]]:
     """What each draft step of each batch saw."""
     draft = Draft("auto", 4, 4, attention=backend(row))
     seen = []
@@ -78,7 +84,7 @@ def steps(row: InPlace, poison: bool) -> tuple[Draft, list[dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_every_step_equals_a_full_rebuild(install: Install, hopper: None, row: InPlace) -> None:
+def test_every_step_equals_a_full_rebuild(install: Install, hopper: None, row: BuilderRow) -> None:
     rebuilt, expected = steps(row, poison=False)
     if rebuilt.fused:
         pytest.skip("this vLLM has an update of its own")
@@ -90,8 +96,8 @@ def test_every_step_equals_a_full_rebuild(install: Install, hopper: None, row: I
     assert not steps(row, poison=False)[0].fused
 
 
-@pytest.mark.parametrize("row", [row for row in in_place.MORE if row.changes == "nothing"], ids=lambda row: row.backend)
-def test_metadata_that_only_hold_views(row: InPlace, hopper: None) -> None:
+@pytest.mark.parametrize("row", [row for row in builders.MORE if row.changes == "nothing"], ids=lambda row: row.backend)
+def test_metadata_that_only_hold_views(row: BuilderRow, hopper: None) -> None:
     """Every tensor of a rebuilt batch is where that of the captured one is: in the runner's buffers."""
     draft = Draft("auto", 4, 3, attention=backend(row))
     captured = draft.graphs.inputs()[0][DRAFT[0]]
@@ -108,7 +114,9 @@ def test_metadata_that_only_hold_views(row: InPlace, hopper: None) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_the_comparison_can_fail(install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch, row: InPlace) -> None:
+def test_the_comparison_can_fail(
+    install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch, row: BuilderRow
+) -> None:
     _, expected = steps(row, poison=False)
     install()
     monkeypatch.setattr(v2_step.Step, "run", lambda step: None)
@@ -150,24 +158,77 @@ def test_what_one_backend_lacks_concerns_that_backend_alone(
     assert "draft decode with FLASHINFER_MLA: left as it is" in line and "FlashInferMLADecodeMetadata" in line
 
 
-INHERITED = {
-    "FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV", "DEEPSEEK_V41_SPARSE_INDEXER", "DEEPSEEK_V4_ROCM_MXFP4_INDEXER",
-    "DEEPSEEK_V41_ROCM_MXFP4_INDEXER",
-}  # fmt: skip
-"""Backends whose builders are subclasses of one with an update."""
+BASES = ("vllm.v1.attention.backend", "vllm.model_executor.layers.attention.mla_attention",
+         "vllm.model_executor.layers.attention.sparse_mla_attention")  # fmt: skip
+"""Modules outside the package of backends, from whose classes these derive."""
+NEWEST = pytest.mark.skipif(installed_version("vllm") in releases.TESTED[:-1], reason="the table is of a later release")
 
 
-@pytest.mark.skipif(installed_version("vllm") != "0.33.0", reason="the table is of 0.33.0")
-def test_every_backend_without_an_update_is_named() -> None:
-    """Read in the sources, because many of them can't be imported without their device."""
-    without: set[str] = set()
-    with_update: set[str] = set()
-    for source in Path(indexer.__file__).parents[1].rglob("*.py"):
-        text = source.read_text()
-        if source.parent.name != "prefill":
-            names = re.findall(r'def get_name\(\) -> str:\s+return "(\w+)"', text)
-            (with_update if f"def {METHOD}" in text else without).update(names)
-    named = {name for name, _ in backends.LACKING_HOOK}
-    assert len(named) == len(backends.LACKING_HOOK) and not named & with_update
-    ours = {row.backend for row in (*in_place.ESSENTIAL, *in_place.MORE)}
-    assert named == without - ours - INHERITED - {"FLASH_ATTN"}  # which ROCm's calls itself too
+@functools.cache
+def sources() -> dict[str, str]:
+    """The source of vLLM's attention backends, by module: many can't be imported without their device."""
+    root = Path(indexer.__file__).parents[5]
+    paths = [
+        *root.glob(f"{BACKENDS.replace('.', '/')}/**/*.py"),
+        *(root / f"{base.replace('.', '/')}.py" for base in BASES),
+    ]
+    return {".".join(path.relative_to(root).with_suffix("").parts): path.read_text() for path in paths}
+
+
+@functools.cache
+def defined() -> dict[str, tuple[str, ast.ClassDef]]:
+    """The dotted path and the syntax tree of each of their classes, by its name."""
+    found = classes(sources())
+    times = Counter(node.name for node in found.values())
+    assert not [name for name, count in times.items() if count > 1 and name.endswith(("Backend", "Builder"))]
+    return {node.name: (path, node) for path, node in found.items()}
+
+
+def returns(name: str, method: str) -> str | None:
+    """What a method of a class, its own or inherited, returns, if that is a name or a text; None if there is no method."""
+    _, node = defined().get(name, ("", None))
+    if node is None or name == "AttentionMetadataBuilder":
+        return None
+    for function in node.body:
+        if isinstance(function, ast.FunctionDef) and function.name == method:
+            last = function.body[-1]
+            value = last.value if isinstance(last, ast.Return) else None
+            return str(value.value) if isinstance(value, ast.Constant) else getattr(value, "id", "")
+    return next((found for base in bases(node) if (found := returns(base, method)) is not None), None)
+
+
+@NEWEST
+def test_every_builder_of_vllm_has_a_row() -> None:
+    assert unexamined({name: text for name, text in sources().items() if name.startswith(BACKENDS)}) == []
+    assert builders.ROWS.keys() <= metadata_builders(sources()).keys()
+
+
+@NEWEST
+def test_every_row_has_the_backends_that_vllm_gives_its_builder() -> None:
+    found: dict[str, set[str]] = {}
+    for name, (path, _) in defined().items():
+        if not path.startswith(BACKENDS) or name.startswith("_"):
+            continue  # what others derive from
+        builder, backend = returns(name, "get_builder_cls"), returns(name, "get_name")
+        if builder in defined() and backend and backend.isupper():
+            found.setdefault(defined()[builder][0], set()).add(backend)
+    named = {path: {name.partition(" (")[0] for name in row.backends} for path, row in builders.ROWS.items()}
+    assert found == {path: names for path, names in named.items() if names}
+
+
+@NEWEST
+def test_every_row_says_whether_vllm_itself_updates_it_in_place() -> None:
+    theirs = {path for path, node in metadata_builders(sources()).items() if returns(node.name, METHOD) is not None}
+    assert {path for path, row in builders.ROWS.items() if row.vllm_updates} == theirs
+
+
+def test_every_row_is_served_or_left_alone_for_a_reason() -> None:
+    assert len(builders.ROWS) == len((*builders.ESSENTIAL, *builders.MORE, *builders.LEFT_ALONE))
+    for row in builders.ROWS.values():
+        served = (row.changes != "other", row.fields, row.needs, row.refusals)
+        assert all(served) != bool(row.left_alone) and (not row.left_alone or not any((*served, row.keeper))), row
+
+
+def test_doctor_names_each_backend_once() -> None:
+    named = Counter(name for row in builders.REBUILT for name in row.backends)
+    assert named["FLASHMLA"] and set(named.values()) == {1}

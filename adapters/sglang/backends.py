@@ -1,4 +1,7 @@
-"""The two backend classes: which backends and batches their hooks are about, and what is shared beyond the metadata."""
+"""At start, at capture and at every replay: the two backend classes that are hooked, and which of their batches are served.
+
+A draft's backends also share one page table, and a draft may have exact step lengths.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,24 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.sglang.describe import batch_to_capture, batch_to_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
-from nsa_plugin.adapters.sglang.paths import Path, argument, unsupported
-from nsa_plugin.adapters.sglang.releases import lacking
+from nsa_plugin.adapters.sglang.hooked import HookedBackend
+from nsa_plugin.adapters.sglang.refusals import unsupported
+from nsa_plugin.adapters.sglang.releases import (
+    argument,
+    drops_wide_table,
+    has_shared_topk,
+    lacking,
+    reads_lengths_of,
+    shares_topk,
+)
 from nsa_plugin.adapters.sglang.reports import logger, report
-from nsa_plugin.core.metadata import same_buffer
 
 ALLOCATION = "init_cuda_graph_state"
 
 
-class MultiStepDraft(Path):
+class MultiStepDraft(HookedBackend):
     """`DeepseekSparseAttnMultiStepBackend`: all draft backends at once, always as DECODE."""
-
-    batch_to_capture = staticmethod(lambda forward_batch, *others, **more: forward_batch)
-    batch_to_replay = staticmethod(lambda forward_batch, bs, *others, **more: forward_batch)  # its batch_size is bs
 
     def __init__(self, host: Host, glue: GlueGraphs) -> None:
         super().__init__(host, glue)
@@ -31,13 +37,6 @@ class MultiStepDraft(Path):
 
         self._decode = NativeMode.DECODE
         self._shares_topk: Attached[bool] = Attached("shares_topk")
-
-    def hooks(self) -> dict[str, Callable[..., None]]:
-        """Also the allocation of the CUDA-graph buffers, and what the draft model says of its drafts."""
-        more = {"init_cuda_graph_state": self.cuda_graph_state}
-        if not lacking("exact step lengths"):
-            more["__init__"] = self.made
-        return super().hooks() | more
 
     def backends(self, owner: Any) -> Sequence[Any]:
         """The draft backends."""
@@ -49,67 +48,56 @@ class MultiStepDraft(Path):
         return self._decode if owner.attn_backends else None
 
     def wide_table_is_unread(self, backend: Any) -> bool:
-        """What sglang's own `init_cuda_graph_state` decides for a decode without speculation.
+        """Whether sglang's own `init_cuda_graph_state` leaves it out for a decode without speculation.
 
-        Its attention then reads top-k indices and its indexer the real page table; what sglang keeps the wide table for
-        in a speculative run is its own multi-step preparation, and verify and extend, which other backends do.
+        There the attention reads top-k indices, and the indexer the real page table. In a speculative run sglang keeps the
+        wide page table for its own multi-step preparation, and for verify and extend, which other backends do.
         """
         probe: Any = object.__new__(type(backend))
         vars(probe).update(vars(backend), speculative_num_draft_tokens=None)
         probe.init_cuda_graph_state(1, 1)
-        return bool(getattr(probe, "dsa_drop_wide_page_table", False))
+        return drops_wide_table(probe)
 
     def exact(self, owner: Any, batch: Any) -> bool:
-        """If it was asked for, and every step has tokens of its own to see: a chain, with an indexer run per step.
+        """Whether it was asked for and every step has tokens of its own to see: a chain, with an indexer run per step.
 
-        sglang has reserved the slots of the draft tokens, and its token table has their columns, before it drafts
+        sglang has reserved the slots of the draft tokens before it drafts, and its token table has their columns
         (`speculative.eagle_worker_common.prepare_for_draft` reads them there).
         """
         if not self._host.exact_step_lengths:
             return False
-        problem = ""
-        if getattr(owner, "topk", 1) != 1:
+        problem, captured = "", (backend.decode_cuda_graph_metadata for backend in self.backends(owner))
+        if owner.topk != 1:
             problem = "the draft is a tree (--speculative-eagle-topk above 1)"
-        elif getattr(batch.spec_info, "dsa_topk_indices", None) is not None or (known := self._shares_topk.get(owner)):
+        elif has_shared_topk(batch) or (known := self._shares_topk.get(owner)):
             problem = "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
         elif known is None:
             problem = (
                 "whether its steps share top-k indices is not known: the draft was made before the plugin was installed"
             )
-        elif any(same_buffer(lengths, batch.seq_lens) for lengths in self._lengths(owner, batch.batch_size)):
+        elif any(reads_lengths_of(batch, store[batch.batch_size]) for store in captured):
             problem = "all steps read the lengths of the batch itself, of which there is one set"
         if problem:
             report(self._host, self._decode).using(f"with sglang's own step lengths: {problem}")
         return not problem
 
-    def _lengths(self, owner: Any, batch_size: int) -> list[torch.Tensor]:
-        """The lengths that each backend reads. Up to 0.5.14 they are the runner's own where those are int32."""
-        held = [backend.decode_cuda_graph_metadata[batch_size] for backend in self.backends(owner)]
-        return [metadata.cache_seqlens_int32 for metadata in held]
-
     def made(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
-        """Stand in for `__init__`: keep what the draft model's configuration says.
-
-        sglang's draft workers decide by the same attribute. A batch shows it in some releases and for some workers only.
-        """
+        """Stand in for `__init__`: keep what the draft model's configuration says of shared top-k indices."""
         original(owner, *arguments, **keywords)
-        model_runner = argument("model_runner", 0, arguments, keywords)
-        try:
-            config = model_runner.model_config.hf_config
-        except AttributeError:
-            return
-        self._shares_topk.setdefault(owner, bool(getattr(config, "index_share_for_mtp_iteration", False)))
+        known = shares_topk(argument("model_runner", 0, arguments, keywords))
+        if known is not None:
+            self._shares_topk.setdefault(owner, known)
 
     def undo(self) -> list[str]:
-        """Forget what drafts there are, too."""
+        """As in the base class; what is known of drafts is forgotten, too."""
         self._shares_topk.clear()
         return super().undo()
 
     def cuda_graph_state(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
-        """Stand in for `init_cuda_graph_state`: one page table for all draft backends, which hold equal values always.
+        """Stand in for `init_cuda_graph_state`: one page table for all draft backends, which always hold equal values.
 
-        sglang's own code runs for each backend in turn; the page table of each but the first is dropped before the next
-        one's is made.
+        sglang's own code runs for each backend in turn. The page table of each but the first is dropped before the next
+        one is made.
         """
         backends = self.backends(owner)
         if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0]):
@@ -132,11 +120,8 @@ class MultiStepDraft(Path):
             )
 
 
-class SingleBackend(Path):
+class SingleBackend(HookedBackend):
     """`DeepseekSparseAttnBackend`: target verify and draft extend. Its decode belongs to no draft and is left alone."""
-
-    batch_to_capture = staticmethod(batch_to_capture)
-    batch_to_replay = staticmethod(batch_to_replay)
 
     def __init__(self, host: Host, glue: GlueGraphs) -> None:
         super().__init__(host, glue)

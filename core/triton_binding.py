@@ -1,28 +1,37 @@
-"""Binds the Triton kernels to buffers: addresses are written down once, a launch only passes the batch's tensors."""
+"""Binds the Triton kernels to buffers: a binding writes addresses down once, a launch only passes the batch's tensors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
+from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+
+if TYPE_CHECKING:
+    from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
+    from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
 
 TILE, TILE_OF_SEVERAL_ROWS = 2048, 512
-"""Columns of a page table that a program handles at a time; the second where each is written to several rows, so that
-short tables, too, keep many multiprocessors busy."""
+"""Columns of a page table that a program of the metadata and copy kernels handles at a time. The second holds where a
+request has several rows: smaller tiles keep many multiprocessors busy with short tables too."""
 BLOCK = 256
-"""Requests or rows that a program scans at a time."""
+"""Requests or rows that a program of the metadata and copy kernels scans at a time."""
+DRAFT_STEPS_BLOCK = 128
+"""Rows that a program of the draft-steps kernel takes through all steps."""
+STEP_UPDATE_BLOCK = 1024
+"""Columns of a table, or slots, that a program of the step-update kernel handles at a time."""
 PROGRAMS_PER_SM = 4
-"""Programs that share the page tables, per multiprocessor."""
+"""Programs per multiprocessor that share the page tables."""
 NUM_WARPS = 4
 
 
-def is_available(device: torch.device) -> str:
-    """Empty if the kernels can run on tensors of `device`, else why not."""
+def unavailable_because(device: torch.device) -> str:
+    """Why the kernels can't run on tensors of `device`; empty if they can."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -34,8 +43,8 @@ def is_available(device: torch.device) -> str:
 
 def require(device: torch.device) -> None:
     """Raise `UnavailableError` unless the kernels can run on tensors of `device`."""
-    if problem := is_available(device):
-        raise UnavailableError(f"impl='triton': {problem}; use impl='reference' or 'auto'")
+    if reason := unavailable_because(device):
+        raise UnavailableError(f"impl='triton': {reason}; use impl='reference' or 'auto'")
 
 
 def bind_precompute(
@@ -44,10 +53,11 @@ def bind_precompute(
     copies: Sequence[StepMetadata] = (),
     enabled: torch.Tensor | None = None,
 ) -> Callable[[BatchDescriptor], None]:
-    """Bind the metadata kernel to the buffers of `out`, and to those of further consumers of step 0.
+    """Bind the metadata kernel to the buffers of `out` and of `copies`, further consumers of step 0.
 
-    The returned function takes any batch of the same mode, batch size and kind of slots. `copies` need the same page
-    tables as `out` has, and steps of equal lengths. Nothing is written where `enabled` (int32 [1]) is 0.
+    The returned function takes any batch of the same mode, batch size and kind of slots. With `copies`, all steps see
+    equal lengths, and each copy has the page tables that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
+    nothing.
     """
     from nsa_plugin.core.kernels import metadata
 
@@ -113,8 +123,76 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     return launch
 
 
+def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
+    """Bind the draft-steps kernel to the destinations `steps`; one launch fills all of them."""
+    from nsa_plugin.core.kernels.draft_steps import draft_steps_kernel
+
+    addresses = [[step.positions.data_ptr(), step.slots.data_ptr(), step.seq_lens.data_ptr()] for step in steps]
+    records = torch.tensor(addresses, dtype=torch.int64).to(steps[0].positions.device)
+    pad = limits.pads
+
+    def fill(
+        positions: torch.Tensor, seq_lens: torch.Tensor, table: BlockTable, batch_size: int, num_rows: int
+    ) -> None:
+        blocks = table.block_table
+        draft_steps_kernel[(-(-num_rows // DRAFT_STEPS_BLOCK),)](
+            positions, seq_lens, blocks, records,
+            positions.stride(0), seq_lens.stride(0), *blocks.stride(), len(steps), batch_size, num_rows, blocks.shape[1],
+            table.block_size, limits.max_model_len, limits.padding_slot, PAD=pad, BLOCK=DRAFT_STEPS_BLOCK,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    return fill
+
+
+def bind_step_update(
+    rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+) -> list[BoundStepUpdate]:
+    """Bind the step-update kernel; returns the launches of a step, each to be called with `first`.
+
+    Launch i serves request map i and indexer i; launch 0 writes the slots too.
+    """
+    from nsa_plugin.core.kernels.step_update import step_update_kernel
+
+    groups, capacity = slots.slot_mapping.shape
+    padding_programs = groups * -(-capacity // STEP_UPDATE_BLOCK)
+    unused = rows.seq_lens
+
+    def bound(number: int) -> BoundStepUpdate:
+        request_map = request_maps[number] if number < len(request_maps) else None
+        indexer = indexers[number] if number < len(indexers) else None
+        ones = (*indexer.ones, *indexer.ones)[:2] if indexer else (unused, unused)
+        source, table = (indexer.source, indexer.table) if indexer else (unused[None], unused[None])
+        indices = indexer.indices if indexer else None
+        tensors = (
+            rows.positions, rows.seq_lens, rows.query_start_loc, rows.table_rows,
+            slots.addresses, slots.row_strides, slots.block_sizes, slots.enabled, slots.slot_mapping,
+            unused if request_map is None else request_map, indexer.lengths if indexer else unused, *ones,
+            unused if indices is None else indices, source, table,
+        )  # fmt: skip
+        sizes = (
+            rows.num_rows, groups, capacity, slots.slot_mapping.stride(0), source.stride(0), table.stride(0), table.shape[1]
+        )  # fmt: skip
+        fixed = {
+            "SLOTS": number == 0, "MAP": request_map is not None, "INDEXER": indexer is not None,
+            "INDICES": indices is not None, "TABLE": indexer is not None and not same_buffer(source, table),
+            "PAD": PAD_SLOT, "BLOCK": STEP_UPDATE_BLOCK, "num_warps": NUM_WARPS,
+        }  # fmt: skip
+
+        def launch(first: bool) -> None:
+            if not first and number > 0 and indexer is None:
+                return
+            extra = padding_programs if first and number == 0 else 0
+            step_update_kernel[(rows.num_rows + extra,)](*tensors, *sizes, FIRST=first, **fixed)
+
+        return launch
+
+    return [bound(number) for number in range(max(1, len(request_maps), len(indexers)))]
+
+
 def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequence[str]) -> torch.Tensor:
-    """The destination table of the kernels (see kernels.tiles): int64 [len(steps), words] on the buffers' device."""
+    """The destination table of the metadata and copy kernels (see `kernels.tiles`): int64 [len(steps), words], on the
+    buffers' device."""
     rows = []
     for offset, step in zip(offsets, steps, strict=True):
         words = [offset]
@@ -135,7 +213,7 @@ def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequ
 
 
 def _layout(steps: Sequence[StepMetadata], geometry: Geometry) -> tuple[bool, bool, bool]:
-    """Whether there is a wide table, whether there is a real one of its own, whether wide rows are 16-byte words."""
+    """Whether the steps have a wide page table, whether the real one is another, whether wide rows are 16-byte words."""
     tables = [step.page_table_1 for step in steps if step.page_table_1 is not None]
     aligned = geometry.table_width % 4 == 0 and all(
         table.data_ptr() % 16 == 0 and table.stride(0) % 4 == 0 and table.stride(1) == 1 for table in tables

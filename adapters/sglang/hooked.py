@@ -1,31 +1,31 @@
-"""The hooked methods: what happens at capture, inside a captured graph, at replay, and when something of ours fails.
+"""At capture and at every replay: what the hooks of a backend class do.
 
-At capture sglang makes its own metadata first; then a `Preparation` is made for that batch size. At replay it runs in
-place of sglang's code, or has been recorded in the graph already and only points the backends at the right object. If
-ours fails, sglang's per-backend code recomputes the same batch.
+At capture sglang makes its own metadata first. Then a `Preparation` is made for that batch size. At a replay it runs in
+place of sglang's code. If a captured graph does the work, it only points the backends at the right object. If ours fails,
+sglang's per-backend code recomputes the same batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.reporting import Stage
-from nsa_plugin.adapters.sglang.compare import native_replay
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
+from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.adapters.sglang.preparation import Preparation
-from nsa_plugin.adapters.sglang.releases import lacking, names
+from nsa_plugin.adapters.sglang.refusals import not_graph, unsupported, usable
 from nsa_plugin.adapters.sglang.reports import path, report
 from nsa_plugin.adapters.verification import SpareBuffers
 
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")
-"""What captured graphs of each backend may still run, by mode and batch size, after an undo too: its buffers must outlive
-them. It goes when sglang has captured that size anew over new buffers."""
+"""Preparations that captured graphs may still run, for each backend by mode and batch size; an undo keeps them.
+
+The graphs read their buffers. A preparation goes when sglang has captured its size anew over new buffers."""
 
 
 def capturing() -> bool:
@@ -35,8 +35,8 @@ def capturing() -> bool:
     return bool(device.is_available()) and is_capturing()
 
 
-class Path:
-    """The hooks of one backend class. The subclasses say which backends and batches they are about."""
+class HookedBackend:
+    """What the hooks of one backend class do. A subclass says which backends and batches they are about."""
 
     def __init__(self, host: Host, glue: GlueGraphs) -> None:
         self._host, self._glue = host, glue
@@ -45,24 +45,12 @@ class Path:
         self._spares = SpareBuffers()
         self._undone = False
 
-    def hooks(self) -> dict[str, Callable[..., None]]:
-        """Method of the class to the function that stands in for it; that gets the original method first."""
-        return {method: getattr(self, ours) for method, ours in names().hooks.items()}
-
-    def batch_to_capture(self, *arguments: Any, **keywords: Any) -> Any:
-        """The batch in the arguments of `init_forward_metadata_capture_cuda_graph`."""
-        raise NotImplementedError
-
-    def batch_to_replay(self, *arguments: Any, **keywords: Any) -> Any:
-        """The batch in the arguments of `init_forward_metadata_replay_cuda_graph`."""
-        raise NotImplementedError
-
     def backends(self, owner: Any) -> Sequence[Any]:
-        """The DSA backends that `owner`, the object whose method is hooked, prepares."""
+        """The DSA backends that `owner` prepares. `owner` is the object whose method is hooked."""
         raise NotImplementedError
 
     def native_mode(self, owner: Any, batch: Any) -> Any:
-        """sglang's ForwardMode for the metadata that `owner` makes of `batch`; None to leave it alone."""
+        """sglang's ForwardMode of the metadata that `owner` makes for `batch`; None if it is left alone."""
         raise NotImplementedError
 
     def wide_table_is_unread(self, backend: Any) -> bool:
@@ -73,29 +61,14 @@ class Path:
         """Whether steps shall see the draft tokens before them."""
         return False
 
-    def out_graph(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
-        """Stand in for `init_forward_metadata_out_graph`: before a capture, or before each replay."""
-        batch = argument("forward_batch", 0, arguments, keywords)
-        if argument("in_capture", 1, arguments, keywords):
-            original(owner, *arguments, **keywords)
-            self._captured(owner, batch)
-        elif not self._replayed(owner, batch):
-            original(owner, *arguments, **keywords)
+    def captured(self, owner: Any, batch: Any) -> None:
+        """Take over a batch that is about to be captured, for which sglang has just made its own metadata."""
+        native_mode = self.native_mode(owner, batch)
+        if native_mode is not None and not self._undone:
+            self._take_over(owner, batch, native_mode)
 
-    def capture(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
-        """Stand in for `init_forward_metadata_capture_cuda_graph`: before a capture."""
-        original(owner, *arguments, **keywords)
-        self._captured(owner, self.batch_to_capture(*arguments, **keywords))
-
-    def replay(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
-        """Stand in for `init_forward_metadata_replay_cuda_graph`: before each replay."""
-        if not self._replayed(owner, self.batch_to_replay(*arguments, **keywords)):
-            original(owner, *arguments, **keywords)
-
-    def in_graph(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
-        """Stand in for `init_forward_metadata_in_graph`: what is launched here becomes part of the captured graph."""
-        original(owner, *arguments, **keywords)
-        batch = argument("forward_batch", 0, arguments, keywords)
+    def record(self, owner: Any, batch: Any) -> None:
+        """Issue the work within a capture: what is launched here becomes part of the CUDA graph."""
         native_mode = self.native_mode(owner, batch)
         preparation = self._find(owner, batch, native_mode)
         if preparation is None or preparation.native or preparation.strategy != "graph":
@@ -109,15 +82,34 @@ class Path:
             preparation.step_down()
             self._fell_back(native_mode, "capture", "graph", error)
 
+    def replayed(self, owner: Any, batch: Any) -> bool:
+        """Prepare the metadata of a live batch before its replay; False if that is left to sglang."""
+        native_mode = self.native_mode(owner, batch)
+        preparation = self._find(owner, batch, native_mode)
+        if preparation is None:
+            return False
+        self._glue.serves(preparation)
+        try:
+            if not (self._glue.running() and capturing()) and preparation.look_at_switch():
+                preparation.replay(batch)
+                return True
+        except Exception as error:
+            preparation.fail()
+            native_replay(self.backends(owner), batch, native_mode)  # raises what is sglang's own to raise
+            self._fell_back(native_mode, "replay", preparation.strategy, error)
+            return True
+        preparation.replay_natively(batch)
+        return True
+
     def captured_off(self) -> list[str]:
-        """What was captured while switched off, and stays with sglang until it is captured anew; one line for each path."""
+        """One line for each path that was captured while switched off: it stays with sglang until it is captured anew."""
         off = {path(native_mode) for keys in self._captured_off.values() for native_mode, _ in tuple(keys)}
         return [f"{name}: was captured while switched off; it takes a new capture" for name in sorted(off)]
 
     def undo(self) -> list[str]:
-        """Leave every backend to sglang, its captured graphs included; returns paths whose graphs have recorded our work.
+        """Leave every backend to sglang. Returns the paths whose graphs have recorded our work and go on with it.
 
-        Those graphs go on with it. What does not go, because another plugin has wrapped it, does nothing from now on.
+        A hook that stays, because another plugin has wrapped it, does nothing from now on.
         """
         self._undone = True
         stays = set()
@@ -140,31 +132,6 @@ class Path:
     def _find(self, owner: Any, batch: Any, native_mode: Any) -> Preparation | None:
         prepared = self._prepared.get(owner)
         return None if prepared is None else prepared.get((native_mode, batch.batch_size))
-
-    def _replayed(self, owner: Any, batch: Any) -> bool:
-        """Prepare the metadata of a live batch; False to leave it to sglang."""
-        native_mode = self.native_mode(owner, batch)
-        preparation = self._find(owner, batch, native_mode)
-        if preparation is None:
-            return False
-        self._glue.serves(preparation)
-        try:
-            if not (self._glue.running() and capturing()) and preparation.look_at_switch():
-                preparation.replay(batch)
-                return True
-        except Exception as error:
-            preparation.fail()
-            native_replay(self.backends(owner), batch, native_mode)  # raises what is sglang's own to raise
-            self._fell_back(native_mode, "replay", preparation.strategy, error)
-            return True
-        preparation.replay_natively(batch)
-        return True
-
-    def _captured(self, owner: Any, batch: Any) -> None:
-        """Take over a batch size for which sglang has just made its own metadata."""
-        native_mode = self.native_mode(owner, batch)
-        if native_mode is not None and not self._undone:
-            self._take_over(owner, batch, native_mode)
 
     def _take_over(self, owner: Any, batch: Any, native_mode: Any) -> None:
         prepared = self._prepared.setdefault(owner, {})
@@ -226,38 +193,3 @@ class Path:
 
     def _fell_back(self, native_mode: Any, stage: Stage, strategy: str, error: Exception) -> None:
         report(self._host, native_mode).fell_back(stage, strategy, error)
-
-
-def usable(asked: Sequence[Strategy], verify: int) -> tuple[Strategy, ...]:
-    """Strategies to try. With verification not `graph`: recorded work runs when a difference can't be repaired any more."""
-    no_graph = verify or not_graph()
-    return tuple(strategy for strategy in asked if strategy != "graph" or not no_graph)
-
-
-def not_graph() -> str:
-    """Empty, or why sglang gives no opportunity to record the work in its graphs."""
-    if "in_graph" not in names().hooks.values():
-        return lacking("graph")
-    from sglang.srt.environ import envs
-
-    overlap = getattr(envs, "SGLANG_ENABLE_OVERLAP_PLAN_STREAM", None)
-    if overlap is not None and overlap.get():
-        return (
-            "SGLANG_ENABLE_OVERLAP_PLAN_STREAM: sglang prepares on another stream, and may overwrite the lengths of a batch "
-            "before its graph reads them"
-        )
-    return ""
-
-
-def unsupported(backend: Any) -> str:
-    """Empty, or what about the backend is not covered."""
-    if getattr(backend, "dsa_index_kpool", 1) > 1:
-        return "pooled index keys (index_kpool > 1) are not covered"
-    if getattr(import_module(names().module), "_is_hip", False):
-        return "ROCm is not covered"
-    return ""
-
-
-def argument(name: str, index: int, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-    """An argument of a hooked method, however it was passed; None if it was not."""
-    return arguments[index] if index < len(arguments) else keywords.get(name)

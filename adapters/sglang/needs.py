@@ -1,0 +1,34 @@
+"""At start: what the adapter needs of every release of sglang. What differs between releases is in `releases`."""
+
+from __future__ import annotations
+
+from nsa_plugin.adapters.probe import Need
+
+_HOOKS = "sglang.srt.plugins.hook_registry"
+_MODES = "sglang.srt.model_executor.forward_batch_info.ForwardMode"
+
+REGISTRY: tuple[Need, ...] = (
+    Need(f"{_HOOKS}.HookRegistry.register", ("target", "hook", "hook_type"), "install hooks"),
+    Need(f"{_HOOKS}.HookRegistry.apply_hooks", (), "apply hooks"),
+    Need(f"{_HOOKS}.HookRegistry._hooks", (), "take hooks back"),
+    Need(f"{_HOOKS}.HookRegistry._patched", (), "take hooks back"),
+    Need(f"{_HOOKS}._current_plugin_source", (), "know whether hooks are about to be applied"),
+    Need(f"{_HOOKS}.HookType.AROUND", (), "install hooks"),
+)
+"""sglang's way to hook its functions."""
+
+SHARED: tuple[Need, ...] = (
+    Need("{multi_step}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables", hooked=True),
+    Need("{backend}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables"),
+    Need("{backend}._compute_flashmla_metadata", ("cache_seqlens", "seq_len_q"), "FlashMLA metadata"),
+    Need("{backend}.set_{prefix}_prefill_impl", ("forward_batch",), "per-forward dispatch state"),
+    Need("{metadata}",
+         ("page_size", "cache_seqlens_int32", "cu_seqlens_k", "page_table_1", "real_page_table",
+          "{prefix}_cache_seqlens_int32", "{prefix}_cu_seqlens_k", "{prefix}_seqlens_expanded", "flashmla_metadata",
+          "paged_mqa_schedule_metadata"),
+         "buffers that captured graphs read"),
+    Need(f"{_MODES}.DECODE", (), "tell forward modes apart"),
+    Need(f"{_MODES}.TARGET_VERIFY", (), "tell forward modes apart"),
+    Need(f"{_MODES}.DRAFT_EXTEND_V2", (), "tell forward modes apart"),
+)  # fmt: skip
+"""What the backends and their metadata have. Words in braces are those of a `Generation`."""
