@@ -24,7 +24,7 @@ from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
-from nsa_plugin.adapters.vllm.v2.target import hooks as v2_hooks
+from nsa_plugin.adapters.vllm.v2.target import hooks as target_hooks
 from nsa_plugin.adapters.vllm.v2.target.hooks import Target
 
 V2, V1 = "Model Runner V2", "Model Runner V1"
@@ -114,13 +114,32 @@ def v1_proposals() -> Part:
 
 
 def v2_target(target: Target | None = None) -> tuple[Part, ...]:
-    """The target of Model Runner V2: all of it is patched, or nothing; without a `target`, to be looked at. Imports nothing."""
+    """The tokens that Model Runner V2 verifies: all of it is patched, or nothing. Without a `target` the parts are to be looked
+    at only. Imports nothing."""
+    gone_when = "vLLM replays the target's graph without a rebuild of its metadata"
+    rows = {
+        "capture": (
+            "The graph of each uniform batch refreshes, at its start, what vLLM would rebuild on the host before the replay.",
+            "at capture",
+        ),
+        "prepare_attn": (
+            "vLLM rebuilds the metadata of every group for every batch. Where a refreshed graph may follow, they are built "
+            "when somebody asks for them.",
+            "at every batch of the target",
+        ),
+        "run_fullgraph": (
+            "It alone knows the exact graph: before one that is not refreshed vLLM builds, as ever.",
+            "at every replay of the target",
+        ),
+    }
     make = _looked_at if target is None else target.hooks
-    rows = {row.target: row for row in v2_hooks.LEDGER}
     return tuple(
-        Part(v2_hooks.PATH, owner, v2_hooks.NEEDS[name], make, (rows[f"{owner}.{name}"],), essential=True)
-        for name, owner in v2_hooks.OWNERS.items()
-    )
+        Part(
+            target_hooks.PATH, owner, target_hooks.NEEDS[method], make,
+            (_row(f"{owner}.{method}", rows[method][0], gone_when, rows[method][1]),), essential=True,
+        )
+        for method, owner in target_hooks.OWNERS.items()
+    )  # fmt: skip
 
 
 def _looked_at(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., Any]]:

@@ -1,1 +1,1 @@
-"""The verified tokens of Model Runner V2: the target's metadata, refreshed inside its CUDA graph, and read by the draft's first pass."""
+"""Runs at capture and at every replay of the target: the tokens that Model Runner V2 verifies, in the target's graph."""

@@ -19,7 +19,6 @@ from typing import Any
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2.step import Uncovered
@@ -31,8 +30,6 @@ from nsa_plugin.adapters.vllm.v2.target.replays import LateBatch, Replays
 PATH, FIRST_PASS = "target verify", "draft extend"
 """The tokens that the target verifies, and the draft's first pass, which reads the same buffers."""
 READS = "it reads what the target's graph has refreshed, and has no work of its own"
-MODULE = "vllm.v1.worker.gpu.model_runner"
-"""Imported after all that is hooked."""
 MANAGERS = "vllm.v1.worker.gpu.cudagraph_utils"
 OWNERS = {
     "capture": f"{MANAGERS}.CudaGraphManager",
@@ -58,32 +55,6 @@ NEEDS: Mapping[str, tuple[Need, ...]] = {
     ),
 }  # fmt: skip
 """By hooked method; it takes all of them."""
-
-
-LEDGER: tuple[LedgerRow, ...] = (
-    LedgerRow(
-        f"{OWNERS['capture']}.capture",
-        "the target's CUDA graph refreshes, at its start, the metadata of the tokens that it verifies",
-        "not proposed",
-        "vLLM updates a target's metadata in its graph, or replays it without a rebuild",
-        "capture",
-    ),
-    LedgerRow(
-        f"{OWNERS['prepare_attn']}.prepare_attn",
-        "no rebuild on the host for a graph that refreshes its own metadata; it comes late for whoever asks",
-        "not proposed",
-        "as for the capture",
-        "every batch of the target",
-    ),
-    LedgerRow(
-        f"{OWNERS['run_fullgraph']}.run_fullgraph",
-        "the gate: it alone knows the exact graph, and has vLLM build before one that is not refreshed",
-        "not proposed",
-        "as for the capture",
-        "every replay of the target",
-    ),
-)
-"""One row for each of `OWNERS`."""
 
 
 def needs() -> tuple[Need, ...]:

@@ -1,4 +1,4 @@
-"""Metadata of a replayed batch, built when somebody asks for it: the graph does without."""
+"""Runs at every batch of the target: metadata that is built when somebody asks for it, because the graph does without."""
 
 from __future__ import annotations
 

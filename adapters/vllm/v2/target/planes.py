@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm import builders
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, as_captured
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
@@ -75,7 +75,8 @@ class Planes:
         known: set[int] = set()
         sizes: list[tuple[int, int]] = []
         for group, own, table in frozen.each():
-            builder, row = group.get_metadata_builder(), builders.ROWS.get(_path(group.get_metadata_builder()))
+            builder = group.get_metadata_builder()
+            row = builders.row_of(builder)
             if row is not builders.FLASHMLA_SPARSE and row is not builders.INDEXER:
                 raise Uncovered(f"{type(builder).__name__} is not covered")
             if len(group.metadata_builders) > 1:
@@ -164,7 +165,7 @@ class _Pages:
         self.page_size: int = builder.kv_cache_spec.block_size
         self.block_size, self.stride, self.planes = self.page_size, 0, dict[str, Any]()
         self.addresses = {table.data_ptr()}
-        mapped = getattr(group, "kernel_block_table", None)  # not before vLLM 0.32
+        mapped = releases.mapped_table(group)
         if mapped is not None:
             self.block_size = group.kv_cache_spec.block_size
             self.stride = group.kernel_block_stride
@@ -181,7 +182,3 @@ def _not_uniform(own: Any, frozen: Frozen) -> str:
 
 def _rescheduled(make: Callable[[Any], torch.Tensor], decode: Any) -> Callable[[], None]:
     return lambda: decode.schedule_metadata.copy_(as_captured(make(decode), decode))
-
-
-def _path(builder: Any) -> str:
-    return f"{type(builder).__module__}.{type(builder).__qualname__}"

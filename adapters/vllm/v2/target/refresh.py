@@ -1,4 +1,4 @@
-"""The refresh of one captured batch: planned at capture, recorded at the start of its graph, switched on the device."""
+"""Runs at capture: the refresh of one captured batch, recorded at the start of its graph, switched on the device."""
 
 from __future__ import annotations
 
