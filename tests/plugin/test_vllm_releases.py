@@ -13,7 +13,7 @@ ROOM = Path(__file__).resolve().parents[2] / "adapters" / "vllm"
 FILES = {str(path.relative_to(ROOM)): ast.parse(path.read_text()) for path in sorted(ROOM.rglob("*.py"))}
 RELEASES = "releases.py"
 NOT_RELEASES = {
-    ("builders.py", ""): "a setting that not every builder has",
+    ("builders.py", "_is_non_causal"): "a setting that not every builder has",
     ("builders.py", "_above_one"): "settings that not every builder has",
     ("builders.py", "_by_update"): "builders without an update in place",
     ("builders.py", "_has_hisparse"): "a setting that not every builder has",
