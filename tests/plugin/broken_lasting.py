@@ -85,7 +85,9 @@ class AsksTwice(ToyAdapter):
 
     def _capture(self, forward: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
         if self._host.strategies:
-            time.sleep(0.02)
+            deadline = time.monotonic() + 0.5
+            while self._host.strategies and time.monotonic() < deadline:
+                time.sleep(0.001)
             assert self._host.strategies[0] != "graph" or self._host.on
         super()._capture(forward, batch, *arguments, **keywords)
 
