@@ -1,1 +1,1 @@
-"""The verified tokens of Model Runner V2: the target's metadata, refreshed inside its CUDA graph, and read by the draft's first pass."""
+"""Runs at capture and at every batch: Model Runner V2's verified tokens, whose metadata the target's CUDA graph refreshes."""

@@ -1,4 +1,4 @@
-"""Metadata of a replayed batch, built when somebody asks for it: the graph does without."""
+"""Runs at every batch that a refreshed graph serves: metadata that is built when somebody asks for it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.vllm import builders
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, as_captured
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
@@ -120,7 +120,7 @@ class Planes:
 
     def _indexer(self, builder: Any, own: Any, pages: _Pages) -> dict[str, Any]:
         decode, frozen = own.decode, self._frozen
-        if decode is None or decode.indices is not None or getattr(builder, "supports_varlen", False):
+        if decode is None or decode.indices is not None:
             raise Uncovered("an indexer whose kernels take query lengths that vary is not covered")
         if decode.requires_padding or decode.seq_lens.numel() != frozen.num_tokens:
             raise Uncovered(f"an indexer with {decode.seq_lens.numel()} lengths for {frozen.num_tokens} rows")
@@ -165,7 +165,7 @@ class _Pages:
         self.page_size: int = builder.kv_cache_spec.block_size
         self.block_size, self.stride, self.planes = self.page_size, 0, dict[str, Any]()
         self.addresses = {table.data_ptr()}
-        mapped = getattr(group, "kernel_block_table", None)  # not before vLLM 0.32
+        mapped = releases.kernel_block_table(group)
         if mapped is not None:
             self.block_size = group.kv_cache_spec.block_size
             self.stride = group.kernel_block_stride

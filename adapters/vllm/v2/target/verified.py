@@ -1,6 +1,6 @@
-"""Verification of a graph itself: vLLM builds, the graph refreshes and runs, and what is there is compared.
+"""Runs where asked: a graph itself is verified. vLLM builds, the graph refreshes and runs, and what is there is compared.
 
-Runs only where the settings ask for it. A refreshed graph can't be looked at before it has run: a difference is seen after
+A refreshed graph can't be looked at before it has run: a difference is seen after
 that batch was computed with it. From the next batch on vLLM's own values are used.
 """
 
