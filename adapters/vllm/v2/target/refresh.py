@@ -10,7 +10,6 @@ import torch
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.verification import Verification
-from nsa_plugin.adapters.vllm import builders
 from nsa_plugin.adapters.vllm.describe import TargetBatch, describe_target, geometry
 from nsa_plugin.adapters.vllm.v2.target.planes import Frozen, Planes
 from nsa_plugin.core.batch import BatchDescriptor
@@ -57,9 +56,7 @@ class Refresh:
         native = TargetBatch(batch, frozen.block_tables, self.planes.first_block_size)
         self._describe = report.describe(native, describe_target)
         self._static = self._describe(native)
-        made = (group.get_metadata_builder() for group, _, _ in frozen.each())
-        sparse = next(builder for builder in made if builders.row_of(builder) is builders.FLASHMLA_SPARSE)
-        self.geometry = geometry(sparse, self._static)
+        self.geometry = geometry(self.planes.sparse, self._static)
         with torch.inference_mode(False):  # an undo writes it outside of inference mode
             self._enabled = torch.ones(1, dtype=torch.int32, device=self._static.seq_lens.device)
         self._is_enabled = True
