@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from nsa_plugin.core import group_rows, reference, triton_binding
+from nsa_plugin.core import reference, triton_binding
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import boolean, instance, instances
 from nsa_plugin.core.errors import reject
@@ -119,8 +119,8 @@ def bind_precompute(
 
 def _bind_groups(out: GroupMetadata, impl: Impl, enabled: torch.Tensor | None) -> BoundPrecompute:
     if resolve_impl(impl, out.batch.seq_lens.device) == "triton":
-        return group_rows.bind_triton(out, enabled)
-    return lambda live: reference.group_rows(out, live, enabled)
+        return triton_binding.bind_group_rows(out, enabled)
+    return lambda live: reference.group_rows(live, out, enabled)
 
 
 def _bind_precompute(

@@ -105,7 +105,7 @@ class BatchDescriptor:
         gaps. None means `draft_tokens` rows for every request.
     query_start_loc : int32 or int64 tensor [>= batch_size + 1], contiguous, or None
         DRAFT_EXTEND without `extend_lens` only: 0, then the running sum of the rows that requests really have. Rows at or
-        past its entry `batch_size` are padding, which only `GroupRows` tell apart. None means that all exist.
+        past its entry `batch_size` are padding, which only `GroupRows` tell apart. None means that all rows exist.
     """
 
     mode: ForwardMode

@@ -8,20 +8,14 @@ row or by request. `GroupRows` are a plan's consumers in place of `StepMetadata`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry
 from nsa_plugin.core.checks import INT32, TensorChecks, at_least, instance, instances, overlap
 from nsa_plugin.core.errors import InvalidTypeError, reject
-
-BLOCK = 1024
-"""Pages that a program copies at a time."""
-CHUNK = 4096
-"""Pages of a row that one program takes on: longer rows are shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,51 +95,6 @@ def live_pages(batch: BatchDescriptor, geometry: Geometry, columns: int, *, by_r
         lengths = lengths.repeat_interleave(batch.draft_tokens)
     column = torch.arange(columns, device=lengths.device)
     return (column == 0) | (column * geometry.page_size < lengths[:, None])
-
-
-def bind_triton(out: GroupMetadata, enabled: torch.Tensor | None) -> Callable[[BatchDescriptor], None]:
-    """The kernel, bound to the buffers of `out`; block tables are those of `out`, too."""
-    from nsa_plugin.core.kernels.group_rows import group_rows_kernel
-
-    records = torch.tensor([_record(out, group) for group in out.groups], dtype=torch.int64)
-    device, num_rows = out.batch.seq_lens.device, out.batch.num_rows
-    records = records.to(device)
-    widths = [table.shape[1] for group in out.groups for table, _ in group.tables(out.batch).values()]
-    grid = (num_rows, len(out.groups), max(1, -(-max(widths, default=0) // CHUNK)))
-    fixed: dict[str, Any] = {"SWITCHED": enabled is not None, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": 4}
-    batch_size, width = out.batch.batch_size, out.batch.draft_tokens
-
-    def launch(batch: BatchDescriptor) -> None:
-        if not num_rows:
-            return
-        seq_lens = batch.seq_lens
-        group_rows_kernel[grid](
-            seq_lens, batch.query_start_loc, records, seq_lens if enabled is None else enabled, seq_lens.stride(0),
-            batch_size, width, records.shape[1], **fixed,
-        )  # fmt: skip
-
-    return launch
-
-
-def _record(out: GroupMetadata, group: GroupRows) -> list[int]:
-    """Addresses and strides of a group, in the order of the kernel's fields; address 0 is a plane that is not there."""
-    page_size = out.geometry.page_size
-    words = [_address(group.request_map), _address(group.lengths), _address(group.ones)]
-    words += [*map(_address, group.query_lens), 0, 0][:2]
-    for table in (group.row_pages, group.request_pages):
-        words += [_address(table), 0 if table is None else table.stride(0), 0 if table is None else table.shape[1]]
-    if not group.tables(out.batch):
-        return [*words, 0, 0, 0, 1, 1, 1, page_size]
-    slots = out.block_table(group)
-    per_block = slots.block_size // page_size
-    blocks = slots.block_table
-    return [
-        *words, blocks.data_ptr(), *blocks.stride(), blocks.shape[1], per_block, group.page_stride or per_block, page_size
-    ]  # fmt: skip
-
-
-def _address(plane: torch.Tensor | None) -> int:
-    return 0 if plane is None else plane.data_ptr()
 
 
 def check_groups(out: GroupMetadata, batch: BatchDescriptor) -> None:

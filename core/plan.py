@@ -52,8 +52,8 @@ class ReplayPlan:
         With `copy`, each step has buffers of its own; the metadata is computed once and written to all of them.
         With `share`, the metadata is computed in place. Steps of equal lengths all have the buffers of `consumers[0]`.
         Steps of different lengths have vectors of their own and share the page tables.
-        `GroupRows` take `share` and a batch with `query_start_loc`: any number of attention groups. Their pages come from
-        the block tables that the plan was made with.
+        `GroupRows` are those of attention groups, any number of them: with `share`, and a batch that has
+        `query_start_loc`. Their block tables stay those of `batch`.
     strategy : "copy" or "share"
     derive : callable () -> None, optional
         Computes the derived planes of `consumers[0]` from its other planes (an engine's own functions).

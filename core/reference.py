@@ -157,8 +157,9 @@ def step_update(
             indexer.table.copy_(indexer.source[:n])
 
 
-def group_rows(out: GroupMetadata, batch: BatchDescriptor, enabled: torch.Tensor | None = None) -> None:
-    """Write what the attention groups of `out` keep of `batch`; where `enabled` (int32 [1]) is 0, `out` stays as it is."""
+def group_rows(batch: BatchDescriptor, out: GroupMetadata, enabled: torch.Tensor | None = None) -> None:
+    """The planes of attention groups (`GroupRows`), for a batch with `query_start_loc`; nothing where `enabled` is 0."""
+    on = None if enabled is None else enabled != 0
     bs, rows, width = batch.batch_size, batch.num_rows, batch.draft_tokens
     assert batch.query_start_loc is not None
     starts, seq_lens = batch.query_start_loc[: bs + 1].long(), batch.seq_lens[:bs].long()
@@ -171,27 +172,16 @@ def group_rows(out: GroupMetadata, batch: BatchDescriptor, enabled: torch.Tensor
         "ones": torch.ones_like(row),
     }
     counts = starts[1:] - starts[:-1]
-    on = None if enabled is None else enabled != 0
     for group in out.groups:
-        for name, (plane, _) in group.vectors(batch).items():
-            _write(plane, values.get(name, counts), on)
+        for name, (plane, size) in group.vectors(batch).items():
+            _overwrite(plane[:size], values.get(name, counts), on)
         for name, (table, size) in group.tables(batch).items():
-            pages = _pages_of(out, group, table.shape[1])
+            pages = _group_pages(out, group, table.shape[1])
             real, live = exists[::width], live_pages(batch, out.geometry, table.shape[1], by_row=name == "row_pages")
             if name == "row_pages":
                 pages, real = pages[request], exists
             there = table[:size]
             _overwrite(there, torch.where(live, torch.where(real[:, None], pages, 0), there), on)
-
-
-def _pages_of(out: GroupMetadata, group: GroupRows, width: int) -> torch.Tensor:
-    """Pages [batch_size, width] of each request; columns past its block table hold those of block 0."""
-    slots = out.block_table(group)
-    per_block = slots.block_size // out.geometry.page_size
-    columns = torch.arange(width, device=slots.block_table.device)
-    blocks, last = columns // per_block, slots.block_table.shape[1] - 1
-    numbers = slots.block_table[: out.batch.batch_size, blocks.clamp(max=last)].long() * (blocks <= last)
-    return numbers * (group.page_stride or per_block) + columns % per_block
 
 
 def _live_width(lengths: torch.Tensor, width: int) -> int:
@@ -219,3 +209,13 @@ def _write_rows(table: torch.Tensor, values: torch.Tensor, on: torch.Tensor | No
 
 def _overwrite(there: torch.Tensor, values: torch.Tensor, on: torch.Tensor | None) -> None:
     there.copy_(values if on is None else torch.where(on, values, there))
+
+
+def _group_pages(out: GroupMetadata, group: GroupRows, width: int) -> torch.Tensor:
+    """Pages [batch_size, width] of each request; columns past its block table hold those of block 0."""
+    slots = out.block_table(group)
+    per_block = slots.block_size // out.geometry.page_size
+    columns = torch.arange(width, device=slots.block_table.device)
+    blocks, last = columns // per_block, slots.block_table.shape[1] - 1
+    numbers = slots.block_table[: out.batch.batch_size, blocks.clamp(max=last)].long() * (blocks <= last)
+    return numbers * (group.page_stride or per_block) + columns % per_block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadat
 
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
+    from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
     from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
 
 TILE, TILE_OF_SEVERAL_ROWS = 2048, 512
@@ -25,6 +26,10 @@ DRAFT_STEPS_BLOCK = 128
 """Rows that a program of the draft-steps kernel takes through all steps."""
 STEP_UPDATE_BLOCK = 1024
 """Columns of a table, or slots, that a program of the step-update kernel handles at a time."""
+GROUP_ROWS_BLOCK = 1024
+"""Pages that a program of the group-rows kernel copies at a time."""
+GROUP_ROWS_CHUNK = 4096
+"""Pages of a row that one such program takes on: longer rows are shared."""
 PROGRAMS_PER_SM = 4
 """Programs per multiprocessor that share the page tables."""
 NUM_WARPS = 4
@@ -190,6 +195,35 @@ def bind_step_update(
     return [bound(number) for number in range(max(1, len(request_maps), len(indexers)))]
 
 
+def bind_group_rows(out: GroupMetadata, enabled: torch.Tensor | None) -> Callable[[BatchDescriptor], None]:
+    """The kernel, bound to the buffers of `out`; block tables are those of `out`, too."""
+    from nsa_plugin.core.kernels.group_rows import group_rows_kernel
+
+    records = torch.tensor([_group_record(out, group) for group in out.groups], dtype=torch.int64)
+    device, num_rows = out.batch.seq_lens.device, out.batch.num_rows
+    records = records.to(device)
+    widths = [table.shape[1] for group in out.groups for table, _ in group.tables(out.batch).values()]
+    grid = (num_rows, len(out.groups), max(1, -(-max(widths, default=0) // GROUP_ROWS_CHUNK)))
+    fixed: dict[str, Any] = {
+        "SWITCHED": enabled is not None,
+        "CHUNK": GROUP_ROWS_CHUNK,
+        "BLOCK": GROUP_ROWS_BLOCK,
+        "num_warps": NUM_WARPS,
+    }
+    batch_size, width = out.batch.batch_size, out.batch.draft_tokens
+
+    def launch(batch: BatchDescriptor) -> None:
+        if not num_rows:
+            return
+        seq_lens = batch.seq_lens
+        group_rows_kernel[grid](
+            seq_lens, batch.query_start_loc, records, seq_lens if enabled is None else enabled, seq_lens.stride(0),
+            batch_size, width, records.shape[1], **fixed,
+        )  # fmt: skip
+
+    return launch
+
+
 def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequence[str]) -> torch.Tensor:
     """The destination table of the metadata and copy kernels (see `kernels.tiles`): int64 [len(steps), words], on the
     buffers' device."""
@@ -219,3 +253,24 @@ def _layout(steps: Sequence[StepMetadata], geometry: Geometry) -> tuple[bool, bo
         table.data_ptr() % 16 == 0 and table.stride(0) % 4 == 0 and table.stride(1) == 1 for table in tables
     )
     return bool(tables), geometry.page_size > 1, bool(tables) and aligned
+
+
+def _group_record(out: GroupMetadata, group: GroupRows) -> list[int]:
+    """Addresses and strides of a group, in the order of the kernel's fields; address 0 is a plane that is not there."""
+    page_size = out.geometry.page_size
+    words = [_address(group.request_map), _address(group.lengths), _address(group.ones)]
+    words += [*map(_address, group.query_lens), 0, 0][:2]
+    for table in (group.row_pages, group.request_pages):
+        words += [_address(table), 0 if table is None else table.stride(0), 0 if table is None else table.shape[1]]
+    if not group.tables(out.batch):
+        return [*words, 0, 0, 0, 1, 1, 1, page_size]
+    slots = out.block_table(group)
+    per_block = slots.block_size // page_size
+    blocks = slots.block_table
+    return [
+        *words, blocks.data_ptr(), *blocks.stride(), blocks.shape[1], per_block, group.page_stride or per_block, page_size
+    ]  # fmt: skip
+
+
+def _address(plane: torch.Tensor | None) -> int:
+    return 0 if plane is None else plane.data_ptr()

@@ -59,8 +59,8 @@ def nsa_plugin_bind_precompute(
 
     Fires when a `ReplayPlan` is made. Return None to leave the buffers to the next plugin; the built-in implementation is
     the last resort. The bound function is called at each replay. It must write every live entry of `out`, allocate
-    nothing and not sync. `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as those of
-    vLLM's target do.
+    nothing and not sync. `out` is a `GroupMetadata` where an engine's attention groups keep planes of their own, as vLLM's
+    target does.
     With `enabled`, an int32 tensor [1] on the device, the function is recorded in a CUDA graph. It must read the flag on
     the device at each run, and leave `out` as it is where the flag is 0. An implementation that lacks the parameter is
     not recorded.

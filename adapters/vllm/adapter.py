@@ -30,16 +30,11 @@ class VllmAdapter:
 
     def probe(self) -> list[str]:
         """What the installed vLLM lacks for Model Runner V2; empty if it fits. Imports what would be patched."""
-        return ledger.v2_patches(v2_target.Target()).probe()
+        return ledger.v2_patches().probe()
 
     def untested(self) -> list[str]:
         """Hooked functions of the installed vLLM with parameters that no tested release has."""
-        parts = (
-            *ledger.v2_essential(),
-            ledger.v2_not_fused(),
-            *ledger.v2_target(v2_target.Target()),
-            ledger.v1_proposals(),
-        )
+        parts = (*ledger.v2_essential(), ledger.v2_not_fused(), *ledger.v2_target(), ledger.v1_proposals())
         return untested(tuple(need for part in parts for need in part.needs))
 
     def install(self, host: Host) -> list[str]:
@@ -55,13 +50,16 @@ class VllmAdapter:
         if "copy" not in host.configured:
             return ["looked for a strategy to try, found none; NSA_PLUGIN_STRATEGY is auto, graph, share or copy"]
         fused = "graph" in host.configured
-        self._target = v2_target.Target() if fused else None
-        v2, v1 = ledger.v2_patches(self._target), ledger.v1_patches()
-        self._host, self._patches = host, (v2, v1)
+        target = v2_target.Target(host) if fused else None
+        v2, v1 = ledger.v2_patches(fused), ledger.v1_patches()
+        self._host, self._target, self._patches = host, target, (v2, v1)
         if problems := v2.install(host):
             return problems
         v1.report(v1.install(host))
-        if fused:
+        if target is not None:
+            refreshed = ledger.target_patches(target)
+            self._patches = (*self._patches, refreshed)
+            refreshed.report(refreshed.install(host))
             self._served.append(
                 "FlashMLA-sparse joins the fused multi-step draft of Model Runner V2, whose steps update their metadata in "
                 "one kernel"
@@ -79,11 +77,11 @@ class VllmAdapter:
             self._target.undo()
         for patches in reversed(self._patches):
             patches.undo()
-        self._patches, self._served = (), []
+        self._patches, self._served, self._target = (), [], None
 
     def ledger(self) -> Sequence[LedgerRow]:
         """Every attribute that `install` replaces in the installed engine, a row each."""
-        sets = self._patches or (ledger.v2_patches(v2_target.Target()), ledger.v1_patches())
+        sets = self._patches or (ledger.v2_patches(), ledger.v1_patches(), ledger.target_patches())
         return [row for patches in sets for row in patches.ledger()]
 
     def summary(self) -> str:
@@ -102,8 +100,14 @@ class VllmAdapter:
             (v2_switch.PATH, "graph", *_plan_v2(host), self.probe()),
             (f"{v2_unfused.PATH} ({ledger.V2})", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
             (v1_proposer.PATH, "copy", "copy", "vLLM captures no whole draft there", ledger.v1_patches().probe()),
-            (f"{v2_target.PATH} ({ledger.V2})", "graph", "graph", "", missing(v2_target.needs())),
-            (f"{v2_target.FIRST_PASS} ({ledger.V2})", "graph", "graph", v2_target.READS, missing(v2_target.needs())),
+            (f"{v2_target.PATH} ({ledger.V2})", "graph", "graph", "", ledger.target_patches().probe()),
+            (
+                f"{v2_target.FIRST_PASS} ({ledger.V2})",
+                "graph",
+                "graph",
+                v2_target.READS,
+                ledger.target_patches().probe(),
+            ),
         ):
             if needs not in host.strategies:
                 plans.append(PathPlan(path, "off", f"it takes {needs}, which NSA_PLUGIN_STRATEGY leaves out"))

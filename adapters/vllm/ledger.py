@@ -7,8 +7,10 @@ vLLM imports their modules. Nothing is patched that is not here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import Part, PatchSet
 from nsa_plugin.adapters.probe import warn_if_untested
@@ -22,7 +24,7 @@ from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2 import updates as v2_updates
-from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target_hooks
+from nsa_plugin.adapters.vllm.v2.target import hooks as target_hooks
 from nsa_plugin.adapters.vllm.v2.target.hooks import Target
 
 V2, V1 = "Model Runner V2", "Model Runner V1"
@@ -88,33 +90,6 @@ def v2_not_fused() -> Part:
     return Part(v2_unfused.PATH, speculator, needs, v2_unfused.hooks, (row,), essential=False)
 
 
-def v2_target(target: Target) -> tuple[Part, ...]:
-    """The tokens that Model Runner V2 verifies: `target` acts where all of these are patched. Imports nothing."""
-    gone_when = "vLLM replays the target's graph without a rebuild of its metadata"
-    rows = {
-        "capture": (
-            "The graph of each uniform batch refreshes, at its start, what vLLM would rebuild on the host before the replay.",
-            "at capture",
-        ),
-        "prepare_attn": (
-            "vLLM rebuilds the metadata of every group for every batch. Where a refreshed graph may follow, they are built "
-            "when somebody asks for them.",
-            "at every batch of the target",
-        ),
-        "run_fullgraph": (
-            "It alone knows the exact graph: before one that is not refreshed vLLM builds, as ever.",
-            "at every replay of the target",
-        ),
-    }
-    return tuple(
-        Part(
-            v2_target_hooks.PATH, owner, v2_target_hooks.NEEDS[method], target.hooks,
-            (_row(f"{owner}.{method}", rows[method][0], gone_when, rows[method][1]),), essential=False,
-        )
-        for method, owner in v2_target_hooks.OWNERS.items()
-    )  # fmt: skip
-
-
 def v1_proposals() -> Part:
     """Model Runner V1's draft. Imports nothing."""
     gone_when, runs = "vLLM drops Model Runner V1", "at every draft, once per step"
@@ -138,12 +113,50 @@ def v1_proposals() -> Part:
     )  # fmt: skip
 
 
-def v2_patches(target: Target | None) -> PatchSet:
-    """What is patched of Model Runner V2: all of it, or without a target only the drafts that are not fused."""
-    parts = () if target is None else (*v2_essential(), *v2_more(), *v2_target(target))
+def v2_target(target: Target | None = None) -> tuple[Part, ...]:
+    """The tokens that Model Runner V2 verifies: all of it is patched, or nothing. Without a `target` the parts are to be looked
+    at only. Imports nothing."""
+    gone_when = "vLLM replays the target's graph without a rebuild of its metadata"
+    rows = {
+        "capture": (
+            "The graph of each uniform batch refreshes, at its start, what vLLM would rebuild on the host before the replay.",
+            "at capture",
+        ),
+        "prepare_attn": (
+            "vLLM rebuilds the metadata of every group for every batch. Where a refreshed graph may follow, they are built "
+            "when somebody asks for them.",
+            "at every batch of the target",
+        ),
+        "run_fullgraph": (
+            "It alone knows the exact graph: before one that is not refreshed vLLM builds, as ever.",
+            "at every replay of the target",
+        ),
+    }
+    make = _looked_at if target is None else target.hooks
+    return tuple(
+        Part(
+            target_hooks.PATH, owner, target_hooks.NEEDS[method], make,
+            (_row(f"{owner}.{method}", rows[method][0], gone_when, rows[method][1]),), essential=True,
+        )
+        for method, owner in target_hooks.OWNERS.items()
+    )  # fmt: skip
+
+
+def _looked_at(host: Host, owner: type, live: Callable[[], bool]) -> Mapping[str, Callable[..., Any]]:
+    raise AssertionError("these parts were made to be looked at")
+
+
+def v2_patches(fused: bool = True) -> PatchSet:
+    """What is patched of Model Runner V2: all of it, or only the drafts that are not fused."""
+    parts = (*v2_essential(), *v2_more()) if fused else ()
     # The set calls it after each essential part; one warning is enough.
     used = functools.cache(lambda: warn_if_untested(logger, "vllm", releases.TESTED))
     return PatchSet(V2, (*parts, v2_not_fused()), logger, used)
+
+
+def target_patches(target: Target | None = None) -> PatchSet:
+    """What is patched around the target of Model Runner V2; without a `target`, to be looked at."""
+    return PatchSet(f"{V2}'s target", v2_target(target), logger)
 
 
 def v1_patches() -> PatchSet:

@@ -199,14 +199,6 @@ def groups_of(speculator: Any) -> list[Any]:
     return [group for same_cache in speculator.attn_groups for group in same_cache]
 
 
-def kernel_block_table(group: Any) -> Any:
-    """The block table of a group whose pages are smaller than the manager's blocks, by microbatch; else None.
-
-    A group without the attribute, whose table has the kernels' pages already, goes with 0.31.
-    """
-    return getattr(group, "kernel_block_table", None)
-
-
 def uncovered_speculator(speculator: Any) -> str:
     """Empty, or why the step of a fused draft is left to vLLM. A speculator without `pcp_manager` goes with 0.28."""
     tables = speculator.block_tables

@@ -88,7 +88,8 @@ ENGINES = {
                 {
                     "draft decode": {"graph": (*vllm.NEEDS, *(need for row in ESSENTIAL for need in row.needs))},
                     V1_PATH: {"copy": vllm.V1_NEEDS},
-                    v2_target.PATH: {"graph": v2_target.needs()}, v2_target.FIRST_PASS: {"graph": v2_target.needs()},
+                    v2_target.PATH: {"graph": v2_target.needs()},
+                    v2_target.FIRST_PASS: {"graph": v2_target.needs()},
                 },
             ),
         ),

@@ -22,7 +22,8 @@ from nsa_plugin import (
     ReplayPlan,
 )
 from nsa_plugin.core import api
-from nsa_plugin.core.group_rows import CHUNK, GroupMetadata, GroupRows
+from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
+from nsa_plugin.core.triton_binding import GROUP_ROWS_CHUNK as CHUNK
 
 pytest.importorskip("triton")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nsa_plugin import BatchDescriptor, BlockTable, ForwardMode, Geometry, ReplayPlan
-from nsa_plugin.core import reference
 from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
+from nsa_plugin.core.reference import group_rows
 
 pytestmark = pytest.mark.gpu
 DEVICE, POISON, PAGE = "cuda", -77, 64
@@ -95,7 +95,7 @@ class Recorded:
             replace(group, **{name: here(getattr(group, name)) for name in GroupRows.__dataclass_fields__})
             for group in self.groups
         ]
-        reference.group_rows(GroupMetadata(groups, batch, self.geometry), batch)
+        group_rows(batch, GroupMetadata(groups, batch, self.geometry))
         return [
             plane for group in groups for plane, _ in (*group.vectors(batch).values(), *group.tables(batch).values())
         ]  # fmt: skip

@@ -13,21 +13,21 @@ ROOM = Path(__file__).resolve().parents[2] / "adapters" / "vllm"
 FILES = {str(path.relative_to(ROOM)): ast.parse(path.read_text()) for path in sorted(ROOM.rglob("*.py"))}
 RELEASES = "releases.py"
 NOT_RELEASES = {
-    ("builders.py", ""): "a setting that not every builder has",
+    ("builders.py", "_is_non_causal"): "a setting that not every builder has",
     ("builders.py", "_above_one"): "settings that not every builder has",
     ("builders.py", "_by_update"): "builders without an update in place",
     ("builders.py", "_has_hisparse"): "a setting that not every builder has",
     ("builders.py", "changes_of"): "metadata of builders that are not known",
     ("v1/kept.py", "keep_sparse"): "one builder of several has extra metadata for fp8 caches, and those a decode part",
     ("v1/verified/watch.py", "_defined"): "an indexer has a schedule, other builders have none",
-    ("v2/target/refusals.py", "uncovered"): "settings that not every configuration has",
+    ("v2/target/refusals.py", "uncovered"): "a feature that a release does not have is not on",
     ("v2/unfused.py", "places"): "metadata of some builders have a decode part",
     ("v2/verified/watch.py", "_described"): "sparse attention has a top-k, dense attention has none",
 }
 """Functions that ask an object of vLLM's what it has, whatever the release; and why."""
 MARK = re.compile(r"\bgoes with (\d+\.\d+)\b")
 WHEN = re.compile(
-    r"Runs (at start|at capture|at every (?:draft|batch)|when vLLM imports|where vLLM (chooses|loads)|only where drafts|where asked)\b"
+    r"Runs (at start|at capture|at every (draft|batch|replay)|when vLLM imports|where vLLM (chooses|loads)|only where drafts|where asked)\b"
 )
 
 

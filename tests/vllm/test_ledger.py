@@ -14,12 +14,11 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
-from nsa_plugin.adapters.vllm.v2.target.hooks import Target
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
 PARTS = (
-    *ledger.v2_essential(), *ledger.v2_more(), *ledger.v2_target(Target()), ledger.v2_not_fused(), ledger.v1_proposals(),
+    *ledger.v2_essential(), *ledger.v2_more(), *ledger.v2_target(), ledger.v2_not_fused(), ledger.v1_proposals(),
 )  # fmt: skip
 ABSENT = object()
 

@@ -171,7 +171,7 @@ def check_outcome(
 def run_with_a_plant(draft: V1Draft, host: Host) -> list[Any]:
     """Every batch; the host is on until the wrong one."""
     have = []
-    for number, batch in enumerate(BATCHES):
+    for number, batch in enumerate(ALL_BATCHES):
         have += proposals(draft, [batch])
         assert host.on == (number < WRONG)
     return have

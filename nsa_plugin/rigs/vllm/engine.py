@@ -17,7 +17,7 @@ from nsa_plugin.adapters.probe import missing
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.ledger import v2_essential
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
-from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
+from nsa_plugin.adapters.vllm.v2.target import hooks as target_hooks
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, without
 
 
@@ -35,46 +35,44 @@ def draft_steps(tokens: int) -> str:
 
 
 class VllmEngine(Engine):
-    """The installed vLLM, on CPU tensors. One adapter serves both runners; each has drafts and strategies of its own.
+    """The installed vLLM, on CPU tensors. One adapter serves both runners; each has cases and strategies of its own.
 
     Attributes
     ----------
-    drafts : tuple of VllmCase
+    tried : tuple of Case
         What to try with this runner.
     never_of_runner : mapping of situation to reason
         What only this runner does not have.
 
     Parameters
     ----------
-    cases : sequence of VllmCase
-        Which of `drafts` to try; all by default.
+    cases : sequence of Case
+        Which of `tried` to try; all by default.
     """
 
     name = "vllm"
     package = "vllm"
     logger = "vllm.plugins.nsa_plugin"
     entry_point = "nsa_plugin.entry:register_vllm"
-    drafts: ClassVar[tuple[VllmCase, ...]]
+    tried: ClassVar[tuple[Case, ...]]
     never_of_runner: ClassVar[Mapping[str, str]]
 
-    def __init__(self, cases: Sequence[VllmCase] = ()) -> None:
-        self._cases = cases or self.drafts
+    def __init__(self, cases: Sequence[Case] = ()) -> None:
+        self._cases = cases or self.tried
         self.never = {
-            "target verify": "vLLM prepares the target's metadata once per round: there is nothing to share",
-            "draft extend": "vLLM drafts its first token with the target's metadata",
             "int64 lengths": "the runner's lengths are int32",
             "strided inputs": "the runner's buffers are contiguous",
             **self.never_of_runner,
         }
 
-    def cases(self) -> Sequence[VllmCase]:
-        """2 to 8 draft tokens, with a bf16 cache and both layouts of an fp8 cache."""
+    def cases(self) -> Sequence[Case]:
+        """What to try."""
         return self._cases
 
     def patched(self) -> Sequence[object]:
-        """The builders that learn to update their metadata, V2's speculator, V1's proposer, and what is around V2's target."""
+        """The builders that learn to update their metadata, V2's speculator, V1's proposer, and the classes around the target."""
         owners = [releases.BUILDER, releases.INDEXER, releases.speculator(), releases.V1_PROPOSER]
-        owners += [] if missing(v2_target.needs()) else v2_target.OWNERS.values()
+        owners += [] if missing(target_hooks.needs()) else target_hooks.OWNERS.values()
         return [pkgutil.resolve_name(owner) for owner in owners]
 
     def obstacles(self) -> Sequence[Obstacle]:

@@ -99,9 +99,11 @@ class V1Engine(VllmEngine):
     """The installed vLLM's Model Runner V1."""
 
     strategies: tuple[Strategy, ...] = ("copy",)
-    drafts = CASES
+    tried = CASES
     batch_types = (CommonAttentionMetadata,)
     never_of_runner: ClassVar[Mapping[str, str]] = {
+        "target verify": "the target's metadata is vLLM's own in this runner",
+        "draft extend": "vLLM drafts its first token with the target's metadata",
         "batch size 0": "vLLM drafts for one request or more",
         "idle batch": "a rank without requests runs vLLM's dummy batch, which prepares no metadata for draft steps",
         "capture again": "the metadata of draft steps is in no CUDA graph, and what graphs read stays the proposer's",

@@ -71,9 +71,11 @@ class V2Engine(VllmEngine):
     """The installed vLLM's Model Runner V2."""
 
     strategies: tuple[Strategy, ...] = ("graph",)
-    drafts = CASES
+    tried = CASES
     batch_types = (DraftBatch,)
     never_of_runner: ClassVar[Mapping[str, str]] = {
+        "target verify": "the target has cases of its own: `v2_target_engine`",
+        "draft extend": "the draft's first pass has cases of its own: `v2_target_engine`",
         "batch size 0": "graphs are captured for one request or more",
         "idle batch": "a rank without requests runs vLLM's dummy batch, which the speculator does not draft for",
         "several captured sizes": "the emulated graph has one size, to which smaller batches are padded",

@@ -26,7 +26,6 @@ from vllm.distributed.parallel_state import (
     init_distributed_environment,
     model_parallel_is_initialized,
 )
-from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
@@ -37,11 +36,10 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 from vllm.v1.worker.gpu.states import RequestState
 
-from nsa_plugin.rigs.models import TINY_DSV32
+from nsa_plugin.rigs.vllm.drafts import LAYOUTS, tiny_config
 from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda, without_compiled_flashmla
 from nsa_plugin.rigs.vllm.v2_draft import CPU, DRAFT, TARGET, Layer, Prefill, block_tables, without_pinned_memory
 
-LAYOUTS = {"bf16": ("auto", 64), "fp8 mixed": ("fp8_ds_mla", 4), "fp8 separate": ("fp8_ds_mla", 64)}
 REQUESTS, MODEL_LEN, BLOCKS, PAGE, NUM_SMS = 16, 1024, 512, 64, 132
 KEPT = ("arange_buffer", "offsets_buffer", "topk_tokens_tensor", "dcp_rank_tensor")
 """Buffers of builders that are constants."""
@@ -112,8 +110,10 @@ def hopper() -> Iterator[None]:
         slot = torch.arange(num_sms // halves + 1, dtype=torch.int32)
         return torch.stack([slot * weighted, (slot * 31 + weighted) % 97], 1).to(torch.int32)
 
-    replaced: dict[str, Any] = {"get_paged_mqa_logits_metadata": schedule, "num_compute_units": lambda *_: NUM_SMS}
-    with emulated_cuda(90), mock.patch.multiple(indexer, **replaced):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(emulated_cuda(90))
+        replaced: dict[str, Any] = {"get_paged_mqa_logits_metadata": schedule, "num_compute_units": lambda *_: NUM_SMS}
+        stack.enter_context(mock.patch.multiple(indexer, **replaced))
         yield
 
 
@@ -199,17 +199,13 @@ class TargetRunner:
     def __init__(self, shape: Shape) -> None:
         without_pinned_memory()
         cache_dtype, heads = LAYOUTS[shape.layout]
-        if cache_dtype != "auto":
-            without_compiled_flashmla()
+        without_compiled_flashmla()
         self.shape, self.width = shape, shape.tokens + 1
         self._most = max(256, REQUESTS * self.width)
-        overrides = {} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads}
-        self.config = EngineArgs(
-            model=str(TINY_DSV32), skip_tokenizer_init=True, max_model_len=MODEL_LEN, max_num_seqs=REQUESTS,
-            max_num_batched_tokens=self._most, block_size=shape.block_size, dtype="bfloat16", enforce_eager=True,
-            load_format="dummy", speculative_config={"method": "mtp", "num_speculative_tokens": shape.tokens},
-            kv_cache_dtype=cache_dtype, hf_overrides=overrides,
-        ).create_engine_config()  # fmt: skip
+        self.config = tiny_config(
+            cache_dtype, heads, shape.tokens, max_model_len=MODEL_LEN, max_num_seqs=REQUESTS,
+            max_num_batched_tokens=self._most, block_size=shape.block_size,
+        )  # fmt: skip
         compilation = self.config.compilation_config
         compilation.cudagraph_capture_sizes = [self.width * size for size in shape.sizes]
         compilation.max_cudagraph_capture_size = self.width * max(shape.sizes)

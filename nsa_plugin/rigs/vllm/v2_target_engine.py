@@ -6,19 +6,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.vllm.describe import TargetBatch
 from nsa_plugin.adapters.vllm.v2.target import hooks
 from nsa_plugin.core import api
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.group_rows import GroupMetadata
 from nsa_plugin.hookspec import hookimpl
-from nsa_plugin.rigs.vllm.v2_engine import V2Engine
+from nsa_plugin.rigs.vllm.engine import VllmEngine
 from nsa_plugin.rigs.vllm.v2_target import Batch, Shape, TargetRunner, hopper
-from nsa_plugin.testing.engine import Case, Engine, Fault, Obstacle, Session, Values
+from nsa_plugin.testing.engine import Case, Fault, Session, Values
 
 POISON = 1 << 20
 REQUESTS = ((3, 0), (4, 0), (1, 4), (2, 0))
@@ -112,25 +113,20 @@ class Failing:
         return run
 
 
-class TargetEngine(Engine):
+class TargetEngine(VllmEngine):
     """The installed vLLM, on CPU tensors, with the branches of Hopper."""
 
-    name, package, logger = V2Engine.name, V2Engine.package, V2Engine.logger
-    entry_point, strategies = V2Engine.entry_point, V2Engine.strategies
-    never: Mapping[str, str] = {
+    strategies: tuple[Strategy, ...] = ("graph",)
+    tried = CASES
+    """Lengths by request and by row, both paths, pages as large as blocks and smaller ones."""
+    batch_types = (TargetBatch,)
+    never_of_runner: ClassVar[Mapping[str, str]] = {
         "decode": "the draft's steps have cases of their own",
         "one step": "a batch is verified in one pass",
         "several steps": "a batch is verified in one pass",
         "batch size 0": "graphs are captured for one request or more",
         "idle batch": "a rank without requests replays vLLM's dummy batch, as any other",
-        "int64 lengths": "the runner's lengths are int32",
-        "strided inputs": "the runner's buffers are contiguous",
     }
-    batch_types = (TargetBatch,)
-
-    def cases(self) -> Sequence[TargetCase]:
-        """Lengths by request and by row, both paths, pages as large as blocks and smaller ones."""
-        return CASES
 
     def expected(self, case: Case) -> list[list[Values]]:
         """vLLM's own build before each replay."""
@@ -145,14 +141,6 @@ class TargetEngine(Engine):
         assert isinstance(case, TargetCase)
         return TargetSession(case)
 
-    def patched(self) -> Sequence[object]:
-        """All that this adapter patches."""
-        return V2Engine().patched()
-
-    def obstacles(self) -> Sequence[Obstacle]:
-        """Those of the adapter."""
-        return V2Engine().obstacles()
-
     @contextlib.contextmanager
     def plant(self, working: int) -> Iterator[Fault]:
         """In the refresh."""
@@ -163,11 +151,6 @@ class TargetEngine(Engine):
     def running(self) -> AbstractContextManager[object]:
         """With vLLM's own logging as it is in production, and a stand-in for DeepGEMM."""
         stack = contextlib.ExitStack()
-        stack.enter_context(V2Engine().running())
+        stack.enter_context(super().running())
         stack.enter_context(hopper())
         return stack
-
-    @property
-    def device(self) -> torch.device:
-        """The rig is CPU only."""
-        return torch.device("cpu")

@@ -1,1 +1,1 @@
-"""Runs at capture and at every batch: Model Runner V2's verified tokens, whose metadata the target's CUDA graph refreshes."""
+"""Runs at capture and at every replay of the target: the tokens that Model Runner V2 verifies, in the target's graph."""

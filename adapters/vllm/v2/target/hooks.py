@@ -20,7 +20,6 @@ from typing import Any
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
-from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2.step import Uncovered
 from nsa_plugin.adapters.vllm.v2.target import refusals
@@ -75,12 +74,10 @@ class Noted:
 class Target:
     """The targets of a process."""
 
-    _host: Host
-    _report: PathReport
-    _first_pass: PathReport
-
-    def __init__(self) -> None:
+    def __init__(self, host: Host) -> None:
+        self._host = host
         self._hooked: dict[str, Callable[[], bool]] = {}
+        self._report, self._first_pass = report(host, PATH), report(host, FIRST_PASS)
         self._replays: Attached[Replays] = Attached("target_replays")
         self._managers: Attached[weakref.ref[Any]] = Attached("target_manager")
         self._noting, self._failed, self._captured_off = False, False, False
@@ -91,7 +88,6 @@ class Target:
         name = next(name for name, path in OWNERS.items() if pkgutil.resolve_name(path) is owner)
         original = getattr(owner, name)
         self._hooked[name] = live
-        self._host, self._report, self._first_pass = host, report(host, PATH), report(host, FIRST_PASS)
         return MappingProxyType({name: functools.wraps(original)(getattr(self, f"_{name}")(original))})
 
     def _live(self) -> bool:

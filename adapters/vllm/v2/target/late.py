@@ -1,4 +1,4 @@
-"""Runs at every batch that a refreshed graph serves: metadata that is built when somebody asks for it."""
+"""Runs at every batch of the target: metadata that is built when somebody asks for it, because the graph does without."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class _Pages:
         self.page_size: int = builder.kv_cache_spec.block_size
         self.block_size, self.stride, self.planes = self.page_size, 0, dict[str, Any]()
         self.addresses = {table.data_ptr()}
-        mapped = releases.kernel_block_table(group)
+        mapped = releases.mapped_table(group)
         if mapped is not None:
             self.block_size = group.kv_cache_spec.block_size
             self.stride = group.kernel_block_stride

@@ -1,4 +1,4 @@
-"""Runs at capture: the refresh of one batch is planned, and recorded at the start of its graph. It is switched on the device."""
+"""Runs at capture: the refresh of one captured batch, recorded at the start of its graph, switched on the device."""
 
 from __future__ import annotations
 
