@@ -162,7 +162,7 @@ def test_a_path_that_a_release_was_not_tried_on_is_said_to_be_not_run() -> None:
 def test_every_path_of_a_kit_is_probed() -> None:
     """What the kit of an engine finds out has a cell to go into."""
     needs = {name: [set(of.paths) for of in engine.needs] for name, engine in ENGINES.items()}
-    assert needs["vllm"] == [{"draft decode", v1_proposer.PATH}]
+    assert needs["vllm"] == [{"draft decode", v1_proposer.PATH, "target verify", "draft extend"}]
     assert all(paths == {"draft decode", "target verify", "draft extend"} for paths in needs["sglang"])
 
 

@@ -20,8 +20,6 @@ NOT_RELEASES = {
     ("builders.py", "changes_of"): "metadata of builders that are not known",
     ("v1/kept.py", "keep_sparse"): "one builder of several has extra metadata for fp8 caches, and those a decode part",
     ("v1/verified/watch.py", "_defined"): "an indexer has a schedule, other builders have none",
-    ("v2/target/planes.py", "_indexer"): "an indexer has kernels for query lengths that vary, or has not",
-    ("v2/target/refresh.py", "__init__"): "metadata of sparse attention have a request map",
     ("v2/target/refusals.py", "uncovered"): "a feature that a release does not have is not on",
     ("v2/unfused.py", "places"): "metadata of some builders have a decode part",
     ("v2/verified/watch.py", "_described"): "sparse attention has a top-k, dense attention has none",

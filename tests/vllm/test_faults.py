@@ -34,6 +34,7 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
+from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 from nsa_plugin.cli import main
 from nsa_plugin.core.draft_steps import bind_draft_steps
 from nsa_plugin.core.kernels import draft_steps, step_update
@@ -315,6 +316,8 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
     assert paths.pop(f"{v2_unfused.PATH} (Model Runner V2)").startswith("strategy copy")
     assert paths.pop(v1_proposer.PATH).startswith("strategy copy")
+    for path in (v2_target.PATH, v2_target.FIRST_PASS):
+        assert paths.pop(f"{path} (Model Runner V2)").startswith("strategy graph")
     assert paths == left
 
 

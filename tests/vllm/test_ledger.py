@@ -17,7 +17,9 @@ from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.host import Host
 from nsa_plugin.settings import Settings
 
-PARTS = (*ledger.v2_essential(), *ledger.v2_more(), ledger.v2_not_fused(), ledger.v1_proposals())
+PARTS = (
+    *ledger.v2_essential(), *ledger.v2_more(), *ledger.v2_target(), ledger.v2_not_fused(), ledger.v1_proposals(),
+)  # fmt: skip
 ABSENT = object()
 
 

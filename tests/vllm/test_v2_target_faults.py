@@ -112,7 +112,7 @@ def compressed(runner: TargetRunner) -> None:
         (other_builder, "Another is not covered"),
         (compressed, "compressed indexer cache"),
         (lambda runner: setattr(runner.builders[-1], "dcp_world_size", 2), "decode context parallelism"),
-        (lambda runner: setattr(runner.builders[-1], "supports_varlen", True), "query lengths that vary"),
+        (lambda runner: setattr(runner.builders[-1], "varies", True), "query lengths that vary"),
     ],
 )
 def test_builders_that_are_not_covered_are_left_to_vllm(
@@ -133,13 +133,16 @@ def _frozen(runner: TargetRunner) -> Any:
     real = indexer.DeepseekV32IndexerMetadataBuilder.build
 
     def build(builder: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = {"compress_ratio": 1, "dcp_world_size": 1, "supports_varlen": False}
+        plain = {"compress_ratio": 1, "dcp_world_size": 1}
         changed = {name: vars(builder)[name] for name in plain}
         vars(builder).update(plain)
         try:
-            return real(builder, *args, **kwargs)
+            made = real(builder, *args, **kwargs)
         finally:
             vars(builder).update(changed)
+        if "varies" in vars(builder):  # as on Blackwell
+            made.decode.indices = made.decode.decode_lens
+        return made
 
     return build
 

@@ -141,6 +141,7 @@ class Target:
         except Exception as error:
             self._fail(replays, error)
             return None
+        self._captured_off = False
         replays.groups = noted.frozen.groups
         replays.refreshes[desc] = refresh
         self._managers.set(noted.state, weakref.ref(manager))

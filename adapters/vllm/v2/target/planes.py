@@ -61,6 +61,8 @@ class Planes:
         Tokens per page of the groups' tables.
     first_block_size : int
         Tokens per entry of the first KV-cache group's table.
+    sparse : FlashMLASparseMetadataBuilder
+        Of one of the groups.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class Planes:
         self.groups: list[GroupRows] = []
         self._schedules: list[tuple[torch.Tensor, Callable[[], None]]] = []
         self._frozen = frozen
+        self.sparse: Any = None
         known: set[int] = set()
         sizes: list[tuple[int, int]] = []
         for group, own, table in frozen.each():
@@ -86,6 +89,7 @@ class Planes:
             pages = _Pages(group, builder, table)
             sizes.append((pages.page_size, pages.block_size))
             indexer = row is builders.INDEXER
+            self.sparse = self.sparse if indexer else builder
             vectors = self._indexer(builder, own, pages) if indexer else {"request_map": own.req_id_per_token}
             made = GroupRows(
                 **pages.planes, **vectors, slots=BlockTable(table, pages.block_size), page_stride=pages.stride
@@ -93,6 +97,8 @@ class Planes:
             self._add(made, known)
         if len({page_size for page_size, _ in sizes}) != 1:
             raise Uncovered("attention groups with pages of different sizes are not covered")
+        if self.sparse is None:
+            raise Uncovered("a target without sparse attention is not covered")
         self.page_size, self.first_block_size = sizes[0]
 
     @property
@@ -120,7 +126,7 @@ class Planes:
 
     def _indexer(self, builder: Any, own: Any, pages: _Pages) -> dict[str, Any]:
         decode, frozen = own.decode, self._frozen
-        if decode is None or decode.indices is not None or getattr(builder, "supports_varlen", False):
+        if decode is None or decode.indices is not None:
             raise Uncovered("an indexer whose kernels take query lengths that vary is not covered")
         if decode.requires_padding or decode.seq_lens.numel() != frozen.num_tokens:
             raise Uncovered(f"an indexer with {decode.seq_lens.numel()} lengths for {frozen.num_tokens} rows")

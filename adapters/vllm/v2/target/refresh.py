@@ -56,10 +56,7 @@ class Refresh:
         native = TargetBatch(batch, frozen.block_tables, self.planes.first_block_size)
         self._describe = report.describe(native, describe_target)
         self._static = self._describe(native)
-        sparse = next(
-            group.get_metadata_builder() for group, own, _ in frozen.each() if hasattr(own, "req_id_per_token")
-        )
-        self.geometry = geometry(sparse, self._static)
+        self.geometry = geometry(self.planes.sparse, self._static)
         with torch.inference_mode(False):  # an undo writes it outside of inference mode
             self._enabled = torch.ones(1, dtype=torch.int32, device=self._static.seq_lens.device)
         self._is_enabled = True

@@ -1,4 +1,4 @@
-"""Runs at every replay of the target: is this graph refreshed, or must vLLM build first?"""
+"""Runs at every batch of the target: is its graph refreshed, or must vLLM build first?"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs only where drafts are verified: vLLM builds, the graph refreshes and runs, and what is there is compared.
 
-A refreshed graph can't be looked at before it has run: a difference is seen after
-that batch was computed with it. From the next batch on vLLM's own values are used.
+A refreshed graph can't be looked at before it has run: a difference is seen after that batch was computed with it. From the
+next batch on vLLM's own values are used.
 """
 
 from __future__ import annotations
