@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ assert nsa_plugin.__version__ == m.version("nsa-plugin")
 print(nsa_plugin.__file__)
 """
 RELEASE = nsa_plugin._RELEASE
+MODULES = {
+    str(path.relative_to(ROOT) if room == "nsa_plugin" else Path("nsa_plugin") / path.relative_to(ROOT))
+    for room in ("nsa_plugin", "core", "adapters")
+    for path in (ROOT / room).rglob("*.py")
+    if not any(part.is_symlink() for part in path.parents)
+}
+"""Every module of every room, as it is packed."""
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +130,10 @@ def test_a_build_between_releases_names_its_commit(copy: Path, tmp_path: Path) -
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "all")
     first = git(folder, "rev-parse", "HEAD").decode()
+    git(tmp_path, "clone", "-q", str(folder), "clone")
+    with zipfile.ZipFile(build("wheel", tmp_path / "clone", tmp_path)) as wheel:
+        packed = {name for name in wheel.namelist() if name.endswith(".py")}
+    assert packed == {*MODULES, "nsa_plugin/_version.py"}
     before, _, commit = version(folder).partition("+g")
     assert before == f"{RELEASE}.dev1" and first.startswith(commit) and len(commit) > 6
     git(folder, "tag", f"v{RELEASE}")
