@@ -152,7 +152,7 @@ def test_ctrl_c_keeps_what_was_measured_and_says_that_it_is_not_all(
     kept = json.loads(data.read_text())
     assert len(kept["cells"]) == 1 and kept["complete"] is False and kept["planned_cells"] == 2
     said = capsys.readouterr()
-    assert "incomplete: 1 of 2 cells" in said.out and "interrupted" in said.err
+    assert "incomplete: 1 of 2 cells" in " ".join(said.out.split()) and "interrupted" in said.err
     assert "incomplete: 1 of 2 cells" in picture.read_text() or "<svg" in picture.read_text()
     assert load_results(data) == kept
 
