@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import re
 import statistics
 from collections.abc import Iterable
@@ -22,6 +23,9 @@ from typing import Any
 BASELINE = "no plugin"
 CAPTURE = re.compile(r"CUDA graph end.*elapsed=([\d.]+) s|Graph capturing finished in (\d+) secs")
 GIVEN_BACK = re.compile(r"([\d.]+) MiB given back")
+FEWEST_PAIRS = 10
+"""Turns of a cell from which on a change has an interval."""
+RESAMPLES = 2000
 SKIPPED = 8
 """Rounds at the start of a request that are not counted, because its prompt is being read."""
 Cell = dict[str, Any]
@@ -129,7 +133,7 @@ def markdown(results: dict[str, Any]) -> str:
     names = ", ".join(variants)
     lines = [
         f"{_title(results)}: decode tokens/s (median; change "
-        f"against {BASELINE}), µs from round to round (median / p99), µs of host time for metadata per round, tokens of "
+        f"against {BASELINE}, of cells with {FEWEST_PAIRS} turns or more as a paired ratio with its 95 % interval), µs from round to round (median / p99), µs of host time for metadata per round, tokens of "
         "all turns compared:",
         "",
         f"| steps | prompt | batch | {' | '.join(variants)} | round: {names} | metadata: {names} | tokens |",
@@ -236,7 +240,21 @@ def _rate(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
     rate = f"{one['tokens_per_s']:,.{int(one['tokens_per_s'] < 100)}f}"
     if baseline is None or one is baseline:
         return rate
-    return f"{rate} ({_change(one['tokens_per_s'] / baseline['tokens_per_s'])})"
+    pairs = list(zip(one["tokens_per_s_all"], baseline["tokens_per_s_all"], strict=False))
+    if len(pairs) < FEWEST_PAIRS:
+        return f"{rate} ({_change(one['tokens_per_s'] / baseline['tokens_per_s'])})"
+    mean, low, high = paired(pairs)
+    said = f"{_change(mean)}, {_change(low)} to {_change(high)}" if not low <= 1 <= high else "no difference seen"
+    return f"{rate} ({said}; {len(pairs)} pairs)"
+
+
+def paired(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Geometric mean of the ratios of pairs, and its 95 % interval by bootstrap over the pairs, which took turns."""
+    logs = [math.log(ours / theirs) for ours, theirs in pairs]
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(logs, k=len(logs))) for _ in range(RESAMPLES))
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+    return math.exp(statistics.fmean(logs)), math.exp(low), math.exp(high)
 
 
 def _change(ratio: float) -> str:
