@@ -183,7 +183,7 @@ def _builder(row: BuilderRow, upstream: str, gone_when: str) -> Part:
 def _step_rows(speculator: str) -> tuple[LedgerRow, ...]:
     one_launch = "vLLM writes the metadata of a step in one launch"
     asked = _row(
-        f"{speculator}.{releases.UPDATE}",
+        f"{speculator}.{releases.UPDATE_STEP}",
         "vLLM asks every attention group to update its metadata. Here that one kernel runs instead, and then the update of "
         "each group that is not understood.",
         one_launch,

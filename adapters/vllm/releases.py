@@ -37,7 +37,7 @@ SPECULATORS = (
     "vllm.v1.worker.gpu.spec_decode.autoregressive.speculator.AutoRegressiveSpeculator",
 )
 """Where the fused draft of Model Runner V2 is. The second, which rebuilds the metadata of its first step, goes with 0.31."""
-UPDATE = "_update_draft_decode_metadata"
+UPDATE_STEP = "_update_draft_decode_metadata"
 """The first one's method that asks every attention group. The second one's loop asks them itself: see `asks_groups`."""
 CHOOSE = {SPECULATORS[0]: "_configure_decode_metadata_update", SPECULATORS[1]: "_configure_fused_multi_step_decode"}
 """By speculator, its method that chooses the fused draft. The second goes with 0.31."""
@@ -58,13 +58,13 @@ def speculator() -> str:
 
 
 def has_update(speculator: str) -> bool:
-    """Whether the speculator at a dotted path has `UPDATE`. That it may not goes with 0.31."""
+    """Whether the speculator at a dotted path has `UPDATE_STEP`. That it may not goes with 0.31."""
     return speculator == SPECULATORS[0]
 
 
 def asks_groups(owner: type) -> bool:
-    """Whether the loop of a speculator asks every attention group itself, without `UPDATE`. That goes with 0.31."""
-    return not hasattr(owner, UPDATE)
+    """Whether the loop of a speculator asks every attention group itself, without `UPDATE_STEP`. That goes with 0.31."""
+    return not hasattr(owner, UPDATE_STEP)
 
 
 class EveryGroup:
@@ -167,7 +167,7 @@ SLOTS = Need(
 def step_needs(speculator: str) -> tuple[Need, ...]:
     """What one kernel per step of a fused draft needs of the speculator at a dotted path."""
     update = Need(
-        f"{speculator}.{UPDATE}", ("attn_metadata", "num_reqs"), "write the metadata of a draft step", hooked=True
+        f"{speculator}.{UPDATE_STEP}", ("attn_metadata", "num_reqs"), "write the metadata of a draft step", hooked=True
     )
     return (
         Need(f"{speculator}._generate_fused_drafts", ("num_reqs", "num_tokens_padded", "attn_metadata"),

@@ -16,7 +16,7 @@ Step = dict[str, torch.Tensor]
 LAYOUT, TOKENS = LAYOUTS["bf16"], 3
 LARGE = ([100, 107, 126, 65, 700, 64], [1, 0, 2, 2, 0, 1], 1)
 """More requests than were captured."""
-FIRST_IS_REBUILT = not hasattr(pkgutil.resolve_name(releases.speculator()), releases.UPDATE)
+FIRST_IS_REBUILT = not hasattr(pkgutil.resolve_name(releases.speculator()), releases.UPDATE_STEP)
 """vLLM 0.28 to 0.31 rebuilds the metadata of the first draft step, and updates that of the others."""
 POISONED = (
     "req_id_per_token_buffer", "expanded_block_table_buffer", "decode_seq_lens_buffer", "decode_lens_buffer",

@@ -46,7 +46,7 @@ class Wrapper:
 
 CHOOSE = releases.CHOOSE[releases.speculator()]
 WRAPPED = [(releases.speculator(), CHOOSE), (releases.BUILDER, v2_updates.METHOD),
-           (releases.speculator(), v2_step.GENERATE), (releases.speculator(), v2_step.UPDATE)]  # fmt: skip
+           (releases.speculator(), v2_step.GENERATE), (releases.speculator(), v2_step.UPDATE_STEP)]  # fmt: skip
 
 
 @pytest.mark.parametrize("before_us", [True, False])
@@ -68,7 +68,7 @@ def test_another_plugin_wraps_a_method_of_v2(
         assert draft.fused == fused
         assert bool(other.calls) == fused
         left_out = [line for line in log(logging.INFO) if "draft step: strategy off (" in line]
-        assert len(left_out) == (name == v2_step.UPDATE) and all(name in line for line in left_out)
+        assert len(left_out) == (name == v2_step.UPDATE_STEP) and all(name in line for line in left_out)
         adapter.undo()
         assert vars(other.owner)[name] is other.method
         assert_named_once(log, name, before_us)
@@ -129,7 +129,7 @@ def assert_named_once(log: Any, name: str, before_us: bool) -> None:
 def test_a_later_plugin_that_replaces_the_update_of_a_step(install: Install, expected: list[Step]) -> None:
     """It never calls ours: no slots may be waiting for that."""
     host, _ = install()
-    stock = pkgutil.resolve_name(releases.speculator()).__mro__[1].__dict__[v2_step.UPDATE]
+    stock = pkgutil.resolve_name(releases.speculator()).__mro__[1].__dict__[v2_step.UPDATE_STEP]
     with restored(V2Engine()):
-        setattr(pkgutil.resolve_name(releases.speculator()), v2_step.UPDATE, lambda *arguments: stock(*arguments))
+        setattr(pkgutil.resolve_name(releases.speculator()), v2_step.UPDATE_STEP, lambda *arguments: stock(*arguments))
         assert unequal(expected, proposals(Draft(*LAYOUT, TOKENS))) == [] and not host.fallbacks

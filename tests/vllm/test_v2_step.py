@@ -224,7 +224,7 @@ def count(layout: str, tokens: int) -> list[Counter[str]]:
         patch.setattr(speculator, "_run_model", forward)
         patch.setattr(speculator, "on_multi_step_decode_begin", begun)
         patch.setattr(draft.tables, "compute_slot_mappings", watched(draft.tables.compute_slot_mappings))
-        for method in ("_build_uniform_attn_metadata", "_build_draft_attn_metadata", v2_step.UPDATE):
+        for method in ("_build_uniform_attn_metadata", "_build_draft_attn_metadata", v2_step.UPDATE_STEP):
             if hasattr(speculator, method):
                 patch.setattr(speculator, method, watched(getattr(speculator, method)))
         patch.setattr(v2_unfused.KeptStep, "run", watched(v2_unfused.KeptStep.run))
@@ -267,7 +267,7 @@ def test_undo_restores_the_speculator_by_identity(install: Install) -> None:
     before = dict(vars(Owner))
     host, adapter = install()
     assert vars(Owner)[v2_step.GENERATE] is not before[v2_step.GENERATE]
-    assert (v2_step.UPDATE in vars(Owner)) != FIRST_IS_REBUILT
+    assert (v2_step.UPDATE_STEP in vars(Owner)) != FIRST_IS_REBUILT
     patched = dict(vars(Owner))
     assert adapter.install(host) == [] and dict(vars(Owner)) == patched
     adapter.undo()

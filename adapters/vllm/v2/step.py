@@ -30,7 +30,7 @@ from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
 
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
-UPDATE = releases.UPDATE
+UPDATE_STEP = releases.UPDATE_STEP
 Hooks = Mapping[str, Callable[..., Any]]
 
 
@@ -186,14 +186,14 @@ def hooks(
     """Replacements of the methods of `owner`, one of `releases.SPECULATORS`, that make and update the steps of a draft."""
     generate, said = getattr(owner, GENERATE), report(host, PATH)
     asks_groups = releases.asks_groups(owner)
-    update = releases.update_groups if asks_groups else getattr(owner, UPDATE)
+    update = releases.update_groups if asks_groups else getattr(owner, UPDATE_STEP)
     failed = False
 
     def uncovered(speculator: Any) -> str:
         """Empty, or why this speculator's step stays as it is: slots may only be put off if nothing comes in between."""
         if not asks_groups:
-            if getattr(type(speculator), UPDATE) is not update_draft_decode_metadata:
-                return f"{type(speculator).__name__}.{UPDATE} is not this plugin's"
+            if getattr(type(speculator), UPDATE_STEP) is not update_draft_decode_metadata:
+                return f"{type(speculator).__name__}.{UPDATE_STEP} is not this plugin's"
             if problem := releases.not_vllms(update):
                 return problem
         return releases.uncovered_speculator(speculator)
@@ -257,7 +257,7 @@ def hooks(
                 fell_back(error)
         return update(speculator, attn_metadata, num_reqs, *args, **kwargs)
 
-    hooked = {} if asks_groups else {UPDATE: update_draft_decode_metadata}
+    hooked = {} if asks_groups else {UPDATE_STEP: update_draft_decode_metadata}
     return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
 
 

@@ -39,7 +39,7 @@ class V2Session(Session):
 
     def __init__(self, case: VllmCase) -> None:
         self.draft = Draft(*LAYOUTS[case.layout], case.tokens)
-        self.draft.keep_methods(v2_step.GENERATE, v2_step.UPDATE)
+        self.draft.keep_methods(v2_step.GENERATE, v2_step.UPDATE_STEP)
         self._tokens = case.tokens
         self._seen: list[Values] = []
 

@@ -30,7 +30,7 @@ from nsa_plugin.settings import Settings
 from nsa_plugin.testing.watching import WatchedHost
 
 STOCK, KEPT, IN_PLACE, ONE_KERNEL = "vllm shipped", "metadata kept", "vllm in place", "graph"
-STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE)
+STEP_METHODS = (v2_step.GENERATE, v2_step.UPDATE_STEP)
 """Methods of the speculator that "graph" replaces and "vllm in place" leaves as they are."""
 POISON = 7
 BUFFERS = (
@@ -132,7 +132,7 @@ class ReplayedDraft(Draft):
 
     def without_metadata(self) -> None:
         """Leave the metadata of the steps as it was captured, from the next capture on."""
-        setattr(self.speculator, v2_step.UPDATE, lambda metadata, num_reqs: None)  # slots wait for it, for ever
+        setattr(self.speculator, v2_step.UPDATE_STEP, lambda metadata, num_reqs: None)  # slots wait for it, for ever
 
     def capture(self, record: bool) -> None:
         """Capture; `record` what each step sees, or nothing, to be timed."""
