@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nsa_plugin import __version__
@@ -87,7 +87,9 @@ def _status(report: Report) -> int:
 
 
 def _table(title: str, checks: list[Check]) -> Table:
-    table = Table("", "", "", title=title, title_justify="left", show_header=False)
+    table = Table(
+        "", Column(overflow="fold"), Column(overflow="fold"), title=title, title_justify="left", show_header=False
+    )
     for check in checks:
         text = Text(check.detail)
         if check.fix:
@@ -97,7 +99,7 @@ def _table(title: str, checks: list[Check]) -> Table:
 
 
 def _patches(engine: str, rows: Ledger) -> Table:
-    table = Table("", "", title=f"patches of {engine}", title_justify="left", show_header=False)
+    table = Table("", Column(overflow="fold"), title=f"patches of {engine}", title_justify="left", show_header=False)
     for row in rows:
         for field in FIELDS:
             last = field == FIELDS[-1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -298,6 +300,11 @@ def test_the_ledger_of_patches_is_printed_if_the_adapter_offers_one(
         assert main(["doctor", flag]) == 0
         out = capsys.readouterr().out
         assert "patches of sglang" in out and all(text in out for text in vars(ROW).values())
+    long = ".".join(["engine", "package" * 9, "Backend" * 9, "prepare"])
+    toy.ledger = lambda adapter: (replace(ROW, target=long),)  # type: ignore[attr-defined]
+    assert main(["doctor", "--patches"]) == 0
+    out = capsys.readouterr().out
+    assert long in re.sub(r"[\s│]", "", out) and max(map(len, out.splitlines())) <= 80
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["patches"] == {"sglang": [vars(ROW)]}
 
