@@ -300,11 +300,6 @@ def test_the_ledger_of_patches_is_printed_if_the_adapter_offers_one(
         assert main(["doctor", flag]) == 0
         out = capsys.readouterr().out
         assert "patches of sglang" in out and all(text in out for text in vars(ROW).values())
-    long = ".".join(["engine", "package" * 9, "Backend" * 9, "prepare"])
-    toy.ledger = lambda adapter: (replace(ROW, target=long),)  # type: ignore[attr-defined]
-    assert main(["doctor", "--patches"]) == 0
-    out = capsys.readouterr().out
-    assert long in re.sub(r"[\s│]", "", out) and max(map(len, out.splitlines())) <= 80
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["patches"] == {"sglang": [vars(ROW)]}
 
@@ -330,3 +325,11 @@ def test_no_engine_is_imported_that_is_not_installed_and_no_gpu_is_touched(pytes
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout)["ok"], bool), "nothing but JSON, whatever an engine prints"
+
+
+def test_a_long_name_is_folded_and_not_cut(toy: type[Toy], capsys: pytest.CaptureFixture[str]) -> None:
+    long = ".".join(["engine", "package" * 9, "Backend" * 9, "prepare"])
+    toy.ledger = lambda adapter: (replace(ROW, target=long),)  # type: ignore[attr-defined]
+    assert main(["doctor", "--patches"]) == 0
+    out = capsys.readouterr().out
+    assert long in re.sub(r"[\s│]", "", out) and max(map(len, out.splitlines())) <= 80
