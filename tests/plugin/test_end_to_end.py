@@ -148,7 +148,7 @@ def test_ranks_are_compared(tmp_path: Path) -> None:
         for figures in cell["variants"].values():
             assert figures["draft metadata us"]["per_round"] == figures["round us"]["per_round"] == 1
             assert figures["draft metadata us"]["spread_median"] == pytest.approx(300)
-            assert 400 < figures["round_us_median"] < 1000  # of each rank by itself
+            assert figures["round_us_median"] > 400  # of each rank by itself: between two ranks there would be none
     assert report(tmp_path, example).count("draft metadata: slowest rank over fastest 300 µs (p99 300 µs)") == 3
 
 
