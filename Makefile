@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Two processes. A file's tests stay in one of them, because they share what is slow to set up.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
+# One thread each: more would only wait for each other.
+ONE_THREAD = OMP_NUM_THREADS=1
 # Modules are compiled when they are first imported: most of an engine's never are.
 PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 
@@ -21,7 +23,7 @@ demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo --trace examples/traces/sglang_h100.jsonl
 
 test: $(CORE)/ready
-	$(CORE)/bin/python -m pytest $(SIDE_BY_SIDE)
+	$(ONE_THREAD) $(CORE)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(CORE)/ready
 	$(CORE)/bin/ruff check .
@@ -35,11 +37,11 @@ soak: $(CORE)/ready
 	$(CORE)/bin/python -m benchmarks.soak
 
 conformance-sglang: $(SGLANG)/ready
-	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest $(SIDE_BY_SIDE) tests/sglang tests/plugin/test_examples.py
+	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest $(SIDE_BY_SIDE) tests/sglang tests/plugin/test_examples.py
 	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
 
 conformance-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest $(SIDE_BY_SIDE) tests/vllm tests/plugin/test_examples.py
+	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(SIDE_BY_SIDE) tests/vllm tests/plugin/test_examples.py
 
 matrix: $(CORE)/ready
 	$(CORE)/bin/python -m benchmarks.matrix.run $(ENGINE)
