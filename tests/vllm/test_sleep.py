@@ -61,7 +61,8 @@ class Recorded:
         patch.setattr(v2_step, "Step", self)
 
     def __call__(self, *arguments: Any) -> v2_step.Step:
-        if arguments[-1] > CAPTURED:
+        _, _, num_reqs, _ = arguments
+        if num_reqs > CAPTURED:
             return self._bind(*arguments)
         if self.step is None:
             self.step = self._bind(*arguments)
