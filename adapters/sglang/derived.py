@@ -11,6 +11,7 @@ from typing import Any
 from nsa_plugin.adapters.sglang import releases
 from nsa_plugin.adapters.sglang.describe import vectors_and_tables
 from nsa_plugin.core.metadata import same_buffer
+from nsa_plugin.core.plan import in_turn
 
 
 def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> Callable[[], None] | None:
@@ -29,14 +30,7 @@ def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -
         lengths = planes["nsa_cache_seqlens"]
         destination = metadata.flashmla_metadata.slice(slice(0, lengths.shape[0] + 1))
         steps.append(lambda: destination.copy_(backend._compute_flashmla_metadata(cache_seqlens=lengths, seq_len_q=1)))
-    if not steps:
-        return None
-
-    def refresh() -> None:
-        for step in steps:
-            step()
-
-    return refresh
+    return in_turn(steps)
 
 
 def _schedule(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> Callable[[], None]:

@@ -19,6 +19,7 @@ from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import StepMetadata
+from nsa_plugin.core.plan import in_turn
 
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
 """Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""
@@ -277,15 +278,7 @@ class Preparation:
         """A function that refreshes the derived planes of all buffers that the plan writes; None if there are none."""
         planes = list(zip(self._backends, self._used, strict=True))[: None if exact else 1]
         made = [derived.refresher(*plane, self._native_mode, self._batch_size) for plane in planes]
-        steps = [step for step in made if step is not None]
-        if len(steps) < 2:
-            return steps[0] if steps else None
-
-        def refresh() -> None:
-            for step in steps:
-                step()
-
-        return refresh
+        return in_turn([refresh for refresh in made if refresh is not None])
 
     def _point(self) -> None:
         """Leave the Python state that sglang's own replay leaves. Only eager code looks at it."""

@@ -18,6 +18,7 @@ from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, as_captured
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
 from nsa_plugin.core.group_rows import GroupRows
+from nsa_plugin.core.plan import in_turn
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,7 @@ class Planes:
     @property
     def derive(self) -> Callable[[], None] | None:
         """What computes DeepGEMM's schedules from the lengths that are there; None if there are none."""
-        calls = [call for _, call in self._schedules]
-        if len(calls) < 2:
-            return calls[0] if calls else None
-
-        def derive() -> None:
-            for call in calls:
-                call()
-
-        return derive
+        return in_turn([call for _, call in self._schedules])
 
     def written(self, batch: BatchDescriptor) -> dict[str, torch.Tensor]:
         """All that a refresh writes, by name: views of vLLM's buffers."""
