@@ -95,19 +95,13 @@ class VllmAdapter:
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
-        plans = []
+        target, plans = ledger.target_patches().probe(), []
         for path, needs, strategy, better, problems in (
             (v2_switch.PATH, "graph", *_plan_v2(host), self.probe()),
             (f"{v2_unfused.PATH} ({ledger.V2})", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
             (v1_proposer.PATH, "copy", "copy", "vLLM captures no whole draft there", ledger.v1_patches().probe()),
-            (f"{v2_target.PATH} ({ledger.V2})", "graph", "graph", "", ledger.target_patches().probe()),
-            (
-                f"{v2_target.FIRST_PASS} ({ledger.V2})",
-                "graph",
-                "graph",
-                v2_target.READS,
-                ledger.target_patches().probe(),
-            ),
+            (f"{v2_target.PATH} ({ledger.V2})", "graph", "graph", "", target),
+            (f"{v2_target.FIRST_PASS} ({ledger.V2})", "graph", "graph", v2_target.READS, target),
         ):
             if needs not in host.strategies:
                 plans.append(PathPlan(path, "off", f"it takes {needs}, which NSA_PLUGIN_STRATEGY leaves out"))

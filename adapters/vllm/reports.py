@@ -14,3 +14,7 @@ logger = logging.getLogger("vllm.plugins.nsa_plugin")
 def report(host: Host, path: str) -> PathReport:
     """The reports of a path of vLLM's."""
     return host.path(ENGINE, path, logger)
+
+
+def recorded(nothing: None) -> None:
+    """What is left on the host of a replay whose metadata a CUDA graph computes: to be counted, it can be instrumented."""

@@ -1,4 +1,4 @@
-"""Runs at capture and after every draft: a draft of Model Runner V2 described for plugins, and shown to those that observe."""
+"""Runs at capture and after every replay: batches of Model Runner V2 are described for plugins, and shown to those that observe."""
 
 from __future__ import annotations
 
@@ -12,12 +12,45 @@ from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft
 from nsa_plugin.core.batch import BatchDescriptor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Observed:
-    """Drafts of one captured size that somebody observes: how a live one is described, and who is told."""
+    """Batches of one captured size that somebody observes.
 
+    Attributes
+    ----------
+    report : PathReport
+    describe : callable
+        Describes a live batch of vLLM's.
+    observe : callable, or None
+        What is told about each; None once a batch could not be described.
+    """
+
+    report: PathReport
     describe: Callable[[Any], BatchDescriptor]
-    observe: Callable[[BatchDescriptor], None]
+    observe: Callable[[BatchDescriptor], None] | None
+
+    def show(self, batch: Any) -> None:
+        """Tell observers of a batch that is done."""
+        if self.observe is None:
+            return
+        try:
+            live = self.describe(batch)
+        except Exception:
+            self.observe = None
+            self.report.logger.exception(
+                "nsa-plugin: %s: a batch could not be described for observers: its size is observed no more",
+                self.report.path,
+            )
+        else:
+            self.observe(live)
+
+
+def observed(
+    report: PathReport, strategy: str, describe: Callable[[Any], BatchDescriptor], batch: BatchDescriptor
+) -> Observed | None:
+    """Who observes the size of `batch`, which has just been bound; None if nobody does."""
+    observe = report.observer(strategy, batch)
+    return None if observe is None else Observed(report, describe, observe)
 
 
 class ObservedDrafts:
@@ -36,24 +69,14 @@ class ObservedDrafts:
         """Describe a size that has just been bound, and ask who observes it. Raises what a plugin's `describe` raises."""
         batch = _batch(speculator, num_rows)
         describe = self._report.describe(batch, describe_draft)
-        observe = self._report.observer(strategy, describe(batch))
-        self._known.setdefault(speculator, {})[num_rows] = None if observe is None else Observed(describe, observe)
+        found = observed(self._report, strategy, describe, describe(batch))
+        self._known.setdefault(speculator, {})[num_rows] = found
 
     def drafted(self, speculator: Any, num_rows: int, num_reqs: int) -> None:
         """Tell observers of a draft of `num_reqs` requests, padded to `num_rows`, that is done."""
         sizes = self._known.get(speculator)
-        observed = None if sizes is None else sizes.get(num_rows)
-        if sizes is None or observed is None:
-            return
-        try:
-            observed.observe(observed.describe(_batch(speculator, num_reqs)))
-        except Exception:
-            sizes[num_rows] = None
-            self._report.logger.exception(
-                "nsa-plugin: %s: a draft could not be described for observers: drafts of %d requests are observed no more",
-                self._report.path,
-                num_rows,
-            )
+        if sizes is not None and (found := sizes.get(num_rows)) is not None:
+            found.show(_batch(speculator, num_reqs))
 
     def around(self, draft: Callable[..., Any], live: Callable[[], bool]) -> Callable[..., Any]:
         """In place of `_fused_multi_step_decode`: `draft`, then its observers."""

@@ -11,6 +11,8 @@ from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.verification import Verification
 from nsa_plugin.adapters.vllm.describe import TargetBatch, describe_target, geometry
+from nsa_plugin.adapters.vllm.reports import recorded
+from nsa_plugin.adapters.vllm.v2.observed import observed
 from nsa_plugin.adapters.vllm.v2.target.planes import Frozen, Planes
 from nsa_plugin.core.batch import BatchDescriptor
 
@@ -38,8 +40,8 @@ class Refresh:
     recorded : bool
         Whether the graph of this batch has it.
     failed : bool
-    observe : callable or None
-        What to call with the live batch after a replay.
+    observed : Observed or None
+        Who is shown the live batch after a replay.
     count : callable
         To be called with None at each replay.
     verification : Verification or None
@@ -53,7 +55,7 @@ class Refresh:
     def __init__(self, host: Host, report: PathReport, batch: Any, frozen: Frozen) -> None:
         self.recorded = self.failed = False
         self.planes = Planes(frozen)
-        native = TargetBatch(batch, frozen.block_tables, self.planes.first_block_size)
+        native = self.live(batch, frozen.block_tables)
         self._describe = report.describe(native, describe_target)
         self._static = self._describe(native)
         self.geometry = geometry(self.planes.sparse, self._static)
@@ -62,8 +64,8 @@ class Refresh:
         self._is_enabled = True
         derive = self.planes.derive
         self._run = host.plan(self._static, self.geometry, self.planes.groups, "share", derive, self._enabled)
-        self.observe = report.observer(STRATEGY, self._static)
-        self.count: Callable[[None], None] = report.instrument(_recorded, STRATEGY, 1)
+        self.observed = observed(report, STRATEGY, self._describe, self._static)
+        self.count: Callable[[None], None] = report.instrument(recorded, STRATEGY, 1)
         self.verification = Verification(report, STRATEGY, host.verify) if host.verify else None
 
     @property
@@ -81,9 +83,9 @@ class Refresh:
             self._enabled.fill_(int(on))
             self._is_enabled = on
 
-    def described(self, batch: Any, block_tables: Any) -> BatchDescriptor:
-        """A live batch."""
-        return self._describe(TargetBatch(batch, block_tables, self.planes.first_block_size))
+    def live(self, batch: Any, block_tables: Any) -> TargetBatch:
+        """A live batch, to be described."""
+        return TargetBatch(batch, block_tables, self.planes.first_block_size)
 
     @property
     def batch(self) -> BatchDescriptor:
@@ -93,7 +95,3 @@ class Refresh:
     def written(self) -> dict[str, torch.Tensor]:
         """All that it writes, by name: views of vLLM's buffers."""
         return self.planes.written(self._static)
-
-
-def _recorded(nothing: None) -> None:
-    """What is left on the host of a batch whose metadata a graph refreshes."""

@@ -9,7 +9,6 @@ from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.vllm.v2.target.late import LateMetadata
 from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
 from nsa_plugin.adapters.vllm.v2.target.verified import replay_verified
-from nsa_plugin.core.batch import BatchDescriptor
 
 
 class LateBatch(LateMetadata):
@@ -78,22 +77,9 @@ class Replays:
                 result = replay_verified(self._report, refresh, refresh.verification, late.build, original)
         finally:
             self.under_way = None
-        if refresh.observe is not None:
-            self._show(refresh, refresh.observe, late)
+        if refresh.observed is not None:
+            refresh.observed.show(refresh.live(late.batch, late.block_tables))
         return result
-
-    def _show(self, refresh: Refresh, observe: Callable[[BatchDescriptor], None], late: LateBatch) -> None:
-        """Tell observers of a replay."""
-        try:
-            live = refresh.described(late.batch, late.block_tables)
-        except Exception:
-            refresh.observe = None
-            self._report.logger.exception(
-                "nsa-plugin: %s: a batch could not be described for observers: its size is observed no more",
-                self._report.path,
-            )
-        else:
-            observe(live)
 
     def fail(self) -> None:
         """Leave every graph to vLLM from now on; what was about to do without its build, or does so now, gets it."""

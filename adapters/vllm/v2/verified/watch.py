@@ -19,7 +19,7 @@ from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.verification import Described, Verification
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
-from nsa_plugin.adapters.vllm.reports import logger, report
+from nsa_plugin.adapters.vllm.reports import logger, recorded, report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.step import PATH, RunsStep, Step, Uncovered
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
@@ -30,7 +30,7 @@ from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
     """What sees every draft, if the settings ask for anything that takes it."""
-    if not host.verify and report(host, PATH).instrument(_recorded, "graph", 1) is _recorded:
+    if not host.verify and report(host, PATH).instrument(recorded, "graph", 1) is recorded:
         return None
     return Watch(host, live)
 
@@ -196,7 +196,7 @@ class Watch:
     def count(self, speculator: Any, num_reqs: int) -> None:
         """Count the replays of a graph that computes the metadata of drafts of a size."""
         steps = speculator.num_speculative_steps - 1
-        self._of(speculator).count[num_reqs] = self._said.instrument(_recorded, "graph", steps)
+        self._of(speculator).count[num_reqs] = self._said.instrument(recorded, "graph", steps)
 
     def _of(self, speculator: Any) -> _Speculator:
         known = self._known.get(speculator)
@@ -252,10 +252,6 @@ class _Measured:
     def record(self) -> None:
         """The draft has been run."""
         self._seconds(self._spent)
-
-
-def _recorded(nothing: None) -> None:
-    """What is left on the host of a draft whose metadata a graph computes."""
 
 
 def _capturing() -> bool:
