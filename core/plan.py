@@ -176,18 +176,6 @@ class ReplayPlan:
         raise AssertionError("the batch is what the plan was made for")
 
 
-def in_turn(calls: Sequence[Callable[[], None]]) -> Callable[[], None] | None:
-    """What makes several calls one after the other, as `derive` of a plan; None without any."""
-    if len(calls) < 2:
-        return calls[0] if calls else None
-
-    def derive() -> None:
-        for call in calls:
-            call()
-
-    return derive
-
-
 LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "slots")
 """What must be equal in every batch of a plan, besides mode and size. Of `slots` the class counts, no value."""
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nsa_plugin.adapters.in_turn import in_turn
 from nsa_plugin.adapters.sglang import releases
 from nsa_plugin.adapters.sglang.describe import vectors_and_tables
 from nsa_plugin.core.metadata import same_buffer
-from nsa_plugin.core.plan import in_turn
 
 
 def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> Callable[[], None] | None:

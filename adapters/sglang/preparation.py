@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.in_turn import in_turn
 from nsa_plugin.adapters.sglang import derived
 from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
@@ -19,7 +20,6 @@ from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import StepMetadata
-from nsa_plugin.core.plan import in_turn
 
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
 """Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""

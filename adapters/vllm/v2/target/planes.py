@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.in_turn import in_turn
 from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, as_captured
 from nsa_plugin.core.batch import BatchDescriptor, BlockTable
 from nsa_plugin.core.group_rows import GroupRows
-from nsa_plugin.core.plan import in_turn
 
 
 @dataclass(frozen=True)
