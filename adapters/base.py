@@ -20,6 +20,10 @@ Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
 
 
+UNPROVED = "it has only run on CPU tensors; NSA_PLUGIN_STRATEGY=graph takes it, auto does not"
+"""Why `auto` leaves something to the engine that no GPU has run yet."""
+
+
 @dataclass(frozen=True)
 class PathPlan:
     """What an adapter would do for one of its paths, as far as that is known before a capture.
@@ -67,6 +71,10 @@ class Host(Protocol):
 
         `install` goes by these: an engine that is switched off at the start may be switched on later.
         """
+
+    @property
+    def takes_unproved(self) -> bool:
+        """Whether a strategy was asked for by name. `auto` leaves to the engine what has only run on CPU tensors."""
 
     @property
     def verify(self) -> int:

@@ -93,6 +93,11 @@ class Host(Switch):
         return TRIED[self.settings.strategy]
 
     @property
+    def takes_unproved(self) -> bool:
+        """Whether the settings name a strategy; `auto` takes only what has run on a GPU."""
+        return self.settings.strategy not in ("auto", "off")
+
+    @property
     def verify(self) -> int:
         """Every n-th replay is compared with the engine's own path; 0 compares none."""
         return self.settings.verify
