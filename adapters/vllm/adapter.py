@@ -11,6 +11,7 @@ from nsa_plugin.adapters.probe import installed_version, missing, untested
 from nsa_plugin.adapters.vllm import builders, ledger, releases
 from nsa_plugin.adapters.vllm.reports import ENGINE, logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
@@ -109,6 +110,9 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
+        for row in builders.ROWS.values():
+            if row.unproved:
+                plans.append(_plan_row(host, row))
         return plans + [
             PathPlan(f"draft decode with {name}", "off", row.left_alone, row.gpus)
             for row in builders.REBUILT
@@ -123,6 +127,13 @@ def _plan_v2(host: Host) -> tuple[str, str]:
     if problems := missing(releases.WATCH_NEEDS):
         return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
+
+
+def _plan_row(host: Host, row: builders.BuilderRow) -> PathPlan:
+    """What the fused draft would do for a builder that `auto` leaves to vLLM; `None` stands for one without settings."""
+    why = "" if "graph" in host.strategies else "it takes graph, which NSA_PLUGIN_STRATEGY leaves out"
+    why = why or v2_choice.left_alone(host, row) or next(iter(missing(row.needs)), "") or row.uncovered(None)
+    return PathPlan(f"draft decode with {row.backend}", "off" if why else "graph", why, row.gpus)
 
 
 def _plan_unfused(host: Host) -> list[str]:

@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import builders_left_alone
-from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, MODULE
+from nsa_plugin.adapters.vllm.releases import FUSED_UPDATE, INDEXER_MODULE, MODULE
+from nsa_plugin.adapters.vllm.schedules import FLASHMLA, NOT_KEPT, SCHEDULES
 from nsa_plugin.adapters.vllm.v1.kept import Keeper, keep_indexer, keep_sparse
 
-Changes = Literal["request map", "lengths and schedule", "nothing", "other"]
+Changes = Literal[
+    "request map", "lengths and schedule", "FlashAttention schedule", "FlashMLA schedule", "nothing", "other"
+]  # fmt: skip
 """What a builder derives from the lengths or from the batch, and so has to be recomputed at each draft step. All else in
 its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone. "other" is not
 understood: vLLM's own code does it."""
@@ -60,6 +63,10 @@ def _has_hisparse(builder: Any) -> bool:
     return bool(getattr(builder, "use_hisparse", False)) or getattr(settings, "hisparse_config", None) is not None
 
 
+def _is_batch_invariant(builder: Any) -> bool:
+    return bool(getattr(pkgutil.resolve_name("vllm.envs"), "VLLM_BATCH_INVARIANT", False))
+
+
 def _is_non_causal(builder: Any) -> bool:
     return bool(getattr(builder, "non_causal_multi_token_decode", False))
 
@@ -73,6 +80,11 @@ HISPARSE = Refusal("HiSparse is not covered", _has_hisparse)
 COMPRESSED = Refusal(
     "a compressed indexer cache has slots of its own, computed anew for every step", _above_one("compress_ratio")
 )
+SCHEDULED = (
+    Refusal("prefill context parallelism is not covered", lambda builder: getattr(builder, "use_pcp", False)),
+    Refusal("VLLM_BATCH_INVARIANT is not covered", _is_batch_invariant),
+)
+"""Of builders of dense MLA whose schedules are made in place."""
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
     _is_non_causal,
@@ -102,10 +114,14 @@ class BuilderRow:
         Settings that are not covered, by neither `changes` nor `keeper`.
     keeper : Keeper or None
         How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
+    not_kept : str
+        Why there is no keeper, where that is known.
     left_alone : str
         Why this adapter does nothing for it, where `changes` is "other".
     gpus : frozenset of str, or None
         Where vLLM chooses it by itself for a DSA model's draft, as in `PathPlan`; None is everywhere.
+    unproved : bool
+        Whether only CPU tensors have run it, so that `auto` leaves it to vLLM.
     vllm_updates : bool
         Whether the newest tested vLLM itself updates it in place. `changes` then is for earlier releases, and for drafts
         that are not fused.
@@ -118,8 +134,10 @@ class BuilderRow:
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     keeper: Keeper | None = None
+    not_kept: str = ""
     left_alone: str = ""
     gpus: frozenset[str] | None = None
+    unproved: bool = False
     vllm_updates: bool = False
 
     @property
@@ -244,15 +262,40 @@ DENSE = _names(
 DENSE_DECODE = _names("block_table seq_lens dcp_tot_seq_lens")
 
 
-def _dense(backend: str, module: str, builder: str, decode: str = "", more: str = "") -> BuilderRow:
+def _dense(
+    backend: str, module: str, builder: str, decode: str = "", more: str = "", changes: Changes = "nothing",
+    further: tuple[Need, ...] = (), **settings: Any,
+) -> BuilderRow:  # fmt: skip
     """The row of a builder of dense MLA; `decode`: its own dataclass for decodes, with `more` fields."""
     path = f"{module}.{decode}" if decode else f"{MLA_COMMON}.MLACommonDecodeMetadata"
     needs = (
         Need(f"{module}.{builder}.build", ("common_attn_metadata",), "the metadata that stays (read)"),
         Need(path, ("block_table", "seq_lens"), "views of the runner's buffers"),
+        *further,
     )
+    refusals = (*PARALLELISM, NON_CAUSAL, *(SCHEDULED if changes in SCHEDULES else ()))
     fields = {f"{MLA_COMMON}.MLACommonMetadata": DENSE, path: DENSE_DECODE | _names(more)}
-    return BuilderRow((backend,), f"{module}.{builder}", "nothing", fields, needs, (*PARALLELISM, NON_CAUSAL))
+    return BuilderRow((backend,), f"{module}.{builder}", changes, fields, needs, refusals, **settings)
+
+
+FLASH_ATTN_MLA = _dense(
+    "FLASH_ATTN_MLA", f"{MLA}.flashattn_mla", "FlashAttnMLAMetadataBuilder", "FlashAttnMLADecodeMetadata",
+    "query_start_loc max_query_len max_seq_len scheduler_metadata max_num_splits", "FlashAttention schedule",
+    (FUSED_UPDATE,
+     Need(f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder._schedule_decode",
+          ("num_reqs", "cu_query_lens", "max_query_len", "seqlens", "max_seq_len", "causal", "max_num_splits"),
+          "FlashAttention's schedule, which stays a call of its own")),
+    not_kept=NOT_KEPT, gpus=frozenset({"9"}), unproved=True,
+)  # fmt: skip
+FLASHMLA_DENSE = _dense(
+    "FLASHMLA", FLASHMLA, "FlashMLAMetadataBuilder", "FlashMLADecodeMetadata", "scheduler_metadata", "FlashMLA schedule",
+    (FUSED_UPDATE,
+     Need(f"{FLASHMLA}.FlashMLASchedMeta", (), "what the first layer of a step fills, for a bf16 cache"),
+     Need(f"{FLASHMLA}.get_mla_metadata_dense_fp8", ("cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k"),
+          "FlashMLA's schedule for an fp8 cache, which stays a call of its own")),
+    not_kept=NOT_KEPT, gpus=frozenset({"9", "10"}), unproved=True,
+)  # fmt: skip
+"""Dense MLA of Hopper: DeepSeek V3, R1 and their like with MTP. From vLLM 0.32 on."""
 
 
 ESSENTIAL = (FLASHMLA_SPARSE, INDEXER)
@@ -262,6 +305,8 @@ MORE = (
     _dense("FLASHINFER_MLA", f"{MLA}.flashinfer_mla", "FlashInferMLAMetadataBuilder", "FlashInferMLADecodeMetadata",
            "flattened_block_table flattened_seq_lens flattened_row_req query_len query_start_loc max_query_len"),
     _dense("TOKENSPEED_MLA", f"{MLA}.tokenspeed_mla", "TokenspeedMLAMetadataBuilder"),
+    FLASH_ATTN_MLA,
+    FLASHMLA_DENSE,
 )  # fmt: skip
 """Further ones that are served, each for itself."""
 
@@ -319,14 +364,16 @@ def _by_update(builder: Any) -> Changes:
     update = getattr(type(builder), "update_draft_decode_metadata", None)
     if update is not None and getattr(update, "only_the_request_map", None) is update:
         return "request map"
+    if update is not None and getattr(update, "only_the_schedule", None) is update:
+        return row_of(builder).changes
     if update is pkgutil.resolve_name(INDEXER.builder).update_draft_decode_metadata:
         return "lengths and schedule"
     return "other"
 
 
 def _by_row(builder: Any) -> Changes:
-    row = row_of(builder)
-    return "other" if row.refused(builder) else row.changes
+    row = row_of(builder)  # a schedule may be a new object in every rebuild: vLLM rebuilds it
+    return "other" if row.changes in SCHEDULES or row.refused(builder) else row.changes
 
 
 def _is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:

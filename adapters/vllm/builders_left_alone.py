@@ -21,11 +21,6 @@ _OWN = "vLLM updates it in place itself in Model Runner V2; what Model Runner V1
 REBUILT: Rows = (
     (f"{MLA}.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Builder", ("FLASHINFER_MLA_SPARSE_SM90",),
      "it plans on the host, from upper bounds of each step's lengths, and clamps the plan of the captured batch on the device"),
-    (f"{MLA}.flashmla.FlashMLAMetadataBuilder", ("FLASHMLA",),
-     f"{_DENSE}: its tile schedule follows from each step's lengths, by FlashMLA's compiled kernels (for bf16 caches within the "
-     "first layer's call, kept in the metadata), which no replay on a CPU can show right"),
-    (f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder", ("FLASH_ATTN_MLA",),
-     f"{_DENSE}: FlashAttention 3 schedules from each step's lengths, by a compiled kernel that no replay on a CPU can show right"),
     (f"{MLA}.flashattn_mla.XPUFlashAttnMLAMetadataBuilder", ("FLASH_ATTN_MLA (XPU)",),
      f"{_INTEL}, on which this adapter's kernels have not run"),
     (f"{MLA}.cutlass_mla.CutlassMLAMetadataBuilder", ("CUTLASS_MLA",),
@@ -86,7 +81,5 @@ UPDATED: Rows = (
 
 CHOSEN_ON = {
     f"{MLA}.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Builder": frozenset({"9"}),
-    f"{MLA}.flashmla.FlashMLAMetadataBuilder": frozenset({"9", "10"}),
-    f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder": frozenset({"9"}),
 }
 """By builder, the major compute capabilities of GPUs on which vLLM may choose it by itself for a DSA model's draft; no others."""

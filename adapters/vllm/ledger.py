@@ -40,6 +40,9 @@ IN_PLACE: Mapping[Changes | None, str] = {
     "request map": "The method recomputes the request map of the captured metadata. All else in it is a view of the runner's "
     "persistent buffers, a constant of the captured size, or depends on shapes alone.",
     "lengths and schedule": "The method recomputes lengths and DeepGEMM's schedule.",
+    "FlashAttention schedule": "The method makes FlashAttention's schedule anew, by the builder's own function.",
+    "FlashMLA schedule": "The method makes FlashMLA's schedule anew, by vLLM's own function (fp8), or leaves that to the step's "
+    "first layer (bf16).",
     "nothing": "The method does nothing: all that changes from step to step are values in the runner's own buffers, of which "
     "the metadata has views.",
 }

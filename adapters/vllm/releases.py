@@ -39,6 +39,12 @@ SPECULATORS = (
 """Where the fused draft of Model Runner V2 is. The second, which rebuilds the metadata of its first step, goes with 0.31."""
 UPDATE_STEP = "_update_draft_decode_metadata"
 """The first one's method that asks every attention group. The second one's loop asks them itself: see `asks_groups`."""
+FUSED_UPDATE = Need(
+    f"{SPECULATORS[0]}.{UPDATE_STEP}",
+    ("attn_metadata", "num_reqs"),
+    "a fused draft whose first step is updated, too (0.32)",
+)
+"""What rows take that were tried from vLLM 0.32 on only."""
 CHOOSE = {SPECULATORS[0]: "_configure_decode_metadata_update", SPECULATORS[1]: "_configure_fused_multi_step_decode"}
 """By speculator, its method that chooses the fused draft. The second goes with 0.31."""
 BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.base import UNPROVED, Host
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.builders import BuilderRow
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES, UNVERIFIED
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.updates import PATH, Hooks, Served, served
 
@@ -66,7 +68,10 @@ def _choose(host: Host, speculator: Any) -> None:
     own = next(filter(None, refusals), "") or (f"{lacking[0]} has no update in place" if lacking else "")
     off = _switched_off(host)
     problem = ELASTIC if agreement.is_elastic(speculator) else agreement.objection(own or off)
-    v2_switch.chosen(host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off)
+    v2_switch.chosen(
+        host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off,
+        scheduled=tuple(builder for builder, how in ours if how.row.changes in SCHEDULES),
+    )  # fmt: skip
     for (builder, how), refusal in zip(ours, refusals, strict=True):
         setattr(builder, SAYS, not problem)
         why = refusal or problem
@@ -80,10 +85,17 @@ def _choose(host: Host, speculator: Any) -> None:
 def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
     """For each of these builders why it is left to vLLM, or "". An error is an objection too: no rank waits for this one."""
     try:
-        return [how.row.refused(builder) for builder, how in ours]
+        return [left_alone(host, how.row) or how.row.refused(builder) for builder, how in ours]
     except Exception as error:
         report(host, PATH).fell_back("capture", "graph", error)
         return [f"{type(error).__name__}: {error}"] * len(ours)
+
+
+def left_alone(host: Host, row: BuilderRow) -> str:
+    """Empty, or why the settings leave the builders of a row to vLLM."""
+    if row.unproved and not host.takes_unproved:
+        return UNPROVED
+    return UNVERIFIED if host.verify and row.changes in SCHEDULES else ""
 
 
 def _switched_off(host: Host) -> str:

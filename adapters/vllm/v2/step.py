@@ -13,6 +13,7 @@ there one object stands for all groups. The metadata of the first step is rebuil
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.builders import Replaced, changes_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
@@ -63,7 +65,7 @@ class Step:
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int, host: Host) -> None:
         self._schedules: list[Callable[[], None]] = []
-        self._captured: list[tuple[Any, torch.Tensor]] = []
+        self._captured: list[tuple[Any, str, Any]] = []
         self.others: list[Any] = []
         self._metadata = metadata
         request_maps, indexers, understood = [], [], False
@@ -76,7 +78,10 @@ class Step:
             elif kind == "lengths and schedule":
                 indexers.append(_indexer_rows(own, num_reqs))
                 self._schedules.append(self.schedule(builder, own.decode))
-                self._captured.append((own.decode, own.decode.schedule_metadata))
+                self._captured.append((own.decode, "schedule_metadata", own.decode.schedule_metadata))
+            elif kind in SCHEDULES:
+                self._schedules.append(functools.partial(SCHEDULES[kind], builder, own.decode))
+                self._captured.append((own.decode, "scheduler_metadata", own.decode.scheduler_metadata))
             elif kind == "other":
                 self.others.append(group)
         if not understood:
@@ -111,8 +116,8 @@ class Step:
 
     def close(self) -> None:
         """The draft is over: the next one starts with the schedules that were captured, where a rebuild puts its own."""
-        for decode, captured in self._captured:
-            decode.schedule_metadata = captured
+        for decode, name, captured in self._captured:
+            setattr(decode, name, captured)
 
 
 class RunsStep(Protocol):

@@ -4,6 +4,8 @@ A captured draft computes its metadata at every replay. vLLM never rebuilds the 
 values of its own for it. A draft that is switched off therefore leaves its graph alone and takes `_multi_step_decode`. That
 rebuilds the metadata for each step and runs the model eagerly: slower, and all vLLM's own.
 
+So does a draft after an error in a schedule that this adapter makes in place: its graph holds the schedule of another step.
+
 A rank that shares its draft with others must not leave the graph alone: collectives inside a graph and outside of it do not
 meet. There captured drafts go on until a restart, and `lines` says so.
 """
@@ -55,6 +57,8 @@ class FusedDraft:
     switchable : bool
         Whether all its captured drafts read metadata that vLLM's own code can write, too.
     undone : bool
+    scheduled : tuple of AttentionMetadataBuilder
+        Those of its builders whose schedules this adapter makes in place.
     """
 
     host: Host
@@ -64,11 +68,17 @@ class FusedDraft:
     recorded: bool = False
     switchable: bool = False
     undone: bool = False
+    scheduled: tuple[Any, ...] = ()
 
     @property
     def goes_on(self) -> bool:
         """Whether captured drafts go on with this adapter's work, or what it left behind, while it is off."""
         return (self.fuses or self.recorded) and not self.alone and not self.prepared
+
+    @property
+    def stale(self) -> bool:
+        """Whether a schedule in its captured drafts is that of another step, because an update has failed."""
+        return any(v2_builder.stale.get(builder) for builder in self.scheduled)
 
     @property
     def prepared(self) -> bool:
@@ -84,11 +94,13 @@ def builders(speculator: Any) -> list[Any]:
     return [group.get_metadata_builder() for group in releases.groups_of(speculator)]
 
 
-def chosen(host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool) -> None:
+def chosen(
+    host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool, scheduled: tuple[Any, ...] = ()
+) -> None:
     """Remember what a speculator has just chosen."""
     for owner, name in ((speculator, BEGIN), *((builder, v2_builder.METHOD) for builder in builders(speculator))):
         vars(owner).pop(name, None)  # left by an earlier undo
-    drafts.set(speculator, FusedDraft(host, fuses, _alone(speculator), refused_while_off))
+    drafts.set(speculator, FusedDraft(host, fuses, _alone(speculator), refused_while_off, scheduled=scheduled))
 
 
 def of(host: Host, speculator: Any) -> FusedDraft:
@@ -106,9 +118,9 @@ def begin(host: Host, live: Callable[[], bool], original: Callable[..., Any]) ->
     def fused_multi_step_decode(
         speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if live() and not host.on:
+        if live():
             draft = drafts.get(speculator)
-            if draft is not None and _can_leave(draft, batch_desc):
+            if draft is not None and (not host.on or draft.stale) and _can_leave(draft, batch_desc):
                 return unfused(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
         return original(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE, BuilderRow, Changes
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES
 
 PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
@@ -39,6 +42,8 @@ class Served:
 
 
 _served: dict[type, Served] = {}
+stale: Attached[bool] = Attached("stale")
+"""Builders whose update has failed: what captured drafts read of theirs is that of another step."""
 
 
 def has_own(owner: type) -> bool:
@@ -105,6 +110,22 @@ def update_nothing(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> No
     """All that changes from step to step are values in the runner's own buffers, of which the metadata has views."""
 
 
+def _update_schedule(host: Host, make: Callable[[Any, Any], None]) -> Callable[..., None]:
+    def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
+        """Make the schedule of captured decode metadata anew; capture-safe. After an error vLLM drafts unfused: see `switch`."""
+        if metadata.decode is None:
+            return
+        try:
+            make(builder, metadata.decode)
+        except Exception as error:
+            stale.set(builder, True)
+            report(host, PATH).fell_back("capture", "graph", error)
+
+    # The function itself, as above.
+    update_draft_decode_metadata.only_the_schedule = update_draft_decode_metadata  # type: ignore[attr-defined]
+    return update_draft_decode_metadata
+
+
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
     """The request map in plain torch: the request of each of the first `tokens` tokens, into `out` [>= tokens].
 
@@ -118,6 +139,8 @@ def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -
 UPDATES: dict[Changes, Callable[[Host], Callable[..., None]]] = {
     "request map": _update_request_map,
     "lengths and schedule": lambda host: update_indexer,
+    "FlashAttention schedule": functools.partial(_update_schedule, make=SCHEDULES["FlashAttention schedule"]),
+    "FlashMLA schedule": functools.partial(_update_schedule, make=SCHEDULES["FlashMLA schedule"]),
     "nothing": lambda host: update_nothing,
 }
 """By what changes: what makes the update in place. The updates ignore what a later vLLM passes besides the metadata."""
