@@ -21,11 +21,15 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backends import fa_utils
 
 from nsa_plugin.rigs.vllm.stand_ins import without_compiled_flashmla
-from nsa_plugin.rigs.vllm.v2_draft import DENSE, Draft, DraftModel, Sizes
+from nsa_plugin.rigs.vllm.v2_draft import DENSE, Draft, DraftModel, Graphs, Sizes
 
 MLA = "vllm.v1.attention.backends.mla"
 TILES = 66
 """Rows of FlashMLA's tile schedule, fewer than the builder's buffer has."""
+POISON = 3
+DEFAULT = Sizes()
+DUE = "the schedule is that of the lengths"
+"""A rebuild gives rows of padding no length, an update in place lets them grow: only this compares a padded batch's."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ def modules() -> tuple[ModuleType, ModuleType, ModuleType]:
     return flash_attn, flashmla, interface
 
 
+def builders() -> list[type]:
+    """The classes of both."""
+    flash_attn, flashmla, _ = modules()
+    return [flash_attn.FlashAttnMLAMetadataBuilder, flashmla.FlashMLAMetadataBuilder]
+
+
 @contextlib.contextmanager
 def emulated_schedulers() -> Iterator[None]:
     """Within it the builders make schedules, as on Hopper, with `splits` and `tiles`."""
@@ -116,41 +126,54 @@ class DenseModel(DraftModel):
             "lengths": decode.seq_lens,
             "slots": attention.slot_mapping,
             "blocks": decode.block_table[:, : self.columns],
-            "query starts": attention.query_start_loc[None],
+            "query ends": attention.query_start_loc[1:],
             "positions": positions,
             "context slots": context.slot_mapping[DENSE.draft[0]],
         }
-        for name, value in self._schedule(decode).items():
-            step[name] = value[None]  # whole in every row
+        found = decode.scheduler_metadata
+        if isinstance(found, torch.Tensor):
+            schedule, due = found, splits(decode.seq_lens)
+        else:
+            if not found.have_initialized and found.tile_scheduler_metadata is None:
+                found.have_initialized = True
+                found.tile_scheduler_metadata, found.num_splits = tiles(decode.seq_lens)
+            schedule = torch.cat([found.tile_scheduler_metadata.flatten(), found.num_splits])
+            due = torch.cat([part.flatten() for part in tiles(decode.seq_lens)])
+        step["schedule"] = schedule[None]  # whole in every row
+        step[DUE] = torch.tensor([torch.equal(schedule, due)])
         self.seen.append({name: value.clone() for name, value in step.items()})
         return hidden_states.clone(), hidden_states.clone()
 
-    def _schedule(self, decode: Any) -> dict[str, torch.Tensor]:
-        """What there is, and what follows from the lengths that the step reads."""
-        found = decode.scheduler_metadata
-        if isinstance(found, torch.Tensor):
-            return {"schedule": found, "schedule of these lengths": splits(decode.seq_lens)}
-        if found.tile_scheduler_metadata is None:
-            found.have_initialized = True
-            found.tile_scheduler_metadata, found.num_splits = tiles(decode.seq_lens)
-        tile, ends = tiles(decode.seq_lens)
-        return {
-            "schedule": torch.cat([found.tile_scheduler_metadata.flatten(), found.num_splits]),
-            "schedule of these lengths": torch.cat([tile.flatten(), ends]),
-        }
+
+class DenseGraphs(Graphs):
+    """What a graph of one step has recorded of FlashMLA's first call makes the schedule at every replay."""
+
+    def body(self) -> None:
+        """The same, from an object that nobody has filled."""
+        if not self._draft.fused:
+            for own in self._metadata.values():
+                if getattr(own.decode.scheduler_metadata, "have_initialized", False):
+                    own.decode.scheduler_metadata = type(own.decode.scheduler_metadata)()
+        super().body()
 
 
 class DenseDraft(Draft):
     """A speculator over a tiny DeepSeek-V3 with MTP, within `emulated_schedulers`."""
 
-    def __init__(self, layout: Layout, tokens: int, sizes: Sizes = Sizes(), **settings: Any) -> None:
+    def __init__(self, layout: Layout, tokens: int, sizes: Sizes = DEFAULT) -> None:
         module = importlib.import_module(layout.module)
         builder = getattr(module, layout.backend).get_builder_cls()
         make = functools.partial(_made_for_graphs, builder.__init__, layout.fp8)
         with mock.patch.object(builder, "__init__", lambda *arguments, **named: make(*arguments, **named)):
-            super().__init__(
-                "auto", 4, tokens, sizes, DenseModel, attention=getattr(module, layout.backend), kind=DENSE, **settings
-            )
+            super().__init__("auto", 4, tokens, sizes, DenseModel, DenseGraphs, getattr(module, layout.backend), DENSE)
+
+    def poison(self) -> None:
+        """Fill what builders and runner own, and what nobody may read unwritten."""
+        self.tables.slot_mappings.fill_(POISON)
+        for builder in self.builders:
+            for name in ("scheduler_metadata", "cg_buf_tile_scheduler_metadata", "cg_buf_num_splits"):
+                if getattr(builder, name, None) is not None:
+                    getattr(builder, name).fill_(POISON)
 
 
 def _made_for_graphs(init: Any, fp8: bool, builder: Any, spec: Any, names: Any, config: Any, device: Any) -> None:

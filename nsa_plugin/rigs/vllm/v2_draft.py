@@ -290,7 +290,9 @@ class Draft:
             self.speculator.draft_attn_layer_names = set(kind.draft)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
             layers[kind.draft[0]]._backend = attention
-            self.tables = block_tables(sizes.block, sizes.requests, sizes.tokens, sizes.model_len // sizes.block, device)
+            self.tables = block_tables(
+                sizes.block, sizes.requests, sizes.tokens, sizes.model_len // sizes.block, device
+            )
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
