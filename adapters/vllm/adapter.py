@@ -10,6 +10,7 @@ from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.probe import installed_version, missing, untested
 from nsa_plugin.adapters.vllm import builders, ledger, releases
 from nsa_plugin.adapters.vllm.reports import ENGINE, logger
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
@@ -110,9 +111,7 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        for row in builders.ROWS.values():
-            if row.unproved:
-                plans.append(_plan_row(host, row))
+        plans += [_plan_row(host, row) for row in builders.MORE if row.changes in SCHEDULES]
         return plans + [
             PathPlan(f"draft decode with {name}", "off", row.left_alone, row.gpus)
             for row in builders.REBUILT
@@ -130,7 +129,7 @@ def _plan_v2(host: Host) -> tuple[str, str]:
 
 
 def _plan_row(host: Host, row: builders.BuilderRow) -> PathPlan:
-    """What the fused draft would do for a builder that `auto` leaves to vLLM; `None` stands for one without settings."""
+    """What the fused draft would do for a builder of a row. Settings of the builder itself are known at the choice only."""
     why = "" if "graph" in host.strategies else "it takes graph, which NSA_PLUGIN_STRATEGY leaves out"
     why = why or v2_choice.left_alone(host, row) or next(iter(missing(row.needs)), "") or row.uncovered(None)
     return PathPlan(f"draft decode with {row.backend}", "off" if why else "graph", why, row.gpus)

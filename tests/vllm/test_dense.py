@@ -102,7 +102,7 @@ def _build(builder: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_comparison_can_fail(install: Install, layout: str) -> None:
     expected = proposals(DenseDraft(LAYOUTS[layout], 4))
-    with mock.patch.dict(v2_step.SCHEDULES, dict.fromkeys(v2_step.SCHEDULES, lambda builder, decode: None)):
+    with mock.patch.dict(schedules.SCHEDULES, dict.fromkeys(schedules.SCHEDULES, lambda builder, decode: None)):
         install("graph")
         assert {"schedule", DUE} <= unequal_steps(expected, proposals(DenseDraft(LAYOUTS[layout], 4)))
 
