@@ -17,9 +17,8 @@ from nsa_plugin.testing.engine import Case, Values
 def draft(layout: str, tokens: int) -> VllmCase:
     """A draft of `tokens` tokens with a layout of `dense.LAYOUTS`."""
     covers = frozenset({"decode", "padded rows", "int32 lengths", draft_steps(tokens)})
-    return VllmCase(
-        f"{tokens} draft tokens, {layout}", "draft decode", len(BATCHES), covers, layout=layout, tokens=tokens
-    )
+    path = f"draft decode, {layout.partition(',')[0]}"
+    return VllmCase(f"{tokens} draft tokens, {layout}", path, len(BATCHES), covers, layout=layout, tokens=tokens)
 
 
 CASES = (
