@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
 
 from nsa_plugin.rigs.vllm import dense
 from nsa_plugin.rigs.vllm.drafts import BATCHES
@@ -58,7 +57,6 @@ class DenseEngine(V2Engine):
     """The installed vLLM's Model Runner V2 with dense MLA."""
 
     tried = CASES
-    never_of_runner: ClassVar[Mapping[str, str]] = V2Engine.never_of_runner
 
     def patched(self) -> Sequence[object]:
         """The builders of dense MLA, too."""
