@@ -6,7 +6,9 @@ TORCH ?= torch==2.13.0
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
 # One thread each: more would only wait for each other.
 ONE_THREAD = OMP_NUM_THREADS=1
-# Modules are compiled when they are first imported: most of an engine's never are.
+# Modules are compiled when they are first imported: most of an engine's never are. That byte code is kept, whatever the
+# caller's environment says: tests start many processes, and compiling an engine's modules takes as long as their import.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 
 CORE = .venv

@@ -25,21 +25,22 @@ from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, w
 
 LENGTHS: dict[int, list[tuple[list[int], list[int]]]] = {
     4: [
-        ([63, 64, 65, 600], [3, 1, 0, 6]),
-        ([1020, 20, 257, 900], [2, 5, 7, 8]),
+        ([63, 64, 65, 300], [3, 1, 0, 6]),
+        ([380, 20, 257, 340], [2, 5, 7, 8]),
         ([5, 7, 2, 1], [9, 1, 2, 3]),
-        ([300, 511, 1, 1], [4, 2, 0, 0]),
+        ([130, 255, 1, 1], [4, 2, 0, 0]),
         ([1, 1, 1, 1], [0, 0, 0, 0]),
     ],
-    2: [([5, 600], [4, 2])],
-    1: [([800], [2]), ([9], [3])],
+    2: [([5, 300], [4, 2])],
+    1: [([350], [2]), ([9], [3])],
 }
 """By captured size, lengths and rows of the token table: page edges, the longest, a shrinking one, one padded by two
 requests (length 1, row 0, as sglang's runners pad), and an idle one, which is all padding."""
 DRAFT = ("decode", "padded rows", "idle batch", "int64 lengths")
-STANDARD = backends.Config()
-FLASHMLA = backends.Config(decode_impl="flashmla_kv")
-SMALL_PAGES = backends.Config(page_size=1)
+STANDARD = backends.Config(width=384)
+"""As wide as three blocks of sglang's kernels: an interpreter runs their programs one by one."""
+FLASHMLA = replace(STANDARD, decode_impl="flashmla_kv")
+SMALL_PAGES = replace(STANDARD, page_size=1)
 SHIPPED_DEFECTS = frozenset({"paged_mqa_schedule_metadata", "topk_v2_plan"})
 """What sglang's own multi-step code leaves stale in the first three of more than two draft backends."""
 
