@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from nsa_plugin.rigs.interpreter import spare_overflow_checks
 from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
@@ -26,6 +27,7 @@ FIXTURES = {
 
 def main(name: str) -> dict[str, Any]:
     """Problems by line of the contract, wrong values by path and strategy, and versions."""
+    spare_overflow_checks()
     lines: dict[str, list[str]] = {line: [] for line in LINES}
     skipped: dict[str, str] = {}
     values: dict[str, dict[str, list[str]]] = {}

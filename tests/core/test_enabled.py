@@ -24,6 +24,7 @@ from nsa_plugin.core import api
 from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS
 from tests.batches import Case, interpreted, poisoned
 from tests.core.test_validation import BATCH, GEOMETRY
+from tests.examples import examples
 
 pytest.importorskip("triton")
 
@@ -48,7 +49,7 @@ def plan(case: Case, out: PrecomputedMetadata, impl: str, enabled: torch.Tensor 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_a_plan_that_is_switched_writes_all_or_nothing(impl: str, mode: ForwardMode) -> None:
-    @settings(max_examples=25 if impl == "reference" else 6)
+    @settings(max_examples=25 if impl == "reference" else examples(9))
     @given(interpreted(modes=(mode,), max_width=200), st.sampled_from([1, 3]), st.booleans())
     def check(case: Case, stride: int, tokens: bool) -> None:
         batch = case.batch

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from nsa_plugin import ForwardMode, InvalidTypeError, InvalidValueError, ReplayPlan, fast_copy, precompute
 from nsa_plugin.core.api import Impl
 from tests.batches import POISON, Case, assert_equal_live, cases, interpreted, naive, poisoned
+from tests.examples import examples
 
 DECODE = (ForwardMode.DECODE,)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(case=interpreted(modes=DECODE), stride=st.sampled_from([1, 3]))
 def test_they_are_what_a_loop_says_clamped_at_the_tables_width(impl: Impl, case: Case, stride: int) -> None:
     batch, geometry = case.batch, case.geometry
@@ -32,7 +33,7 @@ def test_they_are_what_a_loop_says_clamped_at_the_tables_width(impl: Impl, case:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(case=interpreted(modes=DECODE), mixed=st.booleans())
 def test_they_are_copied_to_the_consumers_that_have_them(impl: Impl, case: Case, mixed: bool) -> None:
     source = precompute(
