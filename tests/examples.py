@@ -6,5 +6,5 @@ import os
 
 
 def examples(thorough: int) -> int:
-    """So many if THOROUGH is set in the environment, else a third of them, at least two."""
-    return thorough if os.environ.get("THOROUGH") else max(thorough // 3, 2)
+    """So many if THOROUGH is set in the environment, else a third of them, at least three."""
+    return thorough if os.environ.get("THOROUGH") else max(thorough // 3, 3)

@@ -49,7 +49,7 @@ def plan(case: Case, out: PrecomputedMetadata, impl: str, enabled: torch.Tensor 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_a_plan_that_is_switched_writes_all_or_nothing(impl: str, mode: ForwardMode) -> None:
-    @settings(max_examples=25 if impl == "reference" else examples(9))
+    @settings(max_examples=25 if impl == "reference" else examples(12))
     @given(interpreted(modes=(mode,), max_width=200), st.sampled_from([1, 3]), st.booleans())
     def check(case: Case, stride: int, tokens: bool) -> None:
         batch = case.batch
