@@ -28,7 +28,7 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, proposals, reference
 from nsa_plugin.settings import Settings
-from tests.vllm.drafts import assert_same
+from tests.vllm.drafts import SOME, assert_same
 
 TOKENS = 4
 Install = Callable[..., Host]
@@ -67,8 +67,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 4])
+@pytest.mark.parametrize(("layout", "tokens"), SOME[:-1])
 def test_right_values_pass(install: Install, family: int, layout: str, tokens: int, compared: list[int]) -> None:
     draft = V1Draft(*LAYOUTS[layout], tokens)
     want = reference(draft)
@@ -177,8 +176,7 @@ def run_with_a_plant(draft: V1Draft, host: Host) -> list[Any]:
     return have
 
 
-@pytest.mark.parametrize("step", range(TOKENS - 1))
-@pytest.mark.parametrize("path", METADATA)
+@pytest.mark.parametrize(("path", "step"), [(path, at % (TOKENS - 1)) for at, path in enumerate(METADATA)])
 def test_a_difference_in_the_metadata(
     install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch, log: Any, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], path: str, step: int,

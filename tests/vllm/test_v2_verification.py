@@ -27,7 +27,7 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
-from tests.vllm.drafts import LARGE, captured
+from tests.vllm.drafts import LARGE, SOME, captured
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Step = dict[str, torch.Tensor]
@@ -85,8 +85,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 4, 8])
+@pytest.mark.parametrize(("layout", "tokens"), SOME)
 def test_right_values_pass(install: Install, layout: str, tokens: int, compared: list[int]) -> None:
     expected = stock(layout, tokens)
     host, _ = install(verify=1)
