@@ -1,4 +1,4 @@
-"""How many examples a test of interpreted kernels draws: a third of what `make thorough` does."""
+"""How many examples a test of interpreted kernels draws: a third of what THOROUGH=1 asks for."""
 
 from __future__ import annotations
 

@@ -28,9 +28,12 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, proposals, reference
 from nsa_plugin.settings import Settings
+from tests.examples import examples
 from tests.vllm.drafts import SOME, assert_same
 
 TOKENS = 4
+DRAWN = examples(60)
+"""Random drafts."""
 Install = Callable[..., Host]
 
 
@@ -89,14 +92,14 @@ def test_every_nth_draft_is_verified(install: Install, hopper: None, compared: l
 def test_many_random_drafts(install: Install, hopper: None, compared: list[int]) -> None:
     draft, rng = V1Draft("fp8_ds_mla", 64, TOKENS), random.Random(7)
     batches = []
-    for _ in range(60):
+    for _ in range(DRAWN):
         size = rng.randint(1, 9)
         lengths = [rng.choice([rng.randint(5, 1024), rng.randint(1016, 1024)]) for _ in range(size)]
         batches.append((lengths, [rng.randint(0, TOKENS) for _ in range(size)], rng.randint(1, 900)))
     want = reference(draft, batches)
     host = install(verify=1)
     assert_same(want, proposals(draft, batches))
-    assert len(compared) == 60 * (TOKENS - 1) and not host.mismatches and not host.fallbacks
+    assert len(compared) == DRAWN * (TOKENS - 1) and not host.mismatches and not host.fallbacks
 
 
 def test_a_verification_leaves_the_batch_as_it_is_without(install: Install, hopper: None) -> None:

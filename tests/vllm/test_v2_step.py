@@ -30,7 +30,7 @@ from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from tests.vllm.drafts import FIRST_IS_REBUILT, POISONED, unequal_steps
+from tests.vllm.drafts import FIRST_IS_REBUILT, POISONED, SOME, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Owner = pkgutil.resolve_name(releases.speculator())
@@ -98,8 +98,7 @@ def drafts(layout: str, tokens: int, poison: bool = False) -> list[dict[str, tor
 
 @pytest.mark.usefixtures("deep_gemm")
 @pytest.mark.parametrize("impl", ["kernel", "reference"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 3, 4, 8])
+@pytest.mark.parametrize(("layout", "tokens"), SOME)
 def test_every_step_equals_a_full_rebuild(
     install: Install, monkeypatch: pytest.MonkeyPatch, layout: str, tokens: int, impl: str
 ) -> None:

@@ -27,12 +27,15 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
+from tests.examples import examples
 from tests.vllm.drafts import LARGE, SOME, captured
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Step = dict[str, torch.Tensor]
 POISON = 3
 LAYOUT, TOKENS = "fp8 separate", 4
+DRAWN = examples(60)
+"""Random drafts."""
 pytestmark = pytest.mark.usefixtures("hopper")
 
 
@@ -120,13 +123,13 @@ def test_every_nth_draft_of_a_size_is_verified(install: Install, compared: list[
 def test_many_random_drafts(install: Install, compared: list[int]) -> None:
     host, _ = install(verify=1)
     draft, rng = captured("fp8 mixed", TOKENS), random.Random(5)
-    for _ in range(60):
+    for _ in range(DRAWN):
         size = rng.randint(1, CAPTURED + 2)
         lengths = [
             rng.choice([rng.randint(5, 1024), rng.randint(1016, 1024), 64 * rng.randint(1, 16)]) for _ in range(size)
         ]
         draft.propose(lengths, [rng.randint(0, 4) for _ in range(size)], rng.randint(1, 200))
-    assert len(compared) == 60 and not host.mismatches and not host.fallbacks
+    assert len(compared) == DRAWN and not host.mismatches and not host.fallbacks
 
 
 def test_captured_copies_read_where_every_later_draft_is_prepared(
