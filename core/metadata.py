@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -162,6 +162,12 @@ class PrecomputedMetadata:
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
 
+def planes_of(step: StepMetadata) -> Iterator[torch.Tensor]:
+    """All planes that `step` has, the derived ones too."""
+    yield from (value for name in PLANES if (value := plane(step, name)) is not None)
+    yield from step.derived.values()
+
+
 def vector_sizes(batch: BatchDescriptor) -> dict[str, int]:
     """Entries that each vector of a step needs."""
     bs, rows = batch.batch_size, batch.num_rows
@@ -208,7 +214,7 @@ def live_entries(
     live: dict[str, torch.Tensor] = {}
     for name, shape in _vector_shapes(batch, geometry).items():
         value = plane(step, name)
-        if value is None or name not in fields:
+        if value is None or name not in fields or (name == "pools.accepted" and batch.accepted is None):
             continue
         values = live[name] = value[tuple(slice(size) for size in shape)].clone()
         if name in ("seqlens_expanded", "nsa_cache_seqlens", "pools.seqlens"):

@@ -33,7 +33,7 @@ class PoolMetadata:
     page_table : [>= R, >= pooled_width] or None
         Page of each k * page_size tokens.
     accepted : [>= bs] or None
-        DRAFT_EXTEND only: `BatchDescriptor.accepted`.
+        DRAFT_EXTEND only: `BatchDescriptor.accepted`. It is left as it is where the batch has none.
     """
 
     seqlens: torch.Tensor

@@ -80,7 +80,7 @@ def bind_precompute(
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
         "TOKENS": any(step.positions is not None for step in destinations), "KPOOL": geometry.index_kpool,
         "POOLS": out.steps[0].pools is not None, "POOLED": plane(out.steps[0], POOL_TABLE) is not None,
-        "ACCEPTED": plane(out.steps[0], "pools.accepted") is not None, "SWITCHED": enabled is not None, "TILE": tile,
+        "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None, "SWITCHED": enabled is not None, "TILE": tile,
         "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)

@@ -266,8 +266,6 @@ def _check_pools(
         reject(f"{name}.pools", "None with index_kpool 1", "a PoolMetadata")
     if not isinstance(batch.slots, TokenTable):
         reject(f"{name}.pools", "None with a block table", "a PoolMetadata")
-    if pools.accepted is not None and batch.accepted is None:
-        reject(f"{name}.pools.accepted", "None, as in the batch", "a buffer")
     for field, shape in pool_shapes(batch, geometry).items():
         value = getattr(pools, field.removeprefix(PREFIX))
         if value is None and field in (POOL_TABLE, "pools.accepted"):

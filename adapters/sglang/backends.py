@@ -5,6 +5,7 @@ A draft's backends also share one page table, and a draft may have exact step le
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
+from nsa_plugin.adapters.sglang.pools import keys_per_index_key
 from nsa_plugin.adapters.sglang.refusals import unsupported
 from nsa_plugin.adapters.sglang.releases import (
     argument,
@@ -26,6 +28,7 @@ from nsa_plugin.adapters.sglang.releases import (
 from nsa_plugin.adapters.sglang.reports import logger, report
 
 ALLOCATION = "init_cuda_graph_state"
+POOLED_TABLE = "pooled_real_page_table"
 
 
 class MultiStepDraft(HookedBackend):
@@ -67,7 +70,9 @@ class MultiStepDraft(HookedBackend):
         if not self._host.exact_step_lengths:
             return False
         problem, captured = "", (backend.decode_cuda_graph_metadata for backend in self.backends(owner))
-        if owner.topk != 1:
+        if keys_per_index_key(self.backends(owner)[0]) > 1:
+            problem = "pools of index keys are completed at the lengths of the batch itself (index_kpool above 1)"
+        elif owner.topk != 1:
             problem = "the draft is a tree (--speculative-eagle-topk above 1)"
         elif has_shared_topk(batch) or (known := self._shares_topk.get(owner)):
             problem = "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
@@ -88,6 +93,36 @@ class MultiStepDraft(HookedBackend):
         if known is not None:
             self._shares_topk.setdefault(owner, known)
 
+    def captured(self, owner: Any, batch: Any) -> None:
+        """As in the base class; draft backends that share their page tables share that of pooled index keys, too."""
+        given_back = self._share_pooled_table(owner, batch)
+        if given_back:
+            logger.info(
+                "nsa-plugin: draft decode: %d draft backends share one pooled page table for %d requests; %.1f MiB given back",
+                len(self.backends(owner)),
+                batch.batch_size,
+                given_back / 2**20,
+            )
+        super().captured(owner, batch)
+
+    def _share_pooled_table(self, owner: Any, batch: Any) -> int:
+        """Give the draft backends the first one's pooled page table of a captured size; returns the bytes given back.
+
+        sglang has just made one for each. All hold equal values, whoever computes them.
+        """
+        backends, given_back = self.backends(owner), 0
+        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0], self._host):
+            return 0
+        shared = getattr(backends[0].decode_cuda_graph_metadata[batch.batch_size], POOLED_TABLE, None)
+        for backend in backends[1:] if shared is not None else ():
+            metadata = backend.decode_cuda_graph_metadata[batch.batch_size]
+            table = getattr(metadata, POOLED_TABLE)
+            if table is not shared:
+                given_back += table.numel() * table.element_size()
+                metadata = dataclasses.replace(metadata, **{POOLED_TABLE: shared})
+                backend.decode_cuda_graph_metadata[batch.batch_size] = backend.forward_metadata = metadata
+        return given_back
+
     def undo(self) -> list[str]:
         """As in the base class; what is known of drafts is forgotten, too."""
         self._shares_topk.clear()
@@ -100,7 +135,7 @@ class MultiStepDraft(HookedBackend):
         one is made.
         """
         backends = self.backends(owner)
-        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0]):
+        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0], self._host):
             original(owner, *arguments, **keywords)
             return
         first, *others = backends

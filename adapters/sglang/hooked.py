@@ -139,7 +139,7 @@ class HookedBackend:
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
         said = report(self._host, native_mode)
-        if problem := unsupported(backends[0]):
+        if problem := unsupported(backends[0], self._host):
             said.left_alone(problem)
             return
         asked = self._host.strategies

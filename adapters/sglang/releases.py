@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
+from nsa_plugin.adapters.sglang import pools
 from nsa_plugin.adapters.sglang.needs import REGISTRY, SHARED
 from nsa_plugin.core.metadata import same_buffer
 
@@ -293,7 +294,12 @@ def own_path_fields(batch: Any) -> dict[str, Any]:
 
 
 def derived_planes(metadata: Any) -> dict[str, torch.Tensor]:
-    """The planes of a `DSAMetadata` that sglang's own functions derive from lengths, but for FlashMLA's."""
+    """The planes of a `DSAMetadata` that sglang's own functions derive from lengths, but for FlashMLA's.
+
+    With pooled index keys these are other ones; nothing reads those of single keys there.
+    """
+    if pools.write_plan(metadata) is not None:
+        return pools.pool_planes(metadata)
     names = (
         "paged_mqa_schedule_metadata",
         "topk_v2_plan",  # since 0.5.15.post1
@@ -354,11 +360,6 @@ def reads_lengths_of(batch: Any, metadata: Any) -> bool:
 def drops_wide_table(backend: Any) -> bool:
     """Whether a backend leaves `page_table_1` out of its CUDA-graph buffers. Until 0.5.14 none does."""
     return bool(getattr(backend, "dsa_drop_wide_page_table", False))
-
-
-def keys_per_index_key(backend: Any) -> int:
-    """How many keys share a pooled index key: 1, until 0.5.18."""
-    return int(getattr(backend, "dsa_index_kpool", 1))
 
 
 def shares_topk(model_runner: Any) -> bool | None:

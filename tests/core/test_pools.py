@@ -22,7 +22,7 @@ from nsa_plugin import (
     precompute,
 )
 from nsa_plugin.core import api, records
-from nsa_plugin.core.metadata import PLANES, differing_fields, live_entries
+from nsa_plugin.core.metadata import PLANES, differing_fields, live_entries, plane
 from tests.batches import Case, assert_equal_live, interpreted, poisoned
 
 GEOMETRY = Geometry(index_topk=8, page_size=16, table_width=128, num_sms=1, index_kpool=4)
@@ -41,7 +41,7 @@ def test_a_record_has_room_for_every_plane() -> None:
     words = records.records(out.steps, (5,), ())[0].tolist()
     assert (words[0], len(words)) == (5, records.FIRST_DERIVED)
     for name, size in sizes.items():
-        value = records.plane(out.steps[0], name)
+        value = plane(out.steps[0], name)
         word = records.WORD[name]
         assert words[word : word + size] == ([0] * size if value is None else [value.data_ptr(), *value.stride()]), name
 
