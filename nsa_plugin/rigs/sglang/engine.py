@@ -64,6 +64,11 @@ class SglangCase(Case):
     spare: int = 0
 
     @property
+    def column(self) -> str:
+        """What the release matrix has it under."""
+        return self.path if self.config.index_kpool == 1 else "pooled index keys"
+
+    @property
     def batches(self) -> list[tuple[list[int], list[int]]]:
         """Lengths and rows of each round. With pooled index keys sglang extends no request by more tokens than it has."""
         found = [batch for size in self.sizes for batch in LENGTHS[size]]
@@ -273,7 +278,9 @@ class SglangEngine(Engine):
         if problem := releases.lacking("draft extend"):  # before 0.5.15
             self._cases = [case for case in cases if case.mode != "DRAFT_EXTEND_V2"]
             self.never = {**self.never, "draft extend": problem}
-        if foreign_formulas(POOLED.index_kpool):  # before 0.5.22
+        self.left_out: dict[str, str] = {}
+        if problem := foreign_formulas(POOLED.index_kpool):  # before 0.5.22
+            self.left_out["pooled index keys"] = problem
             self._cases = [case for case in self._cases if case.config.index_kpool == 1]
         forward_batch = pkgutil.resolve_name("sglang.srt.model_executor.forward_batch_info.ForwardBatch")
         self.batch_types = (forward_batch, SimpleNamespace)
