@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import logging
 import random
 from pathlib import Path
@@ -294,3 +295,14 @@ def test_the_topk_that_reads_the_plan_of_single_keys_runs_in_prefill_only() -> N
     assert source.count("._full_topk_for_short_sequence(") == source.count("._forward_cuda_skip_logits(") == 1
     prefill = "skip_logits_computation = False\n        if forward_batch.forward_mode.is_extend_without_speculative():"
     assert prefill in source
+
+
+@pytest.mark.parametrize("mode", ["decode", "extend"])
+def test_the_benchmark_times_them(mode: str, tmp_path: Path) -> None:
+    """On a CPU its copy and share are right; a graph takes a GPU."""
+    file = tmp_path / "b.json"
+    sizes = ["--bs", "2", "--ctx", "200", "--steps", "3", "--width", "320", "--decode-impl", "fa3", "--mode", mode]
+    assert main(["bench", "--engine", "sglang", "--index-kpool", "2", *sizes, "--json", str(file)]) == 0
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert cell["index_kpool"] == 2 and {"copy", "share"} <= cell["contenders"].keys()
+    assert all(row["differs"] == [] for row in cell["contenders"].values())
