@@ -93,35 +93,29 @@ class MultiStepDraft(HookedBackend):
         if known is not None:
             self._shares_topk.setdefault(owner, known)
 
-    def captured(self, owner: Any, batch: Any) -> None:
-        """As in the base class; draft backends that share their page tables share that of pooled index keys, too."""
-        given_back = self._share_pooled_table(owner, batch)
+    def share_tables(self, backends: Sequence[Any], batch: Any) -> None:
+        """Give all draft backends the first one's pooled page table of a captured size, of which sglang makes one for each.
+
+        They always hold equal values.
+        """
+        shared = getattr(backends[0].decode_cuda_graph_metadata[batch.batch_size], POOLED_TABLE, None)
+        if shared is None or "share" not in self._host.strategies:
+            return
+        given_back = 0
+        for backend in backends[1:]:
+            metadata = backend.decode_cuda_graph_metadata[batch.batch_size]
+            table = getattr(metadata, POOLED_TABLE)
+            given_back += 0 if table is shared else table.numel() * table.element_size()
+            backend.decode_cuda_graph_metadata[batch.batch_size] = dataclasses.replace(
+                metadata, **{POOLED_TABLE: shared}
+            )
         if given_back:
             logger.info(
                 "nsa-plugin: draft decode: %d draft backends share one pooled page table for %d requests; %.1f MiB given back",
-                len(self.backends(owner)),
+                len(backends),
                 batch.batch_size,
                 given_back / 2**20,
             )
-        super().captured(owner, batch)
-
-    def _share_pooled_table(self, owner: Any, batch: Any) -> int:
-        """Give the draft backends the first one's pooled page table of a captured size; returns the bytes given back.
-
-        sglang has just made one for each. All hold equal values, whoever computes them.
-        """
-        backends, given_back = self.backends(owner), 0
-        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0], self._host):
-            return 0
-        shared = getattr(backends[0].decode_cuda_graph_metadata[batch.batch_size], POOLED_TABLE, None)
-        for backend in backends[1:] if shared is not None else ():
-            metadata = backend.decode_cuda_graph_metadata[batch.batch_size]
-            table = getattr(metadata, POOLED_TABLE)
-            if table is not shared:
-                given_back += table.numel() * table.element_size()
-                metadata = dataclasses.replace(metadata, **{POOLED_TABLE: shared})
-                backend.decode_cuda_graph_metadata[batch.batch_size] = backend.forward_metadata = metadata
-        return given_back
 
     def undo(self) -> list[str]:
         """As in the base class; what is known of drafts is forgotten, too."""

@@ -54,10 +54,9 @@ def assert_equals(want: PrecomputedMetadata, step: StepMetadata, index: int = 0)
     fields = {name: getattr(step, name) for name in (*VECTORS, *TABLES)}
     here: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in fields.items()}
     if step.pools is not None:
-        pools: dict[str, Any] = {
-            field.name: getattr(step.pools, field.name) for field in dataclasses.fields(step.pools)
-        }
-        here["pools"] = PoolMetadata(**{name: None if plane is None else plane.cpu() for name, plane in pools.items()})
+        pools = {field.name: getattr(step.pools, field.name) for field in dataclasses.fields(step.pools)}
+        moved: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in pools.items()}
+        here["pools"] = PoolMetadata(**moved)
     assert_equal_live(want, StepMetadata(**here), index)
 
 
