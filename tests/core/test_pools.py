@@ -21,7 +21,7 @@ from nsa_plugin import (
     fast_copy,
     precompute,
 )
-from nsa_plugin.core import api, records
+from nsa_plugin.core import api, records, triton_binding
 from nsa_plugin.core.metadata import PLANES, differing_fields, live_entries, plane
 from tests.batches import Case, assert_equal_live, interpreted, poisoned
 
@@ -136,3 +136,18 @@ def test_accepted_rows_belong_to_a_draft_extend_and_exist() -> None:
     plan = ReplayPlan(replace(extend, accepted=None), GEOMETRY, list(without.steps), strategy="share")
     with pytest.raises(InvalidValueError, match=r"batch\.accepted is None"):
         plan.run(extend)
+
+
+@pytest.mark.parametrize("kpool", [2, 8])
+@pytest.mark.parametrize("wide", [True, False])
+def test_pages_of_pools_across_tiles(monkeypatch: pytest.MonkeyPatch, wide: bool, kpool: int) -> None:
+    """Tiles of 16 columns: several pages of pools in a tile, or several tiles in a page of pools; in the copy as well."""
+    monkeypatch.setattr(triton_binding, "TILE", 16)
+    geometry = Geometry(8, 16, 640, num_sms=1, wide_page_table=wide, index_kpool=kpool)
+    table = TokenTable(torch.randint(0, 1 << 20, (2, 640)), torch.tensor([1, 0]))
+    decode = BatchDescriptor(ForwardMode.DECODE, 2, torch.tensor([640, 257]), table)
+    want = precompute(decode, geometry, impl="reference")
+    got = precompute(decode, geometry, impl="triton", out=poisoned(decode, geometry)[0])
+    copied = poisoned(decode, geometry)[0].steps[0]
+    fast_copy(got, [copied], impl="triton")
+    assert differing_fields(want, got.steps[0]) == differing_fields(want, copied) == []
