@@ -15,7 +15,7 @@ from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
-from nsa_plugin.adapters.sglang.pools import keys_per_index_key
+from nsa_plugin.adapters.sglang.pools import POOLED_TABLE, keys_per_index_key, pooled_table
 from nsa_plugin.adapters.sglang.refusals import unsupported
 from nsa_plugin.adapters.sglang.releases import (
     argument,
@@ -28,7 +28,6 @@ from nsa_plugin.adapters.sglang.releases import (
 from nsa_plugin.adapters.sglang.reports import logger, report
 
 ALLOCATION = "init_cuda_graph_state"
-POOLED_TABLE = "pooled_real_page_table"
 
 
 class MultiStepDraft(HookedBackend):
@@ -98,7 +97,7 @@ class MultiStepDraft(HookedBackend):
 
         They always hold equal values.
         """
-        shared = getattr(backends[0].decode_cuda_graph_metadata[batch.batch_size], POOLED_TABLE, None)
+        shared = pooled_table(backends[0].decode_cuda_graph_metadata[batch.batch_size])
         if shared is None or "share" not in self._host.strategies:
             return
         given_back = 0

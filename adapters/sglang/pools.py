@@ -22,6 +22,7 @@ PLAN_MODULE = "sglang.srt.layers.attention.dsa.kpool_plan"
 INDEX_MODULE = "sglang.srt.layers.attention.dsa.kpool_fp8_index"
 PROVED_ON_GPU = False
 """Whether pooled backends have run on a GPU with this plugin. While they have not, `auto` leaves them to sglang."""
+POOLED_TABLE = "pooled_real_page_table"
 SCHEDULE, TOPK_PLAN = "pool_schedule_metadata", "pool_topk_v2_plan"
 """Derived planes of pooled index keys; the second since 0.5.23."""
 _OF_DRAFT = {SCHEDULE: "pooled_paged_mqa_schedule_metadata", TOPK_PLAN: "pooled_topk_v2_plan"}
@@ -53,6 +54,12 @@ def pools_of(metadata: Any) -> PoolMetadata | None:
         page_table=metadata.pooled_real_page_table,
         accepted=plan.effective_n_per_batch,
     )
+
+
+def pooled_table(metadata: Any) -> torch.Tensor | None:
+    """The page table of pooled index keys of a `DSAMetadata`; None without them, and in a draft extend."""
+    table: torch.Tensor | None = getattr(metadata, POOLED_TABLE, None)
+    return table
 
 
 def pool_planes(metadata: Any) -> dict[str, torch.Tensor]:
@@ -103,8 +110,6 @@ def foreign_formulas(k: int) -> str:
     except Exception as error:
         return f"looked for the formulas of pooled index keys in {INDEX_MODULE}, found {type(error).__name__}: {error}"
     found, wanted = (table, slots), ([[7, 8, 9]], [7 * 64, 8 * 64 + 1])
-    return (
-        ""
-        if found == wanted
-        else f"pooled pages and slots: looked for {wanted}, found {found}; use sglang 0.5.22 or later"
-    )
+    if found == wanted:
+        return ""
+    return f"pooled pages and slots: looked for {wanted}, found {found}; use sglang 0.5.22 or later"

@@ -3,7 +3,7 @@
 sglang has renamed its sparse-attention backends once, and the methods by which its CUDA-graph runners prepare them with it:
 a `Generation` holds that as data. Other differences are functions, or needs of a part. Each says "since" the first or
 "until" the last tested release that it goes with. Whoever takes a release out of `TESTED` deletes here what goes with it,
-and nothing elsewhere; `tests/plugin/test_releases.py` names what is left.
+and in `pools.py` for pooled index keys; `tests/plugin/test_releases.py` names what is left.
 """
 
 from __future__ import annotations
