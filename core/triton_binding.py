@@ -10,7 +10,9 @@ import torch
 
 from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, plane, same_buffer
+from nsa_plugin.core.pools import POOL_TABLE
+from nsa_plugin.core.records import records
 
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
@@ -61,14 +63,14 @@ def bind_precompute(
     """Bind the metadata kernel to the buffers of `out` and of `copies`, further consumers of step 0.
 
     The returned function takes any batch of the same mode, batch size and kind of slots. With `copies`, all steps see
-    equal lengths, and each copy has the page tables that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
+    equal lengths, and each copy has the page tables and planes of pools that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
     nothing.
     """
     from nsa_plugin.core.kernels import metadata
 
     geometry = out.geometry
     destinations = (*out.steps, *copies)
-    records = _records(destinations, (*batch.offsets, *[batch.offsets[0]] * len(copies)), ())
+    written = records(destinations, (*batch.offsets, *[batch.offsets[0]] * len(copies)), ())
     wide, real, aligned = _layout(destinations, geometry)
     token_table = isinstance(batch.slots, TokenTable)
     ragged = batch.extend_lens is not None
@@ -76,7 +78,9 @@ def bind_precompute(
     grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
-        "TOKENS": any(step.positions is not None for step in destinations), "SWITCHED": enabled is not None, "TILE": tile,
+        "TOKENS": any(step.positions is not None for step in destinations), "KPOOL": geometry.index_kpool,
+        "POOLS": out.steps[0].pools is not None, "POOLED": plane(out.steps[0], POOL_TABLE) is not None,
+        "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None, "SWITCHED": enabled is not None, "TILE": tile,
         "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
@@ -86,6 +90,7 @@ def bind_precompute(
     def launch(batch: BatchDescriptor) -> None:
         slots, seq_lens = batch.slots, batch.seq_lens
         extend_lens = seq_lens if batch.extend_lens is None else batch.extend_lens
+        accepted = seq_lens if batch.accepted is None else batch.accepted
         if isinstance(slots, TokenTable):
             table, pool, block_size = slots.req_to_token, slots.req_pool_indices, 1
         else:
@@ -93,9 +98,9 @@ def bind_precompute(
         row_stride, column_stride = table.stride()
         words = row_stride % 4 == 0 and column_stride == 1 and table.data_ptr() % 16 == 0
         metadata.metadata_kernel[grid](
-            seq_lens, extend_lens, pool, table, records, seq_lens if enabled is None else enabled,
-            seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(destinations),
-            num_tables, records.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
+            seq_lens, extend_lens, accepted, pool, table, written, seq_lens if enabled is None else enabled,
+            seq_lens.stride(0), extend_lens.stride(0), accepted.stride(0), pool.stride(0), row_stride, column_stride,
+            len(destinations), num_tables, written.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
             rows_per_request, block_size, ALIGNED=aligned and words, **fixed,
         )  # fmt: skip
 
@@ -108,12 +113,13 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
 
     batch, geometry = source.batch, source.geometry
     planes = tuple(destinations[0].derived) if destinations else ()
-    sources = _records(source.steps, batch.offsets, planes)
-    targets = _records(destinations, (0,) * len(destinations), planes)
+    sources = records(source.steps, batch.offsets, planes)
+    targets = records(destinations, (0,) * len(destinations), planes)
     wide, real, aligned = _layout((*source.steps, *destinations), geometry)
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens
     extend_lens = longest if batch.extend_lens is None else batch.extend_lens
     tokens = any(step.positions is not None for step in destinations)
+    pooled = any(plane(step, POOL_TABLE) is not None for step in destinations)
     grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
 
     def launch() -> None:
@@ -122,7 +128,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
             page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real, TOKENS=tokens,
-            ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            KPOOL=geometry.index_kpool, POOLED=pooled, ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     return launch
@@ -222,28 +228,6 @@ def bind_group_rows(out: GroupMetadata, enabled: torch.Tensor | None) -> Callabl
         )  # fmt: skip
 
     return launch
-
-
-def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequence[str]) -> torch.Tensor:
-    """The destination table of the metadata and copy kernels (see `kernels.tiles`): int64 [len(steps), words], on the
-    buffers' device."""
-    rows = []
-    for offset, step in zip(offsets, steps, strict=True):
-        words = [offset]
-        for name in VECTORS:
-            vector: torch.Tensor = getattr(step, name)
-            words += [vector.data_ptr(), vector.stride(0)]
-        for name in TABLES:
-            table: torch.Tensor | None = getattr(step, name)
-            words += [0, 0, 0] if table is None else [table.data_ptr(), *table.stride()]
-        for name in TOKENS:
-            tokens: torch.Tensor | None = getattr(step, name)
-            words += [0, 0] if tokens is None else [tokens.data_ptr(), tokens.stride(0)]
-        for plane in planes:
-            value = step.derived[plane]
-            words += [value.data_ptr(), value.numel() * value.element_size() // 4]
-        rows.append(words)
-    return torch.tensor(rows, dtype=torch.int64).to(steps[0].cache_seqlens.device)
 
 
 def _layout(steps: Sequence[StepMetadata], geometry: Geometry) -> tuple[bool, bool, bool]:

@@ -61,6 +61,9 @@ class HookedBackend:
         """Whether steps shall see the draft tokens before them."""
         return False
 
+    def share_tables(self, backends: Sequence[Any], batch: Any) -> None:
+        """Let the backends share page tables that sglang has just made for each of them."""
+
     def captured(self, owner: Any, batch: Any) -> None:
         """Take over a batch that is about to be captured, for which sglang has just made its own metadata."""
         native_mode = self.native_mode(owner, batch)
@@ -139,7 +142,7 @@ class HookedBackend:
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
         said = report(self._host, native_mode)
-        if problem := unsupported(backends[0]):
+        if problem := unsupported(backends[0], self._host):
             said.left_alone(problem)
             return
         asked = self._host.strategies
@@ -161,6 +164,7 @@ class HookedBackend:
             preparation = known
             try:
                 if preparation is None:
+                    self.share_tables(backends, batch)
                     drop_wide_table = strategy != "copy" and self.wide_table_is_unread(backends[0])
                     exact = strategy != "copy" and self.exact(owner, batch)
                     spares = self._spares if self._host.verify else None

@@ -19,7 +19,7 @@ from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor
-from nsa_plugin.core.metadata import StepMetadata
+from nsa_plugin.core.metadata import planes_of
 
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
 """Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""
@@ -106,7 +106,8 @@ class Preparation:
         )
         self._observe = self._report.observer(strategy, self._static)
         self._spare = None if spares is None else spare_metadata(self._used[0], spares)
-        self.size = sum({view.data_ptr(): view.numel() * 4 for step in consumers for view in _views(step)}.values())
+        views = {view.data_ptr(): view.numel() * view.element_size() for step in consumers for view in planes_of(step)}
+        self.size = sum(views.values())
         self._choose()
 
     def bind(self) -> None:
@@ -290,9 +291,3 @@ class Preparation:
         for backend, metadata in zip(self._backends, used, strict=True):
             backend.decode_cuda_graph_metadata[self._batch_size] = metadata
             backend.forward_metadata = metadata
-
-
-def _views(step: StepMetadata) -> Iterator[torch.Tensor]:
-    fields = (getattr(step, name) for name in StepMetadata.__dataclass_fields__ if name != "derived")
-    yield from (field for field in fields if field is not None)
-    yield from step.derived.values()

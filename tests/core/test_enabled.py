@@ -21,7 +21,7 @@ from nsa_plugin import (
     StepMetadata,
 )
 from nsa_plugin.core import api
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS
+from nsa_plugin.core.metadata import PLANES, plane
 from tests.batches import Case, interpreted, poisoned
 from tests.core.test_validation import BATCH, GEOMETRY
 from tests.examples import examples
@@ -31,8 +31,8 @@ pytest.importorskip("triton")
 
 def memory(metadata: PrecomputedMetadata) -> list[torch.Tensor]:
     """Copies of all that lies in the storages of the buffers, gaps and tails too."""
-    planes = [getattr(step, name) for step in metadata.steps for name in (*VECTORS, *TOKENS, *TABLES)]
-    return [plane.new_empty(0).set_(plane.untyped_storage()).clone() for plane in planes if plane is not None]
+    planes = [plane(step, name) for step in metadata.steps for name in PLANES]
+    return [value.new_empty(0).set_(value.untyped_storage()).clone() for value in planes if value is not None]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:

@@ -81,15 +81,17 @@ def test_what_is_not_covered_is_left_alone_by_name(install: Install, caplog: pyt
     host, _ = install("auto")
     backend = kit.make_backend(CONFIG, TABLE)
     backend.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)  # decode without a draft
-    pooled = kit.make_multi_step(CONFIG, TABLE, 3)
-    pooled.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
+    multi = kit.make_multi_step(CONFIG, TABLE, 3)
+    multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
     served = [line for line in caplog.messages if "strategy" in line]
     assert served == ["nsa-plugin: draft decode: strategy graph, without the wide page table, which nothing reads"]
     from nsa_plugin.adapters.sglang.refusals import unsupported
 
-    pooled.attn_backends[0].dsa_index_kpool = 4
-    assert unsupported(pooled.attn_backends[0]) == "pooled index keys (index_kpool > 1) are not covered"
-    assert unsupported(backend) == ""
+    assert unsupported(backend, host) == ""
+    backend.dsa_index_kpool = 4
+    assert unsupported(backend, host) == (
+        "pooled index keys (index_kpool > 1): it has only run on CPU tensors; NSA_PLUGIN_STRATEGY=graph takes it, auto does not"
+    )
     assert not host.fallbacks
 
 
