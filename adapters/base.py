@@ -81,6 +81,10 @@ class Host(Protocol):
         """One replay in how many is compared with the engine's own path; 0 is none."""
 
     @property
+    def verify_mode(self) -> str:
+        """When that is done: "before" use, after the "graph" has run, or "auto"; see `verification.moment`."""
+
+    @property
     def exact_step_lengths(self) -> bool:
         """Whether draft steps shall see the draft tokens before them, even where the engine's own path hides them."""
 

@@ -103,6 +103,11 @@ class Host(Switch):
         return self.settings.verify
 
     @property
+    def verify_mode(self) -> str:
+        """Whether values are compared before use or after the graph has run; "auto" leaves it to each path."""
+        return self.settings.verify_mode
+
+    @property
     def exact_step_lengths(self) -> bool:
         """Whether the lengths of draft steps count the draft tokens before them."""
         return self.settings.step_lengths == "exact"

@@ -8,11 +8,20 @@ from typing import Any
 from nsa_plugin.adapters.base import UNPROVED, Host, Strategy
 from nsa_plugin.adapters.sglang.pools import PROVED_ON_GPU, foreign_formulas, keys_per_index_key
 from nsa_plugin.adapters.sglang.releases import is_rocm, lacking, overlaps_plans
+from nsa_plugin.adapters.verification import Moment, moment
+
+VERIFIED: tuple[Moment, ...] = ("before", "graph")
+"""When a path can be verified; the first is what NSA_PLUGIN_VERIFY_MODE=auto takes."""
 
 
-def usable(asked: Sequence[Strategy], verify: int) -> tuple[Strategy, ...]:
-    """Strategies to try. Verification rules `graph` out: what a graph computes can't be repaired before it is read."""
-    no_graph = verify or not_graph()
+def repairs(host: Host) -> bool:
+    """Whether verification rules `graph` out, because what a graph computes can't be repaired before it is read."""
+    return bool(host.verify) and moment(host.verify_mode, *VERIFIED) == "before"
+
+
+def usable(asked: Sequence[Strategy], host: Host) -> tuple[Strategy, ...]:
+    """Strategies to try."""
+    no_graph = repairs(host) or not_graph()
     return tuple(strategy for strategy in asked if strategy != "graph" or not no_graph)
 
 

@@ -14,6 +14,8 @@ from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
+from nsa_plugin.adapters.vllm.v2.target import refusals as v2_refusals
+from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
 
 
 class VllmAdapter:
@@ -95,7 +97,8 @@ class VllmAdapter:
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
-        target, plans = ledger.target_patches().probe(), []
+        plans: list[PathPlan] = []
+        target = [problem] if (problem := v2_refusals.unverified(host)) else ledger.target_patches().probe()
         for path, needs, strategy, better, problems in (
             (v2_switch.PATH, "graph", *_plan_v2(host), self.probe()),
             (f"{v2_unfused.PATH} ({ledger.V2})", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
@@ -120,6 +123,8 @@ def _plan_v2(host: Host) -> tuple[str, str]:
     """What Model Runner V2's drafts would get, and why not more."""
     if not host.verify:
         return "graph", ""
+    if problem := v2_watch.unverified(host):
+        return "graph", f"not verified: {problem}"
     if problems := missing(releases.WATCH_NEEDS):
         return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"

@@ -375,3 +375,16 @@ def integers(builder: Any) -> list[torch.Tensor]:
     """What a builder writes metadata into."""
     tensors = [value for value in vars(builder).values() if torch.is_tensor(value)]
     return [value for value in tensors if value.numel() and not value.is_floating_point()]
+
+
+def test_a_fused_draft_keeps_its_graph_unverified_where_only_graphs_may_be_compared(install: Install, log: Any) -> None:
+    expected = stock()
+    host, adapter = install(verify=1, verify_mode="graph")
+    draft = captured(LAYOUT, TOKENS)
+    assert unequal(expected[:3], propose(draft, BATCHES[:1])) == []
+    assert any("not verified: NSA_PLUGIN_VERIFY_MODE=graph can't be had here" in line for line in log(logging.WARNING))
+    assert not host.verifications and not host.fallbacks
+    plans = {plan.path: plan for plan in adapter.paths(host)}
+    assert plans["draft decode (Model Runner V2)"].strategy == "graph"
+    assert "NSA_PLUGIN_VERIFY_MODE=graph can't be had here" in plans["draft decode (Model Runner V2)"].why
+    assert plans["target verify (Model Runner V2)"].strategy == "graph"
