@@ -107,7 +107,9 @@ def cases(draw: st.DrawFn) -> Case:
             ratio = draw(st.integers(2, 9))
             states = draw(st.sampled_from([1, 8, 64]))
             pooled = PooledKeys(ratio, states, integers(2, 9, n + 1, dtype=torch.int64))
-            edges = [draw(st.sampled_from([0, 1, ratio - 1, ratio, ratio * states, ratio * states + 1])) for _ in range(n)]
+            edges = [
+                draw(st.sampled_from([0, 1, ratio - 1, ratio, ratio * states, ratio * states + 1])) for _ in range(n)
+            ]
             rows.seq_lens[:n] = torch.where(torch.rand(n) < 0.5, rows.seq_lens[:n], torch.tensor(edges))
             width = max(width, -(-(int(rows.seq_lens.max()) + 4) // (ratio * states)))
         source = integers(0, 1 << 20, n + 1, width + 3)[:, :width]
@@ -242,8 +244,18 @@ def _plain() -> Case:
         ("indexer", "table", torch.zeros(1, 4, dtype=torch.int32), r"indexers\[0\].table: expected at least 2 rows"),
         ("indexer", "table", torch.zeros(2, 3, dtype=torch.int32), r"indexers\[0\].source: expected 3 columns"),
         ("indexer", "pooled", 4, r"indexers\[0\].pooled: expected a PooledKeys"),
-        ("indexer", "pooled", PooledKeys(1, 64, torch.zeros(2, dtype=torch.int64)), "pooled.ratio: expected an int >= 2"),
-        ("indexer", "pooled", PooledKeys(4, 0, torch.zeros(2, dtype=torch.int64)), "block_states: expected an int >= 1"),
+        (
+            "indexer",
+            "pooled",
+            PooledKeys(1, 64, torch.zeros(2, dtype=torch.int64)),
+            "pooled.ratio: expected an int >= 2",
+        ),
+        (
+            "indexer",
+            "pooled",
+            PooledKeys(4, 0, torch.zeros(2, dtype=torch.int64)),
+            "block_states: expected an int >= 1",
+        ),
         ("indexer", "pooled", PooledKeys(4, 64, torch.zeros(2)), "pooled.slots: expected int64, got float32"),
         ("tail", "ring", 0, r"tails\[0\].ring: expected an int >= 1"),
         ("tail", "table", torch.zeros(1, 1, dtype=torch.int32), r"tails\[0\].table: expected at least 2 rows"),
