@@ -264,12 +264,15 @@ FLASHINFER_SPARSE_SM90 = BuilderRow(
     (*PARALLELISM, HISPARSE), (ALL_UNPROVED,), gpus=frozenset({"9"}),
 )  # fmt: skip
 """It plans on the host. One plan, made before each draft, serves all steps: each clamps it on the device to its lengths."""
+TAIL_SLOTS = Need(
+    f"{INDEXER_MODULE}.compute_kpool_tail_slot_mapping",
+    ("slot_mapping", "block_table", "query_start_loc", "positions", "num_actual_tokens", "num_reqs", "kpool", "out"),
+    "the slots of tokens in pools that are not complete",
+)
 KPOOL_TAIL = BuilderRow(
     ("KPOOL_TAIL",), f"{INDEXER_MODULE}.KpoolTailMetadataBuilder", "tail slots",
     {f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata": INDEXER.fields[f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata"]},
-    (Need(f"{INDEXER_MODULE}.compute_kpool_tail_slot_mapping",
-          ("block_table", "query_start_loc", "positions", "kpool"), "the slots of tokens in pools that are not complete"),),
-    PARALLELISM, (ALL_UNPROVED,),
+    (TAIL_SLOTS,), PARALLELISM, (ALL_UNPROVED,),
     "vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the null "
     "block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
     gpus=frozenset(), vllm_updates=True,

@@ -14,6 +14,7 @@ there one object stands for all groups. The metadata of the first step is rebuil
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ import torch
 
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.builders import Replaced, changes_of
+from nsa_plugin.adapters.vllm.builders import KPOOL_TAIL, TAIL_SLOTS, Replaced, changes_of, row_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import plans
@@ -261,7 +262,10 @@ def hooks(
             except Exception as error:
                 deferred.give_up()
                 fell_back(error)
-        return update(speculator, attn_metadata, num_reqs, *args, **kwargs)
+        updated = update(speculator, attn_metadata, num_reqs, *args, **kwargs)
+        if v2_switch.of(host, speculator).fuses:
+            mend_tails(speculator, attn_metadata, num_reqs)
+        return updated
 
     hooked = {} if asks_groups else {UPDATE_STEP: update_draft_decode_metadata}
     return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
@@ -296,6 +300,19 @@ def _tail_rows(speculator: Any, group: Any, builder: Any, metadata: Any) -> Tail
     mapped = releases.mapped_table(group)
     table = speculator.block_tables.input_block_tables[group.kv_cache_group_id] if mapped is None else mapped[0]
     return TailRows(table, builder.kv_cache_spec.block_size, metadata.slot_mapping)
+
+
+def mend_tails(speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
+    """Compute by vLLM's own code what its updates in place leave stale, in a draft that it fuses because of this adapter."""
+    for group in releases.groups_of(speculator):
+        builder = group.get_metadata_builder()
+        if row_of(builder) is KPOOL_TAIL:
+            tail, buffers = _tail_rows(speculator, group, builder, metadata[group.layer_names[0]]), speculator.input_buffers
+            compute = pkgutil.resolve_name(TAIL_SLOTS.path)
+            compute(
+                tail.slots, tail.table, buffers.query_start_loc[: num_reqs + 1], buffers.positions, num_reqs, num_reqs,
+                tail.ring, out=tail.slots,
+            )  # fmt: skip
 
 
 def as_captured(made: torch.Tensor, decode: Any) -> torch.Tensor:
