@@ -365,18 +365,19 @@ def _by_update(builder: Any, host: Host) -> Changes:
     update = getattr(type(builder), "update_draft_decode_metadata", None)
     for row in (FLASHMLA_SPARSE, *POOLED, INDEXER):
         ours = getattr(update, "understood", None) == (row.changes, update)
-        if ours or (row.vllm_updates and update is _update_of(row)):
+        if ours or (row.vllm_updates and _is_vllms(update, builder, row)):
             left = refusal(PARALLELISM, builder) or row.left_by(host, builder)
             return "other" if left else row.changes
     return "other"
 
 
-def _update_of(row: BuilderRow) -> Any:
-    """The update in place of a row's class, vLLM's or this adapter's; not itself if this vLLM lacks the class."""
-    try:
-        return pkgutil.resolve_name(row.builder).update_draft_decode_metadata
-    except (ImportError, AttributeError):
-        return row
+def _is_vllms(update: Any, builder: Any, row: BuilderRow) -> bool:
+    """Whether a builder's update in place is that of the row's class, be it the builder's own class or one that it derives from."""
+    return any(
+        f"{kind.__module__}.{kind.__qualname__}" == row.builder
+        and vars(kind).get("update_draft_decode_metadata") is update
+        for kind in type(builder).__mro__
+    )
 
 
 def _by_row(builder: Any) -> Changes:

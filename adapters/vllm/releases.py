@@ -135,7 +135,7 @@ def states_per_block(spec: Any) -> int:
 
 
 def tokens_per_state(builder: Any) -> int:
-    """Tokens that an entry of a cache stands for: more than one where index keys are pooled, or a cache is compressed."""
+    """Tokens that an entry of an indexer's cache stands for; more than one where keys are pooled. No such number goes with 0.28."""
     return int(getattr(builder, "compress_ratio", 1))
 
 

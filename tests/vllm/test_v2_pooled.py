@@ -126,6 +126,7 @@ def test_the_comparison_can_fail(install: Install, monkeypatch: pytest.MonkeyPat
 def test_auto_leaves_what_no_gpu_has_run(install: Install, log: Callable[[int], list[str]]) -> None:
     expected = propose(PooledDraft(3), BATCHES, poison=False)
     host, adapter = install()
+    logging.getLogger("vllm.plugins.nsa_plugin").setLevel(logging.INFO)
     draft = PooledDraft(3)
     assert not draft.fused
     assert unequal_steps(expected, propose(draft, BATCHES)) == set() and not host.fallbacks
@@ -141,6 +142,7 @@ def test_auto_fuses_no_draft_over_a_stale_tail(install: Install, log: Callable[[
     rebuilt: Any = PooledDraft(3, **made)
     expected = propose(rebuilt, poison=False)
     _, adapter = install()
+    logging.getLogger("vllm.plugins.nsa_plugin").setLevel(logging.INFO)  # vLLM's first configuration sets it back
     assert not PooledDraft(3, **made).fused
     assert any(builders.KPOOL_TAIL.stale in line for line in log(logging.INFO))
     adapter.undo()
@@ -189,7 +191,7 @@ def test_one_launch_the_schedule_and_the_clamp(install: Install, monkeypatch: py
     launched: list[str] = []
     run, call = v2_step.Step.run, interpreter.GridExecutor.__call__
 
-    class Counts(TorchDispatchMode):
+    class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             launched.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
@@ -206,7 +208,7 @@ def test_one_launch_the_schedule_and_the_clamp(install: Install, monkeypatch: py
 
     def step(self: Any) -> None:
         launched.append("|")
-        with Counts():
+        with Counts():  # type: ignore[no-untyped-call]
             run(self)
 
     real = indexer.get_paged_mqa_logits_metadata

@@ -307,7 +307,10 @@ def mend_tails(speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> N
     for group in releases.groups_of(speculator):
         builder = group.get_metadata_builder()
         if row_of(builder) is KPOOL_TAIL:
-            tail, buffers = _tail_rows(speculator, group, builder, metadata[group.layer_names[0]]), speculator.input_buffers
+            tail, buffers = (
+                _tail_rows(speculator, group, builder, metadata[group.layer_names[0]]),
+                speculator.input_buffers,
+            )
             compute = pkgutil.resolve_name(TAIL_SLOTS.path)
             compute(
                 tail.slots, tail.table, buffers.query_start_loc[: num_reqs + 1], buffers.positions, num_reqs, num_reqs,
