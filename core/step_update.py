@@ -3,7 +3,8 @@
 It serves an engine that records its whole draft in one CUDA graph. Positions, lengths and block tables are the engine's
 buffers, and the engine advances them after each step. Attention groups read their metadata at fixed addresses.
 Each step needs the KV slot of one token per request, and each group needs what it derives from the lengths. The request
-map, the rows of ones and the copy of the block table are equal in all steps: only the first step writes them.
+map, the rows of ones and the copy of the block table are equal in all steps: only the first step writes them. Where index
+keys are pooled, a step also has the slot of the pool that its token completes, and that of the token in its tail.
 The definition is `reference.step_update`.
 """
 

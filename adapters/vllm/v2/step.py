@@ -263,8 +263,11 @@ def hooks(
                 deferred.give_up()
                 fell_back(error)
         updated = update(speculator, attn_metadata, num_reqs, *args, **kwargs)
-        if v2_switch.of(host, speculator).fuses:
-            mend_tails(speculator, attn_metadata, num_reqs)
+        try:
+            if v2_switch.of(host, speculator).fuses:
+                mend_tails(speculator, attn_metadata, num_reqs)
+        except Exception as error:
+            fell_back(error)
         return updated
 
     hooked = {} if asks_groups else {UPDATE_STEP: update_draft_decode_metadata}
