@@ -275,7 +275,7 @@ KPOOL_TAIL = BuilderRow(
     (TAIL_SLOTS,), PARALLELISM, (ALL_UNPROVED,),
     "vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the null "
     "block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
-    gpus=frozenset(), vllm_updates=True,
+    gpus=frozenset({"9", "10"}), vllm_updates=True,
 )  # fmt: skip
 POOLED = (FLASHINFER_SPARSE_SM90, KPOOL_TAIL)
 """What the draft of a model with pooled index keys has on Hopper besides an indexer, from vLLM 0.32 on."""

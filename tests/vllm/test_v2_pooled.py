@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,9 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, indexer
 from nsa_plugin import host as host_module
 from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.probe import installed_version
-from nsa_plugin.adapters.vllm import builders
+from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.v2 import plans
+from nsa_plugin.adapters.vllm.v2 import plans, switch
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.core.step_update import StepUpdate
 from nsa_plugin.host import Host
@@ -274,6 +275,13 @@ def test_an_error_leaves_no_stale_tail(install: Install, monkeypatch: pytest.Mon
     wrong = unequal_steps(expected, propose(draft))
     assert draft.fused and "tail slots" not in wrong and sum(host.fallbacks.values()) == 1
     assert not wrong & {"indexer lengths", "request map", "planned tokens", "slots"}
+
+
+def test_a_speculator_with_other_parameters_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any) -> None: ...
+
+    monkeypatch.setattr(releases, "FUSED_DRAFT", replace(releases.FUSED_DRAFT, path="vllm.absent.method"))
+    assert switch.planned(Host(Settings()), begin) is begin
 
 
 def test_verification_refuses_them_by_name(install: Install, log: Callable[[int], list[str]]) -> None:

@@ -3,7 +3,8 @@
 `TargetDependentARSpeculator._generate_fused_drafts` (Eagle and MTP) does two things for the metadata at the start of each step:
 `BlockTables.compute_slot_mappings`, and `_update_draft_decode_metadata`, which asks the builder of every attention
 group. Here the first is put off until the second, and the second is one launch of `StepUpdate` for the slots of
-all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule and the clamp of a plan, then the other groups' own updates.
+all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule and the clamp of a plan, then the other
+groups' own updates.
 Whatever is not understood leaves the step as vLLM has it; an error hands the draft, and all later ones, back to vLLM's own
 code.
 
@@ -310,11 +311,8 @@ def mend_tails(speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> N
     for group in releases.groups_of(speculator):
         builder = group.get_metadata_builder()
         if row_of(builder) is KPOOL_TAIL:
-            tail, buffers = (
-                _tail_rows(speculator, group, builder, metadata[group.layer_names[0]]),
-                speculator.input_buffers,
-            )
-            compute = pkgutil.resolve_name(TAIL_SLOTS.path)
+            tail = _tail_rows(speculator, group, builder, metadata[group.layer_names[0]])
+            buffers, compute = speculator.input_buffers, pkgutil.resolve_name(TAIL_SLOTS.path)
             compute(
                 tail.slots, tail.table, buffers.query_start_loc[: num_reqs + 1], buffers.positions, num_reqs, num_reqs,
                 tail.ring, out=tail.slots,

@@ -18,7 +18,7 @@ from typing import Any
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import agreement, releases
 from nsa_plugin.adapters.vllm.reports import report
 from nsa_plugin.adapters.vllm.v2 import plans
@@ -118,7 +118,12 @@ def begin(host: Host, live: Callable[[], bool], original: Callable[..., Any]) ->
 
 
 def planned(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, vLLM's `_fused_multi_step_decode`, with the plans that captured drafts need, on or off."""
+    """`original`, vLLM's `_fused_multi_step_decode`, with the plans that captured drafts need, on or off.
+
+    A vLLM whose method has other parameters has no draft that needs them: see `builders.FLASHINFER_SPARSE_SM90`.
+    """
+    if missing((releases.FUSED_DRAFT,)):
+        return original
 
     def leave(speculator: Any, error: Exception, *args: Any, **kwargs: Any) -> Any:
         report(host, PATH).fell_back("replay", "graph", error)
