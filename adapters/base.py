@@ -14,7 +14,7 @@ from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.plan import Consumers, PlanStrategy
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate, TailRows
 
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
@@ -122,7 +122,12 @@ class Host(Protocol):
         """
 
     def step_update(
-        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+        self,
+        rows: DraftRows,
+        slots: SlotGroups,
+        request_maps: Sequence[torch.Tensor],
+        indexers: Sequence[IndexerRows],
+        tails: Sequence[TailRows] = (),
     ) -> StepUpdate:
         """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one; raises as that."""
 

@@ -37,7 +37,7 @@ from nsa_plugin.core.pools import POOL_PLANES, POOL_TABLE, PoolMetadata, pool_sh
 
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep
-    from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
+    from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, TailRows
 
 
 def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None = None) -> None:
@@ -145,6 +145,7 @@ def step_update(
     request_maps: Sequence[torch.Tensor],
     indexers: Sequence[IndexerRows],
     first: bool,
+    tails: Sequence[TailRows] = (),
 ) -> None:
     """Write what one draft step needs; the arguments are those of `StepUpdate` and `StepUpdate.run`."""
     n = rows.num_rows
@@ -160,7 +161,18 @@ def step_update(
         if first:
             slots.slot_mapping[group, n:] = PAD_SLOT
     for indexer in indexers:
-        indexer.lengths.copy_(rows.seq_lens[:n])
+        lengths, pooled = rows.seq_lens[:n], indexer.pooled
+        if pooled is None:
+            indexer.lengths.copy_(lengths)
+            continue
+        indexer.lengths.copy_(lengths // pooled.ratio)
+        completes = exists & (table_rows >= 0) & (lengths > 0) & (lengths % pooled.ratio == 0)
+        state = torch.where(completes, (lengths.long() - 1) // pooled.ratio, 0)
+        block = indexer.source[:n].gather(1, (state // pooled.block_states)[:, None])[:, 0].long()
+        pooled.slots[:n] = torch.where(completes, block * pooled.block_states + state % pooled.block_states, PAD_SLOT)
+    for tail in tails:
+        block = tail.table[:n, 0].long()
+        tail.slots[:n] = torch.where(exists & (block != 0), block * tail.ring + positions % tail.ring, PAD_SLOT)
     if not first:
         return
     for request_map in request_maps:

@@ -17,7 +17,7 @@ from nsa_plugin.core.records import records
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
     from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
-    from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
+    from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups, TailRows
 
 TILE, TILE_OF_SEVERAL_ROWS = 2048, 512
 """Columns of a page table that a program of the metadata and copy kernels handles at a time. The second holds where a
@@ -157,11 +157,15 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDra
 
 
 def bind_step_update(
-    rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    rows: DraftRows,
+    slots: SlotGroups,
+    request_maps: Sequence[torch.Tensor],
+    indexers: Sequence[IndexerRows],
+    tails: Sequence[TailRows],
 ) -> list[BoundStepUpdate]:
     """Bind the step-update kernel; returns the launches of a step, each to be called with `first`.
 
-    Launch i serves request map i and indexer i; launch 0 writes the slots too.
+    Launch i serves request map i, indexer i and tail i; launch 0 writes the slots too.
     """
     from nsa_plugin.core.kernels.step_update import step_update_kernel
 
@@ -175,30 +179,35 @@ def bind_step_update(
         ones = (*indexer.ones, *indexer.ones)[:2] if indexer else (unused, unused)
         source, table = (indexer.source, indexer.table) if indexer else (unused[None], unused[None])
         indices = indexer.indices if indexer else None
+        pooled = indexer.pooled if indexer else None
+        tail = tails[number] if number < len(tails) else None
+        tail_table = unused[None] if tail is None else tail.table
         tensors = (
             rows.positions, rows.seq_lens, rows.query_start_loc, rows.table_rows,
             slots.addresses, slots.row_strides, slots.block_sizes, slots.enabled, slots.slot_mapping,
             unused if request_map is None else request_map, indexer.lengths if indexer else unused, *ones,
-            unused if indices is None else indices, source, table,
+            unused if indices is None else indices, source, table, unused if pooled is None else pooled.slots, tail_table,
+            unused if tail is None else tail.slots,
         )  # fmt: skip
         sizes = (
-            rows.num_rows, groups, capacity, slots.slot_mapping.stride(0), source.stride(0), table.stride(0), table.shape[1]
+            rows.num_rows, groups, capacity, slots.slot_mapping.stride(0), source.stride(0), table.stride(0), table.shape[1],
+            *((pooled.ratio, pooled.block_states) if pooled else (1, 1)), tail_table.stride(0), tail.ring if tail else 1,
         )  # fmt: skip
         fixed = {
             "SLOTS": number == 0, "MAP": request_map is not None, "INDEXER": indexer is not None,
             "INDICES": indices is not None, "TABLE": indexer is not None and not same_buffer(source, table),
-            "PAD": PAD_SLOT, "BLOCK": STEP_UPDATE_BLOCK, "num_warps": NUM_WARPS,
+            "POOLED": pooled is not None, "TAIL": tail is not None, "PAD": PAD_SLOT, "BLOCK": STEP_UPDATE_BLOCK, "num_warps": NUM_WARPS,
         }  # fmt: skip
 
         def launch(first: bool) -> None:
-            if not first and number > 0 and indexer is None:
+            if not first and number > 0 and indexer is None and tail is None:
                 return
             extra = padding_programs if first and number == 0 else 0
             step_update_kernel[(rows.num_rows + extra,)](*tensors, *sizes, FIRST=first, **fixed)
 
         return launch
 
-    return [bound(number) for number in range(max(1, len(request_maps), len(indexers)))]
+    return [bound(number) for number in range(max(1, len(request_maps), len(indexers), len(tails)))]
 
 
 def bind_group_rows(out: GroupMetadata, enabled: torch.Tensor | None) -> Callable[[BatchDescriptor], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsa_plugin.adapters.base import Host, PathPlan
+from nsa_plugin.adapters.base import UNPROVED, Host, PathPlan
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.probe import installed_version, missing, untested
@@ -112,9 +112,11 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
+        strategy = "graph" if host.takes_unproved and "graph" in host.strategies else "off"
+        pooled = [(row, strategy, "; ".join(filter(None, (row.stale, UNPROVED)))) for row in builders.POOLED]
         return plans + [
-            PathPlan(f"draft decode with {name}", "off", row.left_alone, row.gpus)
-            for row in builders.REBUILT
+            PathPlan(f"draft decode with {name}", strategy, why, row.gpus)
+            for row, strategy, why in (*pooled, *((row, "off", row.left_alone) for row in builders.REBUILT))
             for name in row.backends
         ]
 

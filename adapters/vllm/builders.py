@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nsa_plugin.adapters.base import UNPROVED, Host
 from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import builders_left_alone
-from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, MODULE
+from nsa_plugin.adapters.vllm.releases import FUSED_DRAFT, INDEXER_MODULE, MODULE
 from nsa_plugin.adapters.vllm.v1.kept import Keeper, keep_indexer, keep_sparse
 
-Changes = Literal["request map", "lengths and schedule", "nothing", "other"]
+Changes = Literal["request map", "request map and plan", "lengths and schedule", "tail slots", "nothing", "other"]
 """What a builder derives from the lengths or from the batch, and so has to be recomputed at each draft step. All else in
 its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone. "other" is not
 understood: vLLM's own code does it."""
@@ -73,6 +74,8 @@ HISPARSE = Refusal("HiSparse is not covered", _has_hisparse)
 COMPRESSED = Refusal(
     "a compressed indexer cache has slots of its own, computed anew for every step", _above_one("compress_ratio")
 )
+POOLED_KEYS = Refusal(f"pooled index keys: {UNPROVED}", _above_one("compress_ratio"))
+ALL_UNPROVED = Refusal(UNPROVED, lambda builder: True)
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
     _is_non_causal,
@@ -100,6 +103,11 @@ class BuilderRow:
         What `changes` takes for granted.
     refusals : tuple of Refusal
         Settings that are not covered, by neither `changes` nor `keeper`.
+    unproved : tuple of Refusal
+        Settings that are covered in the fused draft, which no GPU has run yet: see `Host.takes_unproved`.
+    stale : str
+        What vLLM's own update in place leaves stale; empty if nothing is known. Where this adapter does not write it, it
+        does not make a draft fused either: vLLM's rebuild is right.
     keeper : Keeper or None
         How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
     left_alone : str
@@ -117,6 +125,8 @@ class BuilderRow:
     fields: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    unproved: tuple[Refusal, ...] = ()
+    stale: str = ""
     keeper: Keeper | None = None
     left_alone: str = ""
     gpus: frozenset[str] | None = None
@@ -139,6 +149,10 @@ class BuilderRow:
     def refused(self, builder: Any) -> str:
         """Empty, or why Model Runner V2's drafts leave a builder of this class to vLLM."""
         return next(iter(missing(self.needs)), "") or self.uncovered(builder)
+
+    def left_by(self, host: Host, builder: Any) -> str:
+        """Empty, or why a host does not serve a builder in a setting that no GPU has run yet."""
+        return "" if host.takes_unproved else refusal(self.unproved, builder)
 
 
 def _unknown_fields(fields: Mapping[str, frozenset[str]]) -> str:
@@ -224,7 +238,8 @@ INDEXER = BuilderRow(
           "what of the indexer follows from them"),
      SCHEDULE),
     (*PARALLELISM, COMPRESSED),
-    Keeper(
+    unproved=(POOLED_KEYS,),
+    keeper=Keeper(
         (Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
               ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"), "lengths of a draft step"),
          Need(INDEXER_DECODE,
@@ -234,7 +249,36 @@ INDEXER = BuilderRow(
         keep_indexer),
     vllm_updates=True,
 )  # fmt: skip
-"""It has an update of its own from vLLM 0.32 on."""
+"""It has an update of its own from vLLM 0.32 on. In the fused draft a compressed cache is covered, too."""
+
+_SM90 = f"{MLA}.flashinfer_mla_sparse_sm90"
+FLASHINFER_SPARSE_SM90 = BuilderRow(
+    ("FLASHINFER_MLA_SPARSE_SM90",), f"{_SM90}.FlashInferMLASparseSM90Builder", "request map and plan",
+    {f"{_SM90}.FlashInferMLASparseSM90Metadata": SPARSE | {"state"}},
+    (Need(f"{_SM90}.FlashInferMLASparseSM90Metadata", ("req_id_per_token", "query_start_loc", "seq_lens", "num_decode_tokens"),
+          "the batch that the plan is clamped to"),
+     Need(f"{_SM90}._SM90State._clamp_kv_end", ("cam", "req_id_per_token"), "clamp the plan to a step's lengths"),
+     Need(f"{_SM90}._SM90State.plan", ("num_tokens", "kv_lens", "cam", "req_id_per_token"),
+          "plan for the lengths of all steps before the draft"),
+     FUSED_DRAFT),
+    (*PARALLELISM, HISPARSE), (ALL_UNPROVED,), gpus=frozenset({"9"}),
+)  # fmt: skip
+"""It plans on the host. One plan, made before each draft, serves all steps: each clamps it on the device to its lengths."""
+TAIL_SLOTS = Need(
+    f"{INDEXER_MODULE}.compute_kpool_tail_slot_mapping",
+    ("slot_mapping", "block_table", "query_start_loc", "positions", "num_actual_tokens", "num_reqs", "kpool", "out"),
+    "the slots of tokens in pools that are not complete",
+)
+KPOOL_TAIL = BuilderRow(
+    ("KPOOL_TAIL",), f"{INDEXER_MODULE}.KpoolTailMetadataBuilder", "tail slots",
+    {f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata": INDEXER.fields[f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata"]},
+    (TAIL_SLOTS,), PARALLELISM, (ALL_UNPROVED,),
+    "vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the null "
+    "block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
+    gpus=frozenset({"9", "10"}), vllm_updates=True,
+)  # fmt: skip
+POOLED = (FLASHINFER_SPARSE_SM90, KPOOL_TAIL)
+"""What the draft of a model with pooled index keys has on Hopper besides an indexer, from vLLM 0.32 on."""
 
 DENSE = _names(
     "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes num_decode_tokens num_prefills "
@@ -277,7 +321,7 @@ LEFT_ALONE = (
 REBUILT = tuple(row for row in LEFT_ALONE if not row.vllm_updates)
 """Those whose metadata vLLM itself rebuilds for each step of Model Runner V2's drafts, which it then does not fuse."""
 NOT_EXAMINED = "not examined"
-ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE, *LEFT_ALONE)}
+ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE, *POOLED, *LEFT_ALONE)}
 
 
 def row_of(builder: Any) -> BuilderRow:
@@ -286,7 +330,7 @@ def row_of(builder: Any) -> BuilderRow:
     return ROWS.get(path, BuilderRow((), path, left_alone=NOT_EXAMINED))
 
 
-def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced) -> Changes:
+def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced, host: Host) -> Changes:
     """What changes from step to step in the metadata of an attention group.
 
     The answer depends on what would run without this adapter, so the question has two forms:
@@ -304,10 +348,12 @@ def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced)
         What the builder made for `num_reqs` requests of one token each.
     num_reqs : int
     instead_of : "update" or "rebuild"
+    host : Host
+        Says whether what no GPU has run is understood, too.
     """
     if getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
-    changes = _by_update(builder) if instead_of == "update" else _by_row(builder)
+    changes = _by_update(builder, host) if instead_of == "update" else _by_row(builder)
     if changes == "other" or metadata.num_prefills:
         return "other"
     if changes == "lengths and schedule" and not _is_plain_indexer(builder, metadata, num_reqs):
@@ -315,26 +361,35 @@ def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced)
     return changes
 
 
-def _by_update(builder: Any) -> Changes:
+def _by_update(builder: Any, host: Host) -> Changes:
     update = getattr(type(builder), "update_draft_decode_metadata", None)
-    if update is not None and getattr(update, "only_the_request_map", None) is update:
-        return "request map"
-    if update is pkgutil.resolve_name(INDEXER.builder).update_draft_decode_metadata:
-        return "lengths and schedule"
+    for row in (FLASHMLA_SPARSE, *POOLED, INDEXER):
+        ours = getattr(update, "understood", None) == (row.changes, update)
+        if ours or (row.vllm_updates and _is_vllms(update, builder, row)):
+            left = refusal(PARALLELISM, builder) or row.left_by(host, builder)
+            return "other" if left else row.changes
     return "other"
+
+
+def _is_vllms(update: Any, builder: Any, row: BuilderRow) -> bool:
+    """Whether a builder's update in place is that of the row's class, be it the builder's own class or one that it derives from."""
+    return any(
+        f"{kind.__module__}.{kind.__qualname__}" == row.builder
+        and vars(kind).get("update_draft_decode_metadata") is update
+        for kind in type(builder).__mro__
+    )
 
 
 def _by_row(builder: Any) -> Changes:
     row = row_of(builder)
-    return "other" if row.refused(builder) else row.changes
+    return "other" if row.refused(builder) or refusal(row.unproved, builder) else row.changes
 
 
 def _is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
     """Whether an indexer's metadata are those of decodes alone, one token each, with no field that is not known."""
     decode = metadata.decode
     return bool(
-        not refusal(INDEXER.refusals, builder)
-        and metadata.num_decodes == num_reqs
+        metadata.num_decodes == num_reqs
         and decode is not None
         and {part.name for part in dataclasses.fields(decode)} <= INDEXER.fields[INDEXER_DECODE]
         and decode.seq_lens.numel() == num_reqs

@@ -39,6 +39,8 @@ UPDATE_IN_PLACE = (
 IN_PLACE: Mapping[Changes | None, str] = {
     "request map": "The method recomputes the request map of the captured metadata. All else in it is a view of the runner's "
     "persistent buffers, a constant of the captured size, or depends on shapes alone.",
+    "request map and plan": "The method recomputes the request map of the captured metadata, and clamps on the device what was "
+    "planned on the host before the draft.",
     "lengths and schedule": "The method recomputes lengths and DeepGEMM's schedule.",
     "nothing": "The method does nothing: all that changes from step to step are values in the runner's own buffers, of which "
     "the metadata has views.",
@@ -73,7 +75,8 @@ def v2_essential() -> tuple[Part, ...]:
 
 def v2_more() -> tuple[Part, ...]:
     """Further builders of the fused draft, each for itself. Imports nothing."""
-    return tuple(_builder(row, NOT_PROPOSED, "vLLM's builder has the method") for row in builders.MORE)
+    rows = (row for row in (*builders.MORE, *builders.POOLED) if row.changes in v2_updates.UPDATES)
+    return tuple(_builder(row, NOT_PROPOSED, "vLLM's builder has the method") for row in rows)
 
 
 def v2_not_fused() -> Part:

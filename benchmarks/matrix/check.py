@@ -20,6 +20,7 @@ FIXTURES = {
         "nsa_plugin.rigs.vllm.v2_engine.V2Engine",
         "nsa_plugin.rigs.vllm.v1_engine.V1Engine",
         "nsa_plugin.rigs.vllm.v2_target_engine.TargetEngine",
+        "nsa_plugin.rigs.vllm.v2_pooled_engine.PooledEngine",
     ),
 }
 """What the kit runs on, for each engine: vLLM has two model runners. All but the first may need more than an old release has."""

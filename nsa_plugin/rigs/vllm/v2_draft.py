@@ -215,15 +215,23 @@ class Graphs:
 class Draft:
     """A speculator over a tiny DeepSeek-V3.2 with MTP.
 
+    Attributes
+    ----------
+    layers : tuple of str
+        Attention layers of the draft model.
+
     Parameters
     ----------
     cache_dtype, heads : as in `LAYOUTS`
     tokens : speculative tokens
     sizes : Sizes
     model : stand-in for the draft model
-    attention : backend of the draft's attention layer; its tokens before the first draft step stay with FlashMLA-sparse
+    attention : backend of the draft's attention layer; its tokens before the first draft step stay with FlashMLA-sparse. With
+        None all layers keep the backends of `lay_out`
     graphs : stand-in for the decode CUDA-graph manager
     """
+
+    layers: tuple[str, ...] = DRAFT
 
     def __init__(
         self,
@@ -249,33 +257,45 @@ class Draft:
             if not model_parallel_is_initialized():
                 init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
                 ensure_model_parallel_initialized(1, 1)
-            specs = [
-                MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
-                MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=132, dtype=torch.uint8),
-            ]
-            backends = (flashmla_sparse.FlashMLASparseBackend, indexer.DeepseekV32IndexerBackend)
             layers = self.config.compilation_config.static_forward_context
-            for names in (TARGET, DRAFT):
-                for name, backend, spec in zip(names, backends, specs, strict=True):
-                    layers[name] = Layer(backend, spec)
-            every = [*TARGET, *DRAFT]
-            group = UniformTypeKVCacheSpecs(
-                block_size=BLOCK_SIZE, kv_cache_specs={name: layers[name]._spec for name in every}
-            )
-            self.cache = KVCacheConfig(
-                num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)]
-            )
+            self.cache = self.lay_out(layers)
             self.speculator = Speculator(self.config, device)
             self.speculator.model = self.model = model()
-            self.speculator.draft_attn_layer_names = set(DRAFT)
+            self.speculator.draft_attn_layer_names = set(self.layers)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
-            layers[DRAFT[0]]._backend = attention
-            self.tables = block_tables(BLOCK_SIZE, sizes.requests, sizes.tokens, sizes.model_len // BLOCK_SIZE, device)
+            if attention is not None:
+                layers[DRAFT[0]]._backend = attention
+            self.tables = self.make_tables()
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
             self.graphs: Any = graphs(self)
             self.speculator.decode_cudagraph_manager = self.graphs
+
+    def lay_out(self, layers: dict[str, Any]) -> KVCacheConfig:
+        """Put the attention layers of target and draft into `layers`; returns their KV cache: one group."""
+        specs = [
+            MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
+            MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=132, dtype=torch.uint8),
+        ]
+        backends = (flashmla_sparse.FlashMLASparseBackend, indexer.DeepseekV32IndexerBackend)
+        for names in (TARGET, DRAFT):
+            for name, backend, spec in zip(names, backends, specs, strict=True):
+                layers[name] = Layer(backend, spec)
+        every = [*TARGET, *DRAFT]
+        group = UniformTypeKVCacheSpecs(
+            block_size=BLOCK_SIZE, kv_cache_specs={name: layers[name]._spec for name in every}
+        )
+        return KVCacheConfig(num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)])
+
+    def make_tables(self) -> BlockTables:
+        """vLLM's block tables for that cache."""
+        sizes = self.sizes
+        return block_tables(BLOCK_SIZE, sizes.requests, sizes.tokens, sizes.model_len // BLOCK_SIZE, sizes.device)
+
+    def block_ids(self, request: int, first_block: int) -> tuple[list[int], ...]:
+        """The blocks of a request, for each KV-cache group."""
+        return ([first_block + request * 16 + block for block in range(16)],)
 
     @property
     def fused(self) -> bool:
@@ -309,7 +329,7 @@ class Draft:
         """Draft for a batch whose target forward has run; what each draft decode step saw, real rows only."""
         size, width = len(lengths), self.tokens + 1
         for request in range(size):
-            self.tables.append_block_ids(request, ([first_block + request * 16 + block for block in range(16)],), True)
+            self.tables.append_block_ids(request, self.block_ids(request, first_block), True)
         self.tables.apply_staged_writes()
         batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width)
         if hasattr(batch, "is_padding") and batch.is_padding is not None:
