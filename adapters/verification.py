@@ -134,9 +134,18 @@ def snapshot(batch: BatchDescriptor, geometry: Geometry) -> BatchDescriptor:
     else:
         block_size = batch.slots.block_size
         slots = BlockTable(batch.slots.block_table[:size, : -(-width // block_size)].clone(), block_size)
-    others = {name: getattr(batch, name) for name in ("extend_lens", "accepted", "query_start_loc")}
-    copies = {name: None if value is None else value.clone() for name, value in others.items()}
-    return replace(batch, seq_lens=lengths, slots=slots, **copies)
+    return replace(
+        batch,
+        seq_lens=lengths,
+        slots=slots,
+        extend_lens=_copied(batch.extend_lens),
+        accepted=_copied(batch.accepted),
+        query_start_loc=_copied(batch.query_start_loc),
+    )
+
+
+def _copied(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.clone()
 
 
 class SpareBuffers:

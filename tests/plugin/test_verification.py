@@ -88,7 +88,11 @@ def test_a_difference_that_was_used_is_reported_as_such(caplog: pytest.LogCaptur
     host, afterwards = Host(), Afterwards(SpareBuffers())
     found = [(0, {"lengths": torch.ones(2)}, {"lengths": torch.zeros(2)})]
     checks = verification(host, 1)
-    afterwards.wait(lambda: checks.settle(found, None, lambda: (BATCH, Geometry(8, 16, 64), None)) and None)
+
+    def check() -> None:
+        checks.settle(found, None, lambda: (BATCH, Geometry(8, 16, 64), None))
+
+    afterwards.wait(check)
     assert host.on
     for _ in range(2):
         afterwards.settle()
