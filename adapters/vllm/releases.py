@@ -140,6 +140,11 @@ def states_per_block(spec: Any) -> int:
     return int(spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size)
 
 
+def tokens_per_state(builder: Any) -> int:
+    """Tokens that an entry of an indexer's cache stands for; more than one where keys are pooled. No such number goes with 0.28."""
+    return int(getattr(builder, "compress_ratio", 1))
+
+
 def build_group(group: Any, batch: Any, draft_index: int) -> Any:
     """What vLLM itself builds for an attention group in a draft step. Asking the builder, not the group, goes with 0.31."""
     if hasattr(group, "build_metadata_for_drafting"):
@@ -184,11 +189,14 @@ def step_needs(speculator: str) -> tuple[Need, ...]:
     )  # fmt: skip
 
 
+FUSED_DRAFT = Need(
+    f"{SPECULATORS[0]}._fused_multi_step_decode",
+    ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
+    "see a draft begin",
+)  # fmt: skip
 UPDATE_INPUTS = f"{SPECULATORS[0].rpartition('.')[0]}.update_draft_inputs"
 WATCH_NEEDS: tuple[Need, ...] = (
-    Need(f"{SPECULATORS[0]}._fused_multi_step_decode",
-         ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
-         "see a draft begin"),
+    FUSED_DRAFT,
     Need(f"{SPECULATORS[0]}.advance_draft_positions", (), "know that positions move on from step to step"),
     Need(f"{SPECULATORS[0]}._build_uniform_attn_metadata",
          ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),

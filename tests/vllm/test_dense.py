@@ -18,6 +18,7 @@ import torch
 from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.vllm import builders, releases, schedules
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
+from nsa_plugin.adapters.vllm.builder_rows import BuilderRow
 from nsa_plugin.adapters.vllm.v1.steps import keeper_of
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
@@ -134,7 +135,7 @@ def test_auto_leaves_to_vllm_what_no_gpu_has_run(install: Install, log: Callable
         ({"non_causal_multi_token_decode": True}, builders.NON_CAUSAL.why),
     ],
 )
-def test_what_is_refused_is_named(row: builders.BuilderRow, builder: dict[str, Any], problem: str) -> None:
+def test_what_is_refused_is_named(row: BuilderRow, builder: dict[str, Any], problem: str) -> None:
     assert row.refused(SimpleNamespace(**builder)) == problem
 
 

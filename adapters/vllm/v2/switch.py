@@ -20,8 +20,10 @@ from typing import Any
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.v2 import plans
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 
 BEGIN = "_fused_multi_step_decode"
@@ -127,6 +129,21 @@ def begin(host: Host, live: Callable[[], bool], original: Callable[..., Any]) ->
     return fused_multi_step_decode
 
 
+def planned(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, vLLM's `_fused_multi_step_decode`, with the plans that captured drafts need, on or off.
+
+    A vLLM whose method has other parameters has no draft that needs them: see `builders.FLASHINFER_SPARSE_SM90`.
+    """
+    if missing((releases.FUSED_DRAFT,)):
+        return original
+
+    def leave(speculator: Any, error: Exception, *args: Any, **kwargs: Any) -> Any:
+        report(host, PATH).fell_back("replay", "graph", error)
+        return unfused(speculator, *args, **kwargs)
+
+    return plans.around(original, leave)
+
+
 def unfused(speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any) -> Any:
     """Draft as vLLM does without a fused draft, and without its graph, which holds the whole draft."""
     if batch_desc.cg_mode.name == "FULL":
@@ -172,7 +189,7 @@ def _after_undo(
 ) -> Any:
     drafted = unfused
     if not _can_leave(draft, batch_desc):
-        drafted = getattr(type(speculator), BEGIN)
+        drafted = planned(draft.host, getattr(type(speculator), BEGIN))
     return drafted(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
 
 

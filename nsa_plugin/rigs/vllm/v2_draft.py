@@ -231,6 +231,11 @@ class Graphs:
 class Draft:
     """A speculator over a tiny DeepSeek with MTP.
 
+    Attributes
+    ----------
+    layers : tuple of str
+        Attention layers of the draft model; where a class has none, those of `kind`.
+
     Parameters
     ----------
     cache_dtype, heads : as in `LAYOUTS`
@@ -238,10 +243,12 @@ class Draft:
     sizes : Sizes
     model : stand-in for the draft model
     attention : backend of the draft's attention layer; with a DSA model the tokens before the first draft step stay with
-        FlashMLA-sparse
+        FlashMLA-sparse. With None all layers keep the backends of `lay_out`
     graphs : stand-in for the decode CUDA-graph manager
     kind : DSA or DENSE
     """
+
+    layers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -268,36 +275,48 @@ class Draft:
             if not model_parallel_is_initialized():
                 init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
                 ensure_model_parallel_initialized(1, 1)
-            specs = [
-                MLAAttentionSpec(block_size=sizes.block, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
-                MLAAttentionSpec(block_size=sizes.block, num_kv_heads=1, head_size=132, dtype=torch.uint8),
-            ]
-            first = flashmla_sparse.FlashMLASparseBackend if kind is DSA else attention
-            backends = (first, indexer.DeepseekV32IndexerBackend)
             layers = self.config.compilation_config.static_forward_context
-            every = [*kind.target, *kind.draft]
-            for names in (kind.target, kind.draft):
-                for name, backend, spec in zip(names, backends, specs, strict=False):
-                    layers[name] = Layer(backend, spec)
-            group = UniformTypeKVCacheSpecs(
-                block_size=sizes.block, kv_cache_specs={name: layers[name]._spec for name in every}
-            )
-            self.cache = KVCacheConfig(
-                num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)]
-            )
+            self.kind, self.attention, self.layers = kind, attention, self.layers or kind.draft
+            self.cache = self.lay_out(layers)
             self.speculator = Speculator(self.config, device)
             self.speculator.model = self.model = model()
-            self.speculator.draft_attn_layer_names = set(kind.draft)
+            self.speculator.draft_attn_layer_names = set(self.layers)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
-            layers[kind.draft[0]]._backend = attention
-            self.tables = block_tables(
-                sizes.block, sizes.requests, sizes.tokens, sizes.model_len // sizes.block, device
-            )
+            if attention is not None:
+                layers[self.layers[0]]._backend = attention
+            self.tables = self.make_tables()
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
             self.graphs: Any = graphs(self)
             self.speculator.decode_cudagraph_manager = self.graphs
+
+    def lay_out(self, layers: dict[str, Any]) -> KVCacheConfig:
+        """Put the attention layers of target and draft into `layers`; returns their KV cache: one group."""
+        kind, block = self.kind, self.sizes.block
+        specs = [
+            MLAAttentionSpec(block_size=block, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
+            MLAAttentionSpec(block_size=block, num_kv_heads=1, head_size=132, dtype=torch.uint8),
+        ]
+        first = flashmla_sparse.FlashMLASparseBackend if kind is DSA else self.attention
+        backends = (first, indexer.DeepseekV32IndexerBackend)
+        for names in (kind.target, kind.draft):
+            for name, backend, spec in zip(names, backends, specs, strict=False):
+                layers[name] = Layer(backend, spec)
+        every = [*kind.target, *kind.draft]
+        group = UniformTypeKVCacheSpecs(block_size=block, kv_cache_specs={name: layers[name]._spec for name in every})
+        return KVCacheConfig(num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)])
+
+    def make_tables(self) -> BlockTables:
+        """vLLM's block tables for that cache."""
+        sizes = self.sizes
+        return block_tables(sizes.block, sizes.requests, sizes.tokens, sizes.model_len // sizes.block, sizes.device)
+
+    def block_ids(self, request: int, first_block: int) -> tuple[list[int], ...]:
+        """The blocks of a request, for each KV-cache group."""
+        blocks = 16 * BLOCK_SIZE // self.sizes.block
+        first = first_block + request * blocks
+        return ([*range(first, first + blocks)],)
 
     @property
     def fused(self) -> bool:
@@ -329,10 +348,9 @@ class Draft:
 
     def propose(self, lengths: list[int], rejected: list[int], first_block: int) -> list[dict[str, torch.Tensor]]:
         """Draft for a batch whose target forward has run; what each draft decode step saw, real rows only."""
-        size, width, blocks = len(lengths), self.tokens + 1, 16 * BLOCK_SIZE // self.sizes.block
+        size, width = len(lengths), self.tokens + 1
         for request in range(size):
-            first = first_block + request * blocks
-            self.tables.append_block_ids(request, ([*range(first, first + blocks)],), True)
+            self.tables.append_block_ids(request, self.block_ids(request, first_block), True)
         self.tables.apply_staged_writes()
         batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width)
         if hasattr(batch, "is_padding") and batch.is_padding is not None:
