@@ -39,7 +39,11 @@ def _has_hisparse(builder: Any) -> bool:
 
 
 def _is_batch_invariant(builder: Any) -> bool:
-    return bool(getattr(pkgutil.resolve_name("vllm.envs"), "VLLM_BATCH_INVARIANT", False))
+    return bool(pkgutil.resolve_name("vllm.envs").VLLM_BATCH_INVARIANT)
+
+
+def _uses_pcp(builder: Any) -> bool:
+    return bool(getattr(builder, "use_pcp", False))
 
 
 def _is_non_causal(builder: Any) -> bool:
@@ -56,7 +60,7 @@ COMPRESSED = Refusal(
     "a compressed indexer cache has slots of its own, computed anew for every step", above_one("compress_ratio")
 )
 SCHEDULED = (
-    Refusal("prefill context parallelism is not covered", lambda builder: getattr(builder, "use_pcp", False)),
+    Refusal("prefill context parallelism is not covered", _uses_pcp),
     Refusal("VLLM_BATCH_INVARIANT is not covered", _is_batch_invariant),
 )
 """Of builders of dense MLA whose schedules are made in place."""
