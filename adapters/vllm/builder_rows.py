@@ -81,13 +81,13 @@ class BuilderRow:
         Settings that are not covered, by neither `changes` nor `keeper`.
     unproved : tuple of Refusal
         Settings that are covered in the fused draft, which no GPU has run yet: see `Host.takes_unproved`.
-    unverified : str
-        Why its drafts are left to vLLM where they are to be verified; empty where they are not.
     stale : str
         What vLLM's own update in place leaves stale; empty if nothing is known. Where this adapter does not write it, it
         does not make a draft fused either: vLLM's rebuild is right.
     keeper : Keeper or None
         How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
+    unverified : str
+        Why its drafts are left to vLLM where they are to be verified; empty where they are not.
     not_kept : str
         Why there is no keeper, where that is known.
     left_alone : str
@@ -106,9 +106,9 @@ class BuilderRow:
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     unproved: tuple[Refusal, ...] = ()
-    unverified: str = ""
     stale: str = ""
     keeper: Keeper | None = None
+    unverified: str = ""
     not_kept: str = ""
     left_alone: str = ""
     gpus: frozenset[str] | None = None
