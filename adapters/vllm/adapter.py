@@ -127,10 +127,10 @@ def _plan_v2(host: Host) -> tuple[str, str]:
     """What Model Runner V2's drafts would get, and why not more."""
     if not host.verify:
         return "graph", ""
-    if problem := v2_watch.unverified(host):
-        return "graph", f"not verified: {problem}"
     if problems := missing(releases.WATCH_NEEDS):
         return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
+    if v2_watch.verified(host) == "graph":
+        return "graph", "NSA_PLUGIN_VERIFY: each step's copy of what it read is compared after the draft"
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
 
 

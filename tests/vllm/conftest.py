@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -92,3 +92,19 @@ def hopper() -> Iterator[None]:
 
     with emulated_cuda(90):
         yield
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each fused draft of Model Runner V2 that was verified."""
+    from nsa_plugin.adapters.vllm.v2.verified.staged import Staged
+
+    found: list[int] = []
+    differences = Staged.differences
+
+    def watched(staged: Staged, draft: Any, *values: Any) -> Any:
+        found.append(draft.num_reqs)
+        return differences(staged, draft, *values)
+
+    monkeypatch.setattr(Staged, "differences", watched)
+    return found

@@ -74,20 +74,6 @@ def stock(layout: str = LAYOUT, tokens: int = TOKENS) -> list[Step]:
     return _stock[layout, tokens]
 
 
-@pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each draft that was verified."""
-    found: list[int] = []
-    differences = Staged.differences
-
-    def watched(staged: Staged, begun: Begun) -> Any:
-        found.append(begun.num_reqs)
-        return differences(staged, begun)
-
-    monkeypatch.setattr(Staged, "differences", watched)
-    return found
-
-
 @pytest.mark.parametrize(("layout", "tokens"), SOME)
 def test_right_values_pass(install: Install, layout: str, tokens: int, compared: list[int]) -> None:
     expected = stock(layout, tokens)
@@ -375,16 +361,3 @@ def integers(builder: Any) -> list[torch.Tensor]:
     """What a builder writes metadata into."""
     tensors = [value for value in vars(builder).values() if torch.is_tensor(value)]
     return [value for value in tensors if value.numel() and not value.is_floating_point()]
-
-
-def test_a_fused_draft_keeps_its_graph_unverified_where_only_graphs_may_be_compared(install: Install, log: Any) -> None:
-    expected = stock()
-    host, adapter = install(verify=1, verify_mode="graph")
-    draft = captured(LAYOUT, TOKENS)
-    assert unequal(expected[:3], propose(draft, BATCHES[:1])) == []
-    assert any("not verified: NSA_PLUGIN_VERIFY_MODE=graph can't be had here" in line for line in log(logging.WARNING))
-    assert not host.verifications and not host.fallbacks
-    plans = {plan.path: plan for plan in adapter.paths(host)}
-    assert plans["draft decode (Model Runner V2)"].strategy == "graph"
-    assert "NSA_PLUGIN_VERIFY_MODE=graph can't be had here" in plans["draft decode (Model Runner V2)"].why
-    assert plans["target verify (Model Runner V2)"].strategy == "graph"

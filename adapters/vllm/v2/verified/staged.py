@@ -1,4 +1,7 @@
-"""Runs only where drafts are verified: the metadata of a fused draft is there before the draft begins.
+"""Runs only where drafts are verified: the metadata of every step of a fused draft, in rows of this module's own.
+
+With NSA_PLUGIN_VERIFY_MODE=graph these rows are where each step copies to what it reads; `afterwards` compares them. Otherwise
+the metadata is there before the draft begins.
 
 What a CUDA graph computes can't be repaired before it is used, and a rank that left the graph alone would leave the
 others waiting in custom all-reduces, whose buffers in a graph are not those of eager code. With NSA_PLUGIN_VERIFY the
@@ -10,105 +13,28 @@ and from then on vLLM's own code fills them: replays, and what ranks say to each
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.verification import Described
 from nsa_plugin.adapters.vllm.builders import changes_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
+from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.rebuilds import live_blocks
-from nsa_plugin.adapters.vllm.releases import groups_of, table_block_size, tokens_per_state
+from nsa_plugin.adapters.vllm.releases import groups_of, tokens_per_state
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
+from nsa_plugin.adapters.vllm.v2.verified.rows import Arena, Expected, Field, StagedGroup
+from nsa_plugin.core.batch import PAD_SLOT
+from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
 from nsa_plugin.core.metadata import same_buffer
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
-
-
-class Arena:
-    """The rows of all captured sizes of a speculator: one buffer per name, which they share, since drafts take turns."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: dict[str, torch.Tensor] = {}
-        self.size = 0
-        """Bytes allocated so far."""
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        """A buffer of at least that shape; one that is too small stays with who has it."""
-        found = self._buffers.get(name)
-        if found is None or any(have < want for have, want in zip(found.shape, shape, strict=True)):
-            with torch.inference_mode(False):  # written in and outside of it
-                found = self._buffers[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-            self.size += found.numel() * found.element_size()
-        return found
-
-    def numbers(self, most: int) -> torch.Tensor:
-        """0, 1, 2 … [most]."""
-        found = self._buffers.get("numbers")
-        if found is None:
-            with torch.inference_mode(False):
-                found = self._buffers["numbers"] = torch.arange(most, dtype=torch.int32, device=self._device)
-        return found
-
-
-@dataclass(frozen=True)
-class Field:
-    """One tensor of a group's metadata.
-
-    Attributes
-    ----------
-    kind : str
-        Class of the metadata.
-    path : str
-        Attributes that lead to it, "field.field".
-    rows : sequence of tensor
-        Where it is before the draft begins, for each step; the same one if it does not change.
-    target : tensor
-        Where the draft reads it, of the same shape.
-    """
-
-    kind: str
-    path: str
-    rows: list[torch.Tensor]
-    target: torch.Tensor
-
-    @property
-    def leaf(self) -> str:
-        """The last attribute."""
-        return self.path.rpartition(".")[2]
-
-    @property
-    def once(self) -> bool:
-        """Whether it stays the same in all steps."""
-        return len(self.rows) > 1 and self.rows[1] is self.rows[0]
-
-    def read(self, metadata: Any) -> torch.Tensor:
-        """Take it from other metadata of the group, for as many rows or more."""
-        value: torch.Tensor = operator.attrgetter(self.path)(metadata)
-        return value[: self.target.shape[0]].reshape(self.target.shape)
-
-
-@dataclass(frozen=True)
-class StagedGroup:
-    """An attention group whose metadata is understood."""
-
-    group: Any
-    fields: list[Field]
-    schedule: Callable[[Any], torch.Tensor] | None = None
-
-    def own(self, metadata: Mapping[str, Any]) -> Any:
-        """Its metadata."""
-        return metadata[self.group.layer_names[0]]
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per entry of its block table."""
-        return table_block_size(self.group)
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, StepUpdate
 
 
 class Staged:
@@ -148,7 +74,7 @@ class Staged:
         self._most = max(speculator.max_num_reqs, num_reqs)
         self._others: list[Callable[[], None]] = []
         self.groups: list[StagedGroup] = []
-        buffers, tables = speculator.input_buffers, speculator.block_tables
+        tables = speculator.block_tables
         self._limit = speculator.max_model_len
         self._positions = self._take("positions", torch.int64)
         self._seq_lens = self._take("seq_lens", torch.int32)
@@ -171,23 +97,27 @@ class Staged:
                 self._others.append(lambda group=group: group.update_draft_decode_metadata(metadata))  # type: ignore[misc]
         if not self.groups:
             raise Uncovered("no attention group that this update knows")
-        shared = slot_groups(tables)
-        self._updates = []
+        self._bound, self._host = (request_maps, indexers), host
+        self._rebuild = rebuild([staged.group for staged in self.groups])
+
+    @cached_property
+    def _updates(self) -> list[StepUpdate]:
+        """What writes the rows of each step."""
+        request_maps, indexers = self._bound
+        buffers, shared = self._speculator.input_buffers, slot_groups(self._speculator.block_tables)
+        updates = []
         for step in range(self._steps):
             rows = DraftRows(
-                num_reqs, self._positions[step], self._seq_lens[step], buffers.query_start_loc, speculator.idx_mapping
+                self._n,
+                self._positions[step],
+                self._seq_lens[step],
+                buffers.query_start_loc,
+                self._speculator.idx_mapping,
             )
-            slots = SlotGroups(
-                shared.tables,
-                shared.addresses,
-                shared.row_strides,
-                shared.block_sizes,
-                shared.enabled,
-                self._slots[step],
-            )
+            slots = replace(shared, slot_mapping=self._slots[step])
             maps, of_step = (request_maps, 0) if step == 0 else ([], step)
-            self._updates.append(host.step_update(rows, slots, maps, [indexer(of_step) for indexer in indexers]))
-        self._rebuild = rebuild([staged.group for staged in self.groups])
+            updates.append(self._host.step_update(rows, slots, maps, [indexer(of_step) for indexer in indexers]))
+        return updates
 
     def _take(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         return self._arena.take(name, (self._steps, self._most), dtype)[:, : self._n]
@@ -243,6 +173,14 @@ class Staged:
             copies.append(pairs)
         return RecordedStep(copies, self._others)
 
+    def keep(self, step: int, metadata: Mapping[str, Any]) -> None:
+        """Copy what a step reads from where it reads it. Capture-safe."""
+        width = self._n if step else self._slots.shape[-1]
+        self._slots[step][:, :width].copy_(self._slot_target[:, :width])
+        for staged in self.groups:
+            for field in staged.fields:
+                field.rows[step].copy_(field.read(staged.own(metadata)))
+
     def prepare(self, draft: Draft) -> None:
         """Write the metadata of every step of the draft that begins: this plugin's.
 
@@ -271,36 +209,56 @@ class Staged:
                 for field in staged.fields:
                     field.rows[step].copy_(field.read(staged.own(metadata)))
 
-    def differences(self, draft: Draft) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-        """Of each step its index, and what is defined: vLLM's own values, and those that are there."""
+    def described(self, draft: Draft) -> Described:
+        """The draft as `Mismatch` has it."""
+        speculator, first = self._speculator, self.groups[0]
+        buffers, tables, group = speculator.input_buffers, speculator.block_tables, first.group.kv_cache_group_id
+        batch = describe_draft(DraftBatch(buffers, tables, draft.num_reqs, draft.steps, group))
+        topk = getattr(first.group.get_metadata_builder(), "topk_tokens", None)
+        geometry = positions_geometry(batch, self._limit, first.block_size, topk)
+        return batch, geometry, DraftLimits(self._limit, PastEnd.CLAMP, PAD_SLOT)
+
+    def expected(self, draft: Draft) -> Iterator[Expected]:
+        """vLLM's own values of each step; gone at the next, unless they are kept."""
+        for metadata, slots, lengths in self._rebuild.steps(draft):
+            fields = [[field.read(staged.own(metadata)) for field in staged.fields] for staged in self.groups]
+            yield Expected(slots, lengths, fields)
+
+    def differences(
+        self, draft: Draft, values: Iterable[Expected] | None = None
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+        """Of each step its index, and what is defined: vLLM's own values, and those that are there.
+
+        `values` are those of vLLM if they were kept: without them it computes them now.
+        """
         n = draft.num_reqs
-        for step, (metadata, slots, lengths) in enumerate(self._rebuild.steps(draft)):
+        for step, own in enumerate(self.expected(draft) if values is None else values):
             expected: dict[str, torch.Tensor] = {}
             got: dict[str, torch.Tensor] = {}
-            for group, (want, have) in enumerate(zip(slots, self._slots[step], strict=True)):
+            for group, (want, have) in enumerate(zip(own.slots, self._slots[step], strict=True)):
                 name = f"slot_mapping.{group}" if group else "slot_mapping"
                 expected[name], got[name] = want[:n].clone(), have[:n].clone()
                 expected[f"{name}.padding"], got[f"{name}.padding"] = (
                     want[n : draft.rows].clone(),
                     have[n : draft.rows].clone(),
                 )
-            for number, staged in enumerate(self.groups):
-                for field in staged.fields:
+            for number, (staged, fields) in enumerate(zip(self.groups, own.fields, strict=True)):
+                for field, want in zip(staged.fields, fields, strict=True):
                     name = f"{field.kind}.{field.path}"
                     name = name if name not in expected else f"{number}.{name}"
-                    pair = self._defined(staged, field, step, staged.own(metadata), lengths[:n])
+                    pair = self._defined(staged, field, step, want, own.lengths[:n])
                     expected[name], got[name] = (value.clone() for value in pair)
             yield step, expected, got
 
     def _defined(
-        self, staged: StagedGroup, field: Field, step: int, own: Any, lengths: torch.Tensor
+        self, staged: StagedGroup, field: Field, step: int, want: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is defined of vLLM's own value of a field and of the one that is there.
 
         Lengths of padding are not: vLLM's rebuild gives it none, its update in place lets it grow. A schedule counts
         padding too, so that of a padded batch is vLLM's own for the lengths which are there behind the live ones.
         """
-        want, have, live = field.read(own), field.rows[step], lengths.numel()
+        have, live = field.rows[step], lengths.numel()
         if field.leaf == "block_table":
             return live_blocks(want, lengths, staged.block_size), live_blocks(have, lengths, staged.block_size)
         if field.leaf != "schedule_metadata":

@@ -16,16 +16,15 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.verification import Described, Verification, moment, refusal
+from nsa_plugin.adapters.verification import Moment, Verification, moment
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.reports import logger, recorded, report
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.step import PATH, RunsStep, Step, Uncovered
+from nsa_plugin.adapters.vllm.v2.verified.afterwards import ComparedDraft, WatchedStep
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
-from nsa_plugin.adapters.vllm.v2.verified.staged import Arena, Staged
-from nsa_plugin.core.batch import PAD_SLOT
-from nsa_plugin.core.draft_steps import DraftLimits, PastEnd
+from nsa_plugin.adapters.vllm.v2.verified.rows import Arena
+from nsa_plugin.adapters.vllm.v2.verified.staged import Staged
 
 
 def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
@@ -35,9 +34,9 @@ def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
     return Watch(host, live)
 
 
-def unverified(host: Host) -> str:
-    """Empty, or why fused drafts are not verified although the settings ask for it: only what is prepared before them is."""
-    return refusal(host.verify_mode) if host.verify and moment(host.verify_mode, "before") is None else ""
+def verified(host: Host) -> Moment | None:
+    """When fused drafts are verified: before, unless the settings ask for the graph; None if they ask for no verification."""
+    return moment(host.verify_mode, "before", "graph") if host.verify else None
 
 
 class PreparedDraft:
@@ -64,7 +63,7 @@ class PreparedDraft:
                 self._verification.settle(
                     self._staged.differences(draft),
                     lambda: self._staged.prepare_natively(draft),
-                    lambda: self._described(draft),
+                    lambda: self._staged.described(draft),
                 )
         except Exception as error:
             self._handed_back = True
@@ -84,15 +83,6 @@ class PreparedDraft:
     def _report(self, error: Exception, strategy: str) -> None:
         self._said.fell_back("replay", strategy, error)
 
-    def _described(self, draft: Draft) -> Described:
-        speculator, first = self._speculator, self._staged.groups[0]
-        buffers, tables, group = speculator.input_buffers, speculator.block_tables, first.group.kv_cache_group_id
-        batch = describe_draft(DraftBatch(buffers, tables, draft.num_reqs, draft.steps, group))
-        longest = speculator.max_model_len
-        topk = getattr(first.group.get_metadata_builder(), "topk_tokens", None)
-        geometry = positions_geometry(batch, longest, first.block_size, topk)
-        return batch, geometry, DraftLimits(longest, PastEnd.CLAMP, PAD_SLOT)
-
 
 class _Speculator:
     """What belongs to one speculator, for as long as its block tables and attention groups stay."""
@@ -101,6 +91,7 @@ class _Speculator:
         self.tables, self.groups = speculator.block_tables, speculator.attn_groups
         self.arena = Arena(speculator.device)
         self.prepare: dict[int, PreparedDraft] = {}
+        self.compare: dict[int, ComparedDraft] = {}
         self.count: dict[int, Callable[[None], None]] = {}
         self._rebuilds: dict[tuple[int, ...], Rebuild] = {}
 
@@ -121,18 +112,17 @@ class Watch:
 
     Attributes
     ----------
-    verified : bool
-        Whether drafts were asked to be, and can be.
+    verified : "before", "graph" or None
+        When drafts are, if they were asked to be and can be.
     """
 
     def __init__(self, host: Host, live: Callable[[], bool]) -> None:
         self._host, self._live, self._said = host, live, report(host, PATH)
-        self.verified = host.verify > 0 and not unverified(host)
-        if problem := unverified(host):
-            logger.warning("nsa-plugin: %s: not verified: %s", PATH, problem)
+        self.verified = verified(host)
         self._known: Attached[_Speculator] = Attached("watched")
         self._draft: Draft | None = None
         self._prepared = False
+        self._compared: ComparedDraft | None = None
         self._measured: _Measured | None = None
 
     def begin(self, original: Callable[..., None]) -> Callable[..., None]:
@@ -152,23 +142,27 @@ class Watch:
             known = self._known.get(speculator) if captured else None
             if known is not None and (count := known.count.get(batch_desc.num_reqs)) is not None:
                 count(None)
-                return original(speculator, *arguments, **kwargs)
+                if batch_desc.num_reqs not in known.compare:
+                    return original(speculator, *arguments, **kwargs)
             tokens = num_speculative_steps
             if captured:  # a graph runs the steps that it was captured with, however many are wanted
                 tokens = releases.captured_steps(speculator, batch_desc)
             draft = self._draft = Draft(num_reqs, batch_desc, seq_lens_cpu_upper_bound, tokens - 1, skip_attn)
-            self._prepared, self._measured = False, None
+            self._prepared, self._compared, self._measured = False, None, None
             try:
                 if known is not None and known.fits(speculator):
                     prepare = known.prepare.get(draft.rows)
                     if prepare is not None:
                         prepare(draft)
                         self._prepared = True
+                    self._compare(known, draft)
                 original(speculator, *arguments, **kwargs)
+                if self._compared is not None:
+                    self._compared.after(draft)
                 if self._measured is not None:
                     self._measured.record()
             finally:
-                self._draft, self._prepared = None, False
+                self._draft, self._compared, self._prepared = None, None, False
 
         return fused_multi_step_decode
 
@@ -179,18 +173,19 @@ class Watch:
     def step(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         """What a fused draft runs at each step: while it is captured, or now."""
         known = self._of(speculator)
-        if self.verified:
+        if self.verified is not None:
+            prepares = self.verified == "before"
             try:
-                staged = self._staged(known, speculator, metadata, num_reqs)
+                step = (self._staged if prepares else self._watched)(known, speculator, metadata, num_reqs)
             except Exception as error:
                 if not isinstance(error, Uncovered):
-                    self._said.fell_back("capture", "copy", error)
+                    self._said.fell_back("capture", "copy" if prepares else "graph", error)
                 if self._draft is None:  # what is captured now stays as it is
-                    self.verified = v2_switch.of(self._host, speculator).switchable = False
+                    self.verified, v2_switch.of(self._host, speculator).switchable = None, False
                     logger.warning("nsa-plugin: %s: NSA_PLUGIN_VERIFY can't be had: %s", PATH, error)
             else:
-                v2_switch.of(self._host, speculator).switchable = True
-                return staged
+                v2_switch.of(self._host, speculator).switchable = prepares
+                return step
         if self._draft is None or self._prepared:
             self.count(speculator, num_reqs)
             return Step(speculator, metadata, num_reqs, self._host)
@@ -210,6 +205,30 @@ class Watch:
         if known is None or not known.fits(speculator):
             known = self._known.set(speculator, _Speculator(speculator))
         return known
+
+    def _compare(self, known: _Speculator, draft: Draft) -> None:
+        self._compared = known.compare.get(draft.rows)
+        if self._compared is not None:
+            self._compared.before(draft)
+
+    def _watched(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
+        """A step as it is without verification, and what keeps what it reads."""
+        compare, before = known.compare.get(num_reqs), known.arena.size
+        if compare is None and _capturing():
+            raise Uncovered("captured without a warm-up")
+        if compare is None or (self._draft is None and not _capturing()):
+            staged = Staged(
+                speculator, metadata, num_reqs, known.arena, functools.partial(known.rebuild, speculator), self._host
+            )
+            compare = known.compare[num_reqs] = ComparedDraft(self._host, staged)
+            compare.try_out(_warm_up(num_reqs, speculator))
+            if known.arena.size > before:
+                self._said.buffers("graph", known.arena.size - before)
+        if self._draft is None:
+            self.count(speculator, num_reqs)
+        elif self._compared is None:  # no graph runs this draft, and its lengths are those that it began with
+            self._compare(known, self._draft)
+        return WatchedStep(Step(speculator, metadata, num_reqs, self._host), compare.staged, metadata)
 
     def _staged(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         before = known.arena.size
