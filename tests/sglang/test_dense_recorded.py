@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -123,6 +124,11 @@ def test_only_what_was_recorded_over_these_buffers_is_left_out(
     assert not untouched(made, foreign)
     del foreign.spec_info.extend_seq_lens_tensor
     assert not untouched(made, foreign)
+    held, live = made.backend.draft_extend_metadata, made.live(4, *BATCHES[0])
+    made.backend.draft_extend_metadata = {**held, 4: dataclasses.replace(held[4])}  # not what the graph writes
+    assert not untouched(made, live)
+    made.backend.draft_extend_metadata = held
+    assert untouched(made, live)
     made.backend.init_forward_metadata_out_graph(static, in_capture=True)  # captured anew, and nothing recorded since
     assert not untouched(made, made.live(4, *BATCHES[0]))
 
