@@ -6,7 +6,9 @@ TORCH ?= torch==2.13.0
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
 # One thread each: more would only wait for each other.
 ONE_THREAD = OMP_NUM_THREADS=1
-# Modules are compiled when they are first imported: most of an engine's never are.
+# Modules are compiled when they are first imported: most of an engine's never are. That byte code is kept, whatever the
+# caller's environment says: tests start many processes, and compiling an engine's modules takes as long as their import.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 
 CORE = .venv
@@ -22,6 +24,7 @@ demo: $(CORE)/ready
 	$(CORE)/bin/nsa-plugin demo
 	$(CORE)/bin/nsa-plugin demo --trace examples/traces/sglang_h100.jsonl
 
+# With THOROUGH=1 this and the conformance draw three times as many examples where kernels are interpreted.
 test: $(CORE)/ready
 	$(ONE_THREAD) $(CORE)/bin/python -m pytest $(SIDE_BY_SIDE)
 

@@ -14,7 +14,7 @@ from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
 from nsa_plugin.core.plan import Consumers, PlanStrategy
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate, TailRows
 
 Strategy = Literal["graph", "share", "copy"]
 """`graph` is `share` with the work recorded in the engine's own CUDA graph."""
@@ -81,6 +81,10 @@ class Host(Protocol):
         """One replay in how many is compared with the engine's own path; 0 is none."""
 
     @property
+    def verify_mode(self) -> str:
+        """When that is done: "before" use, after the "graph" has run, or "auto"; see `verification.moment`."""
+
+    @property
     def exact_step_lengths(self) -> bool:
         """Whether draft steps shall see the draft tokens before them, even where the engine's own path hides them."""
 
@@ -118,7 +122,12 @@ class Host(Protocol):
         """
 
     def step_update(
-        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+        self,
+        rows: DraftRows,
+        slots: SlotGroups,
+        request_maps: Sequence[torch.Tensor],
+        indexers: Sequence[IndexerRows],
+        tails: Sequence[TailRows] = (),
     ) -> StepUpdate:
         """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one; raises as that."""
 

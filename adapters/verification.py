@@ -1,24 +1,38 @@
 """Verification: what was prepared is compared with the engine's own values. Runs only where the settings ask for it.
 
 An adapter has the engine's own code write into spare buffers, in objects that are shadows of the engine's, and hands both
-sides to `Verification.settle`. On a difference the engine's values take the place of ours before anything reads them.
+sides to `Verification.settle`. On a difference the engine's values take the place of ours before anything reads them; what
+a CUDA graph has computed is compared after its replay, and the engine's own path is used from the next batch on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from nsa_plugin.adapters.reporting import PathReport, differing
-from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable, Geometry, TokenTable
 from nsa_plugin.core.draft_steps import DraftLimits
 
 StepValues = tuple[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
 """Index of a draft step, the engine's defined values by field name, and ours."""
 Described = tuple[BatchDescriptor, Geometry, DraftLimits | None]
 """The live batch, as `Mismatch` has it."""
+Moment = Literal["before", "graph"]
+"""When a replay is compared: before anything reads the values, or after the graph that computes them has run."""
+
+
+def moment(mode: str, *can: Moment) -> Moment | None:
+    """When a path is verified that can do `can`, the best first: as the setting `mode` says; None if it can't do that."""
+    return next((one for one in can if mode in ("auto", one)), None)
+
+
+def refusal(mode: str) -> str:
+    """Why a path is not verified as `mode` asks."""
+    return f"NSA_PLUGIN_VERIFY_MODE={mode} can't be had here"
 
 
 class Verification:
@@ -78,6 +92,60 @@ class Verification:
         batch, geometry, limits = describe()
         self._report.mismatched(self._strategy, batch, geometry, values, limits, used=repair is None)
         return False
+
+
+class Afterwards:
+    """A comparison that waits for a graph to run: what begins next on the same stream makes it.
+
+    Parameters
+    ----------
+    spares : SpareBuffers
+        Where the engine's own values wait. Nothing else may write there meanwhile.
+    """
+
+    def __init__(self, spares: SpareBuffers) -> None:
+        self.spares = spares
+        self._check: Callable[[], None] | None = None
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """Keep `check`, which handles its own errors."""
+        self._check = check
+
+    def settle(self) -> None:
+        """Make the comparison that waits, if one does. The graph has been launched."""
+        if self._check is not None:
+            check, self._check = self._check, None
+            check()
+
+
+def snapshot(batch: BatchDescriptor, geometry: Geometry) -> BatchDescriptor:
+    """`batch` with copies of what the next batch overwrites: lengths, and the pages of its own rows of the table in use."""
+    size = batch.batch_size
+    lengths = batch.seq_lens[:size].clone()
+    unit = geometry.page_size
+    if isinstance(batch.slots, BlockTable):
+        unit = max(unit, batch.slots.block_size)
+    longest = int(lengths.max()) + batch.added_tokens + max(batch.offsets)
+    width = min(-(-longest // unit) * unit, geometry.table_width)
+    slots: TokenTable | BlockTable
+    if isinstance(batch.slots, TokenTable):
+        rows = batch.slots.req_pool_indices[:size]
+        slots = TokenTable(batch.slots.req_to_token[rows, :width], torch.arange(size, device=rows.device))
+    else:
+        block_size = batch.slots.block_size
+        slots = BlockTable(batch.slots.block_table[:size, : -(-width // block_size)].clone(), block_size)
+    return replace(
+        batch,
+        seq_lens=lengths,
+        slots=slots,
+        extend_lens=_copied(batch.extend_lens),
+        accepted=_copied(batch.accepted),
+        query_start_loc=_copied(batch.query_start_loc),
+    )
+
+
+def _copied(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.clone()
 
 
 class SpareBuffers:

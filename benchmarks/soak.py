@@ -20,11 +20,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, PrecomputedMetadata, ReplayPlan, TokenTable, precompute
+from nsa_plugin.adapters.sglang.pools import foreign_formulas, write_plan
 from nsa_plugin.core.metadata import TABLES, VECTORS, differing_fields
 from nsa_plugin.core.plan import PlanStrategy
 from nsa_plugin.rigs.sglang import backends as kit
@@ -129,11 +131,13 @@ class Core:
 class Sglang:
     """sglang's real backends with the adapter installed. On a GPU, what it records runs in CUDA graphs."""
 
-    def __init__(self, native: str, sizes: Sizes) -> None:
-        self.name, self._native = f"sglang {native}", native
+    def __init__(self, native: str, sizes: Sizes, index_kpool: int = 1) -> None:
+        self.name, self._native = f"sglang {native}" + (", pooled index keys" if index_kpool > 1 else ""), native
         config = kit.Config(
-            sizes.width, sizes.max_requests, max(sizes.captured), DRAFT_TOKENS, _index_topk(sizes), sizes.page_size
-        )
+            sizes.width, sizes.max_requests, max(sizes.captured), DRAFT_TOKENS, _index_topk(sizes), sizes.page_size,
+            index_kpool=index_kpool,
+        )  # fmt: skip
+        self._pooled_extend = index_kpool > 1 and native == "DRAFT_EXTEND_V2"
         table = kit.req_to_token(config, DEVICE)
         self._fresh = kit.make_backend(config, table)
         decode = native == "DECODE"
@@ -152,7 +156,11 @@ class Sglang:
     def replay(self, entry: Round) -> None:
         """Prepare a round as sglang's runners do."""
         static, view, graph = self._captured[len(entry.seq_lens)]
-        static.seq_lens.copy_(torch.tensor(entry.seq_lens))
+        lengths = torch.tensor(entry.seq_lens)
+        if self._pooled_extend:
+            lengths.clamp_(min=DRAFT_TOKENS)
+            static.spec_info.num_accept_tokens.copy_(1 + lengths % DRAFT_TOKENS)
+        static.seq_lens.copy_(lengths)
         static.req_pool_indices.copy_(torch.tensor(entry.requests))
         self._owner.init_forward_metadata_out_graph(view)
         if graph is not None:
@@ -177,13 +185,18 @@ class Sglang:
             value.data_ptr()
             for backend in self._backends
             for size in self._captured
-            for value in vars(backend.decode_cuda_graph_metadata[size]).values()
+            for metadata in (backend.decode_cuda_graph_metadata[size],)
+            for value in (*vars(metadata).values(), *vars(write_plan(metadata) or SimpleNamespace()).values())
             if isinstance(value, torch.Tensor)
         ]
 
     def _batch(self, seq_lens: torch.Tensor, requests: torch.Tensor) -> Any:
         rows = seq_lens.numel() * (1 if self._native == "DECODE" else DRAFT_TOKENS)
-        return kit.make_batch(self._native, seq_lens.to(DEVICE), requests.to(DEVICE), rows)
+        made = kit.make_batch(self._native, seq_lens.to(DEVICE), requests.to(DEVICE), rows)
+        if self._pooled_extend:
+            accepted = torch.ones(seq_lens.numel(), dtype=torch.int32, device=DEVICE)
+            made.spec_info = SimpleNamespace(num_accept_tokens=accepted)
+        return made
 
 
 def soak(subjects: list[Subject], replays: int, sizes: Sizes, seed: int) -> dict[str, Any]:
@@ -233,9 +246,12 @@ def core_subjects(sizes: Sizes) -> list[Subject]:
     ]
 
 
-def sglang_subjects(sizes: Sizes) -> list[Subject]:
-    """Subjects for the three paths of the adapter, which must be installed."""
-    return [Sglang(native, sizes) for native in ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")]
+def sglang_subjects(sizes: Sizes, pooled: bool) -> list[Subject]:
+    """Subjects for the three paths of the adapter, which must be installed; with `pooled` also over pooled index keys."""
+    sizes_of_pools = (1, 4) if pooled and not foreign_formulas(4) else (1,)
+    return [
+        Sglang(native, sizes, k) for k in sizes_of_pools for native in ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
+    ]
 
 
 def _index_topk(sizes: Sizes) -> int:
@@ -290,7 +306,7 @@ def main() -> int:
             adapter = host.manager.adapters()["sglang"]
             if problems := adapter.install(host):
                 raise SystemExit("; ".join(problems))
-            result = soak(sglang_subjects(sizes), options.replays, sizes, options.seed)
+            result = soak(sglang_subjects(sizes, options.strategy != "auto"), options.replays, sizes, options.seed)
             result["fallbacks"], result["mismatches"] = sum(host.fallbacks.values()), sum(host.mismatches.values())
             result["ok"] = result["ok"] and not host.fallbacks and not host.mismatches
             adapter.undo()

@@ -12,7 +12,8 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import boolean, instance, instances
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.group_rows import GroupMetadata, check_groups
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, plane
+from nsa_plugin.core.pools import POOL_PLANES, POOL_TABLE
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
 
 Impl = Literal["auto", "reference", "triton"]
@@ -166,12 +167,17 @@ def bind(
     if instances("destinations", destinations, StepMetadata):
         check_destinations(out, destinations)
     check_enabled(enabled, batch, destinations)
-    tables = out.steps[0].page_table_1 is None
-    fusible = len(out.steps) == 1 and all((step.page_table_1 is None) == tables for step in destinations)
+    planes = _of_some_consumers(out.steps[0])
+    fusible = len(out.steps) == 1 and all(_of_some_consumers(step) == planes for step in destinations)
     if fusible and resolve_impl(impl, batch.seq_lens.device) == "triton":
         return triton_binding.bind_precompute(batch, out, destinations, enabled), _bind_derived_copy(out, destinations)
     copy = _bind_copy(out, destinations, impl) if destinations else None
     return _bind_precompute(batch, out, impl, enabled), copy
+
+
+def _of_some_consumers(step: StepMetadata) -> set[str]:
+    """Planes that one launch writes to all consumers or to none."""
+    return {name for name in ("page_table_1", *POOL_PLANES, POOL_TABLE) if plane(step, name) is not None}
 
 
 def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> BoundCopy | None:

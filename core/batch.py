@@ -106,6 +106,9 @@ class BatchDescriptor:
     query_start_loc : int32 or int64 tensor [>= batch_size + 1], contiguous, or None
         DRAFT_EXTEND without `extend_lens` only: 0, then the running sum of the rows that requests really have. Rows at or
         past its entry `batch_size` are padding, which only `GroupRows` tell apart. None means that all rows exist.
+    accepted : int32 or int64 tensor [>= batch_size], any stride, or None
+        DRAFT_EXTEND only: of each request's rows the number of first ones whose tokens were accepted. Only these complete
+        pools of index keys (`PoolMetadata`). None means all rows.
     """
 
     mode: ForwardMode
@@ -117,6 +120,7 @@ class BatchDescriptor:
     draft_tokens: int = 1
     extend_lens: torch.Tensor | None = None
     query_start_loc: torch.Tensor | None = None
+    accepted: torch.Tensor | None = None
 
     @property
     def rows_per_request(self) -> int:
@@ -161,6 +165,9 @@ class Geometry:
         Streaming multiprocessors to spread the work over.
     wide_page_table : bool
         Whether a kernel reads `page_table_1`. If not, only the real page table is written.
+    index_kpool : int
+        Tokens that share an index key, a power of two that divides `page_size` and `index_topk`. Above 1 a row keeps its
+        `index_topk` tokens in whole pools, and the tokens of its incomplete pool besides; see `PoolMetadata`.
     """
 
     index_topk: int
@@ -168,8 +175,14 @@ class Geometry:
     table_width: int
     num_sms: int = 132
     wide_page_table: bool = True
+    index_kpool: int = 1
 
     @property
     def real_width(self) -> int:
         """Pages per row of the real page table."""
         return -(-self.table_width // self.page_size)
+
+    @property
+    def pooled_width(self) -> int:
+        """Pages per row of the page table of pooled index keys."""
+        return -(-self.real_width // self.index_kpool)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable
 from nsa_plugin.core.checks import boolean
+from nsa_plugin.core.pools import (
+    POOL_PLANES,
+    POOL_TABLE,
+    PREFIX,
+    PoolMetadata,
+    allocate_pools,
+    completed_pools,
+    pool_shapes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,8 @@ class StepMetadata:
     seqlens_expanded : [>= R]
         Tokens that each row sees, at least 0. In DECODE it may be `cache_seqlens` itself.
     nsa_cache_seqlens : [>= R]
-        min(seqlens_expanded, index_topk).
+        min(seqlens_expanded, index_topk). With pooled index keys the tokens of whole pools are clipped, and those of the
+        incomplete pool added.
     nsa_cu_seqlens_k : [>= R + 1]
         0, then the running sum of `nsa_cache_seqlens`.
     page_table_1 : [>= R, >= table_width] or None
@@ -40,6 +50,8 @@ class StepMetadata:
         DECODE only: position of each request's newest token, `cache_seqlens` - 1 and at least 0.
     slot_mapping : int64 [>= bs] or None
         DECODE only: KV slot of that token; -1 for a request without tokens.
+    pools : PoolMetadata or None
+        What pooled index keys need besides (`Geometry.index_kpool` above 1, and a `TokenTable`).
     """
 
     cache_seqlens: torch.Tensor
@@ -52,6 +64,7 @@ class StepMetadata:
     derived: Mapping[str, torch.Tensor] = field(default_factory=dict)
     positions: torch.Tensor | None = None
     slot_mapping: torch.Tensor | None = None
+    pools: PoolMetadata | None = None
 
 
 VECTORS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
@@ -59,7 +72,19 @@ VECTORS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded", "nsa_cache_seqle
 TOKENS = ("positions", "slot_mapping")
 """The optional fields of `StepMetadata` that say where each request's newest token is."""
 TABLES = ("page_table_1", "real_page_table")
-"""The page tables of `StepMetadata`."""
+"""The page tables of `StepMetadata`, without that of pooled index keys."""
+PAGE_TABLES = (*TABLES, POOL_TABLE)
+"""All page tables; `plane` finds them by these names."""
+PLANES = (*VECTORS, *TOKENS, *TABLES, *POOL_PLANES, POOL_TABLE)
+"""Names of all planes but the derived ones."""
+
+
+def plane(step: StepMetadata, name: str) -> torch.Tensor | None:
+    """The plane of `step` that has a name of `PLANES`; None if `step` lacks it."""
+    if not name.startswith(PREFIX):
+        value: torch.Tensor | None = getattr(step, name)
+        return value
+    return None if step.pools is None else getattr(step.pools, name.removeprefix(PREFIX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +108,8 @@ class PrecomputedMetadata:
     def allocate(cls, batch: BatchDescriptor, geometry: Geometry, *, tokens: bool = False) -> PrecomputedMetadata:
         """Make fresh buffers of zeros on the batch's device; with `tokens` also `positions` and `slot_mapping`.
 
+        They have `pools` where index keys are pooled and the slots are a `TokenTable`.
+
         Raises
         ------
         InvalidTypeError, InvalidValueError
@@ -99,8 +126,12 @@ class PrecomputedMetadata:
         bs, rows = batch.batch_size, batch.num_rows
         wide = new(rows, geometry.table_width) if geometry.wide_page_table or geometry.page_size == 1 else None
         real = wide if wide is not None and geometry.page_size == 1 else new(rows, geometry.real_width)
-        steps = []
+        pooled = geometry.index_kpool > 1 and isinstance(batch.slots, TokenTable)
+        steps: list[StepMetadata] = []
         for _ in batch.offsets:
+            pools = allocate_pools(batch, geometry) if pooled else None
+            if pools is not None and steps and steps[0].pools is not None:
+                pools = replace(pools, page_table=steps[0].pools.page_table)
             cache_seqlens = new(bs)
             expanded = cache_seqlens if batch.rows_per_request == 1 and batch.extend_lens is None else new(rows)
             steps.append(
@@ -114,6 +145,7 @@ class PrecomputedMetadata:
                     real_page_table=real,
                     positions=new(bs, dtype=torch.int64) if tokens else None,
                     slot_mapping=new(bs, dtype=torch.int64) if tokens else None,
+                    pools=pools,
                 )
             )
         return cls(tuple(steps), batch, geometry)
@@ -128,6 +160,12 @@ class PrecomputedMetadata:
             value: torch.Tensor | None = getattr(self.steps[0], name)
             return value
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+
+def planes_of(step: StepMetadata) -> Iterator[torch.Tensor]:
+    """All planes that `step` has, the derived ones too."""
+    yield from (value for name in PLANES if (value := plane(step, name)) is not None)
+    yield from step.derived.values()
 
 
 def vector_sizes(batch: BatchDescriptor) -> dict[str, int]:
@@ -163,31 +201,31 @@ def live_rows(batch: BatchDescriptor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def live_entries(
-    precomputed: PrecomputedMetadata,
-    step: StepMetadata,
-    index: int = 0,
-    fields: Collection[str] = (*VECTORS, *TOKENS, *TABLES),
+    precomputed: PrecomputedMetadata, step: StepMetadata, index: int = 0, fields: Collection[str] = PLANES
 ) -> dict[str, torch.Tensor]:
     """Copies of the `fields` of `step`, by name, with every entry that is not live set to -1.
 
     `precomputed.step(index)` says which entries are live. Two steps are equal if these tensors are. To compare without
     a copy of page tables use `differing_fields`.
     """
-    batch = precomputed.batch
+    batch, geometry = precomputed.batch, precomputed.geometry
     request, _, _, exists = live_rows(batch)
+    lengths = precomputed.step(index).cache_seqlens[: batch.batch_size]
     live: dict[str, torch.Tensor] = {}
-    for name, size in {**vector_sizes(batch), **dict.fromkeys(TOKENS, batch.batch_size)}.items():
-        vector = getattr(step, name)
-        if vector is None or name not in fields:
+    for name, shape in _vector_shapes(batch, geometry).items():
+        value = plane(step, name)
+        if value is None or name not in fields or (name == "pools.accepted" and batch.accepted is None):
             continue
-        values = live[name] = vector[:size].clone()
-        if name in ("seqlens_expanded", "nsa_cache_seqlens"):
+        values = live[name] = value[tuple(slice(size) for size in shape)].clone()
+        if name in ("seqlens_expanded", "nsa_cache_seqlens", "pools.seqlens"):
             values[~exists] = -1
         elif name == "nsa_cu_seqlens_k":
             values[1:][~exists] = -1
-    ends = _live_ends(precomputed, index, request, exists)
-    for name, (width, unit) in _table_sizes(precomputed.geometry).items():
-        table = getattr(step, name)
+        elif name == "pools.write_loc":
+            values.masked_fill_(~completed_pools(batch, geometry, lengths), -1)
+    ends = lengths[request] * exists
+    for name, (width, unit) in table_sizes(geometry).items():
+        table = plane(step, name)
         if table is not None and name in fields:
             columns = torch.arange(width, device=table.device) * unit
             live[name] = table[: batch.num_rows, :width].masked_fill(columns >= ends[:, None], -1)
@@ -201,12 +239,13 @@ def differing_fields(expected: PrecomputedMetadata, step: StepMetadata, index: i
     `COMPARISON_BYTES` of memory, and 100 bytes a row.
     """
     other = expected.step(index)
-    want, have = (live_entries(expected, side, index, (*VECTORS, *TOKENS)) for side in (other, step))
+    vectors = [name for name in PLANES if name not in PAGE_TABLES]
+    want, have = (live_entries(expected, side, index, vectors) for side in (other, step))
     wrong = [name for name, values in have.items() if name not in want or not torch.equal(values, want[name])]
     request, _, _, exists = live_rows(expected.batch)
-    ends = _live_ends(expected, index, request, exists)
-    for name, (width, unit) in _table_sizes(expected.geometry).items():
-        table, right = getattr(step, name), getattr(other, name)
+    ends = other.cache_seqlens[: expected.batch.batch_size][request] * exists
+    for name, (width, unit) in table_sizes(expected.geometry).items():
+        table, right = plane(step, name), plane(other, name)
         if table is None or table is right:
             continue
         if right is None or not _tables_are_equal(table, right, ends, width, unit):
@@ -243,14 +282,15 @@ def _tables_are_equal(left: torch.Tensor, right: torch.Tensor, ends: torch.Tenso
     return not differs
 
 
-def _table_sizes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+def table_sizes(geometry: Geometry) -> dict[str, tuple[int, int]]:
     """Columns of each page table, and tokens per column."""
-    return dict(zip(TABLES, ((geometry.table_width, 1), (geometry.real_width, geometry.page_size)), strict=True))
+    page, pooled = geometry.page_size, geometry.page_size * geometry.index_kpool
+    widths = ((geometry.table_width, 1), (geometry.real_width, page), (geometry.pooled_width, pooled))
+    return dict(zip(PAGE_TABLES, widths, strict=True))
 
 
-def _live_ends(
-    precomputed: PrecomputedMetadata, index: int, request: torch.Tensor, exists: torch.Tensor
-) -> torch.Tensor:
-    """Live tokens of each row of the page tables; 0 for a row that does not exist."""
-    lengths = precomputed.step(index).cache_seqlens[: precomputed.batch.batch_size]
-    return lengths[request] * exists
+def _vector_shapes(batch: BatchDescriptor, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Live part of each plane that is no page table."""
+    vectors: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vector_sizes(batch).items()}
+    pools = {name: shape for name, shape in pool_shapes(batch, geometry).items() if name != POOL_TABLE}
+    return vectors | dict.fromkeys(TOKENS, (batch.batch_size,)) | pools

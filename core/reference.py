@@ -6,6 +6,8 @@ o = length offset of the step:
 - cache_seqlens = L + (draft_tokens in TARGET_VERIFY, else 0) + o. A batch with step offsets is clamped at the table's width.
 - seqlens_expanded of row j of q = max(cache_seqlens - q + j + 1, 0)
 - positions = cache_seqlens - 1; slot_mapping = the slot of that token. Only buffers that have these planes get them.
+- With pooled index keys, k = index_kpool: nsa_cache_seqlens = min(whole, index_topk) + seqlens_expanded - whole, where
+  whole = seqlens_expanded // k * k; `PoolMetadata` says what its planes are. Divisions round down.
 - Page tables: the columns below the longest step's cache_seqlens, the same for every row of a request.
 
 Only live entries are defined. Other entries may be written, with any value. On a GPU nothing here syncs with the host,
@@ -19,21 +21,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable
+from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable, Geometry, TokenTable
 from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, live_pages
 from nsa_plugin.core.metadata import (
-    TABLES,
     TOKENS,
     PrecomputedMetadata,
     StepMetadata,
     live_rows,
+    plane,
     same_buffer,
+    table_sizes,
     vector_sizes,
 )
+from nsa_plugin.core.pools import POOL_PLANES, POOL_TABLE, PoolMetadata, pool_shapes, rows_of_requests
 
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep
-    from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
+    from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, TailRows
 
 
 def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.Tensor | None = None) -> None:
@@ -47,7 +51,8 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
         if batch.step_offsets:
             cache_seqlens = cache_seqlens.clamp(max=out.geometry.table_width)
         expanded = (cache_seqlens[request] - count + position + 1).clamp(min=0)
-        clipped = expanded.clamp(max=out.geometry.index_topk)
+        whole = expanded // out.geometry.index_kpool * out.geometry.index_kpool
+        clipped = whole.clamp(max=out.geometry.index_topk) + expanded - whole
         _write(step.cache_seqlens, cache_seqlens, on)
         _write(step.cu_seqlens_k, _with_leading_zero(cache_seqlens.cumsum(0)), on)
         _write(step.seqlens_expanded, expanded, on)
@@ -58,6 +63,8 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
             _write(step.positions, positions, on)
             slot_mapping = torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), PAD_SLOT)
             _write(step.slot_mapping, slot_mapping, on)
+        if step.pools is not None:
+            _write_pools(step.pools, batch, out.geometry, cache_seqlens, expanded, on)
 
     table, geometry = out.steps[0], out.geometry
     width = _live_width(lengths + max(batch.offsets), geometry.table_width)
@@ -69,6 +76,10 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
         pages = batch.slots.lookup(bs, width, geometry.page_size)
     if geometry.page_size > 1:
         _write_rows(table.real_page_table, _expand(pages // geometry.page_size, batch, request), on)
+    pooled = plane(table, POOL_TABLE)
+    if pooled is not None:
+        size = geometry.page_size * geometry.index_kpool
+        _write_rows(pooled, _expand(batch.slots.lookup(bs, width, size) // size, batch, request), on)
 
 
 def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> None:
@@ -77,7 +88,8 @@ def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     bs, rows = batch.batch_size, batch.num_rows
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens[:bs]
     width = _live_width(longest, geometry.table_width)
-    columns = dict(zip(TABLES, (width, -(-width // geometry.page_size)), strict=True))
+    columns = {name: -(-width // unit) for name, (_, unit) in table_sizes(geometry).items()}
+    shapes = pool_shapes(batch, geometry)
     for index, destination in enumerate(destinations):
         step = source.step(index)
         for name, size in vector_sizes(batch).items():
@@ -86,12 +98,17 @@ def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             origin, target = getattr(step, name), getattr(destination, name)
             if target is not None:
                 _write(target, origin[:bs])
+        for name in POOL_PLANES:
+            origin, target = plane(step, name), plane(destination, name)
+            if origin is not None and target is not None:
+                live = tuple(slice(size) for size in shapes[name])
+                target[live].copy_(origin[live])
         for name, width in columns.items():
-            origin, target = getattr(step, name), getattr(destination, name)
+            origin, target = plane(step, name), plane(destination, name)
             if origin is not None and target is not None:
                 _write_rows(target, origin[:rows, :width])
-        for name, plane in destination.derived.items():
-            plane.copy_(step.derived[name])
+        for name, derived in destination.derived.items():
+            derived.copy_(step.derived[name])
 
 
 def draft_steps(
@@ -128,6 +145,7 @@ def step_update(
     request_maps: Sequence[torch.Tensor],
     indexers: Sequence[IndexerRows],
     first: bool,
+    tails: Sequence[TailRows] = (),
 ) -> None:
     """Write what one draft step needs; the arguments are those of `StepUpdate` and `StepUpdate.run`."""
     n = rows.num_rows
@@ -143,7 +161,18 @@ def step_update(
         if first:
             slots.slot_mapping[group, n:] = PAD_SLOT
     for indexer in indexers:
-        indexer.lengths.copy_(rows.seq_lens[:n])
+        lengths, pooled = rows.seq_lens[:n], indexer.pooled
+        if pooled is None:
+            indexer.lengths.copy_(lengths)
+            continue
+        indexer.lengths.copy_(lengths // pooled.ratio)
+        completes = exists & (table_rows >= 0) & (lengths > 0) & (lengths % pooled.ratio == 0)
+        state = torch.where(completes, (lengths.long() - 1) // pooled.ratio, 0)
+        block = indexer.source[:n].gather(1, (state // pooled.block_states)[:, None])[:, 0].long()
+        pooled.slots[:n] = torch.where(completes, block * pooled.block_states + state % pooled.block_states, PAD_SLOT)
+    for tail in tails:
+        block = tail.table[:n, 0].long()
+        tail.slots[:n] = torch.where(exists & (block != 0), block * tail.ring + positions % tail.ring, PAD_SLOT)
     if not first:
         return
     for request_map in request_maps:
@@ -173,8 +202,8 @@ def group_rows(batch: BatchDescriptor, out: GroupMetadata, enabled: torch.Tensor
     }
     counts = starts[1:] - starts[:-1]
     for group in out.groups:
-        for name, (plane, size) in group.vectors(batch).items():
-            _overwrite(plane[:size], values.get(name, counts), on)
+        for name, (vector, size) in group.vectors(batch).items():
+            _overwrite(vector[:size], values.get(name, counts), on)
         for name, (table, size) in group.tables(batch).items():
             pages = _group_pages(out, group, table.shape[1])
             real, live = exists[::width], live_pages(batch, out.geometry, table.shape[1], by_row=name == "row_pages")
@@ -182,6 +211,32 @@ def group_rows(batch: BatchDescriptor, out: GroupMetadata, enabled: torch.Tensor
                 pages, real = pages[request], exists
             there = table[:size]
             _overwrite(there, torch.where(live, torch.where(real[:, None], pages, 0), there), on)
+
+
+def _write_pools(
+    pools: PoolMetadata,
+    batch: BatchDescriptor,
+    geometry: Geometry,
+    cache_seqlens: torch.Tensor,
+    expanded: torch.Tensor,
+    on: torch.Tensor | None,
+) -> None:
+    assert isinstance(batch.slots, TokenTable)
+    k, bs = geometry.index_kpool, batch.batch_size
+    start = cache_seqlens - rows_of_requests(batch)
+    tail = start.div(k, rounding_mode="floor") * k
+    candidates = pool_shapes(batch, geometry)["pools.write_loc"][1]
+    _write(pools.seqlens, expanded // k, on)
+    _write(pools.write_start, start, on)
+    _write(pools.tail_start, tail, on)
+    _write(pools.requests, batch.slots.req_pool_indices[:bs].long(), on)
+    for candidate in range(candidates):
+        first = tail + candidate * k
+        there = (first >= 0) & (first < cache_seqlens.clamp(max=geometry.table_width))
+        slot = batch.slots.at(torch.where(there, first, 0)).long()
+        _write(pools.write_loc[:, candidate], torch.where(there, slot // k, 0), on)
+    if pools.accepted is not None and batch.accepted is not None:
+        _write(pools.accepted, batch.accepted[:bs], on)
 
 
 def _live_width(lengths: torch.Tensor, width: int) -> int:

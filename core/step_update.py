@@ -3,7 +3,8 @@
 It serves an engine that records its whole draft in one CUDA graph. Positions, lengths and block tables are the engine's
 buffers, and the engine advances them after each step. Attention groups read their metadata at fixed addresses.
 Each step needs the KV slot of one token per request, and each group needs what it derives from the lengths. The request
-map, the rows of ones and the copy of the block table are equal in all steps: only the first step writes them.
+map, the rows of ones and the copy of the block table are equal in all steps: only the first step writes them. Where index
+keys are pooled, a step also has the slot of the pool that its token completes, and that of the token in its tail.
 The definition is `reference.step_update`.
 """
 
@@ -74,13 +75,33 @@ class SlotGroups:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledKeys:
+    """Of an indexer whose cache has one state for every `ratio` tokens, which the last of them writes.
+
+    Parameters
+    ----------
+    ratio : int >= 2
+        Tokens per state.
+    block_states : int >= 1
+        States per block of the indexer's block table.
+    slots : contiguous int64 tensor [>= num_rows]
+        Gets the slot of the state that a row's token completes. It gets `PAD_SLOT` for a token that completes none, for a
+        request without blocks, and for padding.
+    """
+
+    ratio: int
+    block_states: int
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class IndexerRows:
     """Buffers of a sparse-attention indexer whose rows have one query token each. All are int32; vectors are contiguous.
 
     Parameters
     ----------
     lengths : tensor [num_rows]
-        Gets `DraftRows.seq_lens`.
+        Gets `DraftRows.seq_lens`; with `pooled`, the number of complete states.
     ones : one or two tensors [num_rows]
         Get 1, the number of query tokens of each row.
     indices : tensor [num_rows] or None
@@ -89,6 +110,8 @@ class IndexerRows:
         Block table of the requests.
     table : tensor [num_rows, width], rows of stride 1
         Gets a copy of `source`. It may be `source` itself: then nothing is copied.
+    pooled : PooledKeys or None
+        Where a state stands for several tokens.
     """
 
     lengths: torch.Tensor
@@ -96,6 +119,26 @@ class IndexerRows:
     indices: torch.Tensor | None
     source: torch.Tensor
     table: torch.Tensor
+    pooled: PooledKeys | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TailRows:
+    """Where the tokens of pools that are not complete are kept: one block per request, written in a circle.
+
+    Parameters
+    ----------
+    table : int32 tensor [>= num_rows, >= 1], rows of stride 1
+        Its first column has each row's block; 0 is a request without one.
+    ring : int >= 1
+        Tokens per block.
+    slots : contiguous int64 tensor [>= num_rows]
+        Gets the slot of each row's token; `PAD_SLOT` without a block, and for padding.
+    """
+
+    table: torch.Tensor
+    ring: int
+    slots: torch.Tensor
 
 
 BoundStepUpdate = Callable[[bool], None]
@@ -116,10 +159,12 @@ class StepUpdate:
     request_maps : sequence of contiguous int32 tensors [>= num_rows]
         Get the request of each row; padding rows get the last one, `num_rows` - 1.
     indexers : sequence of IndexerRows
+    tails : sequence of TailRows
     impl : "auto", "reference" or "triton"
         As in `precompute`.
     bind : BindStepUpdate, optional
-        Provides an implementation. `impl` is used without it, or where it returns None.
+        Provides an implementation. `impl` is used without it, or where it returns None. It is not asked where index keys
+        are pooled.
 
     Raises
     ------
@@ -130,8 +175,8 @@ class StepUpdate:
 
     Notes
     -----
-    With Triton a step is one launch for the slots, the first request map and the first indexer. Further request maps and
-    indexers take one more launch each, or per pair. `run` does not sync with the host and may be recorded in a CUDA
+    With Triton a step is one launch for the slots, the first request map, the first indexer and the first tail. Further
+    ones take one more launch each, or all that have the same place. `run` does not sync with the host and may be recorded in a CUDA
     graph. It allocates nothing with Triton; the reference does.
     """
 
@@ -141,20 +186,22 @@ class StepUpdate:
         slots: SlotGroups,
         request_maps: Sequence[torch.Tensor] = (),
         indexers: Sequence[IndexerRows] = (),
+        tails: Sequence[TailRows] = (),
         *,
         impl: Impl = "auto",
         bind: BindStepUpdate | None = None,
     ) -> None:
-        _check(rows, slots, request_maps, indexers)
+        _check(rows, slots, request_maps, indexers, tails)
         function("bind", bind, optional=True)
-        provided = None if bind is None else bind(rows, slots, request_maps, indexers)
+        asked = bind is not None and not tails and not any(indexer.pooled for indexer in indexers)
+        provided = bind(rows, slots, request_maps, indexers) if bind is not None and asked else None
         self._launches: Sequence[BoundStepUpdate]
         if provided is not None:
             self._launches = [provided]
         elif resolve_impl(impl, rows.seq_lens.device) == "triton":
-            self._launches = triton_binding.bind_step_update(rows, slots, request_maps, indexers)
+            self._launches = triton_binding.bind_step_update(rows, slots, request_maps, indexers, tails)
         else:
-            self._launches = [lambda first: reference.step_update(rows, slots, request_maps, indexers, first)]
+            self._launches = [lambda first: reference.step_update(rows, slots, request_maps, indexers, first, tails)]
 
     def run(self, *, first: bool) -> None:
         """Write what the step that begins now needs; with `first`, also what is equal in all steps of a draft."""
@@ -164,7 +211,11 @@ class StepUpdate:
 
 
 def _check(
-    rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    rows: DraftRows,
+    slots: SlotGroups,
+    request_maps: Sequence[torch.Tensor],
+    indexers: Sequence[IndexerRows],
+    tails: Sequence[TailRows],
 ) -> None:
     instance("rows", rows, DraftRows)
     instance("slots", slots, SlotGroups)
@@ -173,6 +224,7 @@ def _check(
     checks = TensorChecks(instance("seq_lens", rows.seq_lens, torch.Tensor).device, "seq_lens")
     instances("request_maps", request_maps, torch.Tensor)
     instances("indexers", indexers, IndexerRows)
+    instances("tails", tails, TailRows)
     vector, table = partial(checks.vector, contiguous=True), partial(checks.table, contiguous_rows=True)
     vector("positions", rows.positions, n, INTEGERS)
     vector("seq_lens", rows.seq_lens, n)
@@ -200,3 +252,12 @@ def _check(
         table(f"{name}.source", indexer.source, n, 0)
         if indexer.source.shape[1] != width:
             reject(f"{name}.source", f"{width} columns, as the table has", indexer.source.shape[1])
+        if (pooled := indexer.pooled) is not None:
+            instance(f"{name}.pooled", pooled, PooledKeys)
+            at_least(f"{name}.pooled.ratio", pooled.ratio, 2)
+            at_least(f"{name}.pooled.block_states", pooled.block_states, 1)
+            vector(f"{name}.pooled.slots", pooled.slots, n, (torch.int64,))
+    for index, tail in enumerate(tails):
+        at_least(f"tails[{index}].ring", tail.ring, 1)
+        table(f"tails[{index}].table", tail.table, n, 1)
+        vector(f"tails[{index}].slots", tail.slots, n, (torch.int64,))

@@ -10,12 +10,14 @@ import torch
 
 from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, PrecomputedMetadata, StepMetadata, same_buffer
+from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, plane, same_buffer
+from nsa_plugin.core.pools import POOL_TABLE
+from nsa_plugin.core.records import records
 
 if TYPE_CHECKING:
     from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps
     from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
-    from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups
+    from nsa_plugin.core.step_update import BoundStepUpdate, DraftRows, IndexerRows, SlotGroups, TailRows
 
 TILE, TILE_OF_SEVERAL_ROWS = 2048, 512
 """Columns of a page table that a program of the metadata and copy kernels handles at a time. The second holds where a
@@ -61,14 +63,14 @@ def bind_precompute(
     """Bind the metadata kernel to the buffers of `out` and of `copies`, further consumers of step 0.
 
     The returned function takes any batch of the same mode, batch size and kind of slots. With `copies`, all steps see
-    equal lengths, and each copy has the page tables that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
+    equal lengths, and each copy has the page tables and planes of pools that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
     nothing.
     """
     from nsa_plugin.core.kernels import metadata
 
     geometry = out.geometry
     destinations = (*out.steps, *copies)
-    records = _records(destinations, (*batch.offsets, *[batch.offsets[0]] * len(copies)), ())
+    written = records(destinations, (*batch.offsets, *[batch.offsets[0]] * len(copies)), ())
     wide, real, aligned = _layout(destinations, geometry)
     token_table = isinstance(batch.slots, TokenTable)
     ragged = batch.extend_lens is not None
@@ -76,7 +78,9 @@ def bind_precompute(
     grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
-        "TOKENS": any(step.positions is not None for step in destinations), "SWITCHED": enabled is not None, "TILE": tile,
+        "TOKENS": any(step.positions is not None for step in destinations), "KPOOL": geometry.index_kpool,
+        "POOLS": out.steps[0].pools is not None, "POOLED": plane(out.steps[0], POOL_TABLE) is not None,
+        "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None, "SWITCHED": enabled is not None, "TILE": tile,
         "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
@@ -86,6 +90,7 @@ def bind_precompute(
     def launch(batch: BatchDescriptor) -> None:
         slots, seq_lens = batch.slots, batch.seq_lens
         extend_lens = seq_lens if batch.extend_lens is None else batch.extend_lens
+        accepted = seq_lens if batch.accepted is None else batch.accepted
         if isinstance(slots, TokenTable):
             table, pool, block_size = slots.req_to_token, slots.req_pool_indices, 1
         else:
@@ -93,9 +98,9 @@ def bind_precompute(
         row_stride, column_stride = table.stride()
         words = row_stride % 4 == 0 and column_stride == 1 and table.data_ptr() % 16 == 0
         metadata.metadata_kernel[grid](
-            seq_lens, extend_lens, pool, table, records, seq_lens if enabled is None else enabled,
-            seq_lens.stride(0), extend_lens.stride(0), pool.stride(0), row_stride, column_stride, len(destinations),
-            num_tables, records.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
+            seq_lens, extend_lens, accepted, pool, table, written, seq_lens if enabled is None else enabled,
+            seq_lens.stride(0), extend_lens.stride(0), accepted.stride(0), pool.stride(0), row_stride, column_stride,
+            len(destinations), num_tables, written.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
             rows_per_request, block_size, ALIGNED=aligned and words, **fixed,
         )  # fmt: skip
 
@@ -108,12 +113,13 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
 
     batch, geometry = source.batch, source.geometry
     planes = tuple(destinations[0].derived) if destinations else ()
-    sources = _records(source.steps, batch.offsets, planes)
-    targets = _records(destinations, (0,) * len(destinations), planes)
+    sources = records(source.steps, batch.offsets, planes)
+    targets = records(destinations, (0,) * len(destinations), planes)
     wide, real, aligned = _layout((*source.steps, *destinations), geometry)
     longest = source.steps[batch.offsets.index(max(batch.offsets))].cache_seqlens
     extend_lens = longest if batch.extend_lens is None else batch.extend_lens
     tokens = any(step.positions is not None for step in destinations)
+    pooled = any(plane(step, POOL_TABLE) is not None for step in destinations)
     grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
 
     def launch() -> None:
@@ -122,7 +128,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
             page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real, TOKENS=tokens,
-            ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            KPOOL=geometry.index_kpool, POOLED=pooled, ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     return launch
@@ -151,11 +157,15 @@ def bind_draft_steps(steps: Sequence[DraftStep], limits: DraftLimits) -> FillDra
 
 
 def bind_step_update(
-    rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+    rows: DraftRows,
+    slots: SlotGroups,
+    request_maps: Sequence[torch.Tensor],
+    indexers: Sequence[IndexerRows],
+    tails: Sequence[TailRows],
 ) -> list[BoundStepUpdate]:
     """Bind the step-update kernel; returns the launches of a step, each to be called with `first`.
 
-    Launch i serves request map i and indexer i; launch 0 writes the slots too.
+    Launch i serves request map i, indexer i and tail i; launch 0 writes the slots too.
     """
     from nsa_plugin.core.kernels.step_update import step_update_kernel
 
@@ -169,30 +179,35 @@ def bind_step_update(
         ones = (*indexer.ones, *indexer.ones)[:2] if indexer else (unused, unused)
         source, table = (indexer.source, indexer.table) if indexer else (unused[None], unused[None])
         indices = indexer.indices if indexer else None
+        pooled = indexer.pooled if indexer else None
+        tail = tails[number] if number < len(tails) else None
+        tail_table = unused[None] if tail is None else tail.table
         tensors = (
             rows.positions, rows.seq_lens, rows.query_start_loc, rows.table_rows,
             slots.addresses, slots.row_strides, slots.block_sizes, slots.enabled, slots.slot_mapping,
             unused if request_map is None else request_map, indexer.lengths if indexer else unused, *ones,
-            unused if indices is None else indices, source, table,
+            unused if indices is None else indices, source, table, unused if pooled is None else pooled.slots, tail_table,
+            unused if tail is None else tail.slots,
         )  # fmt: skip
         sizes = (
-            rows.num_rows, groups, capacity, slots.slot_mapping.stride(0), source.stride(0), table.stride(0), table.shape[1]
+            rows.num_rows, groups, capacity, slots.slot_mapping.stride(0), source.stride(0), table.stride(0), table.shape[1],
+            *((pooled.ratio, pooled.block_states) if pooled else (1, 1)), tail_table.stride(0), tail.ring if tail else 1,
         )  # fmt: skip
         fixed = {
             "SLOTS": number == 0, "MAP": request_map is not None, "INDEXER": indexer is not None,
             "INDICES": indices is not None, "TABLE": indexer is not None and not same_buffer(source, table),
-            "PAD": PAD_SLOT, "BLOCK": STEP_UPDATE_BLOCK, "num_warps": NUM_WARPS,
+            "POOLED": pooled is not None, "TAIL": tail is not None, "PAD": PAD_SLOT, "BLOCK": STEP_UPDATE_BLOCK, "num_warps": NUM_WARPS,
         }  # fmt: skip
 
         def launch(first: bool) -> None:
-            if not first and number > 0 and indexer is None:
+            if not first and number > 0 and indexer is None and tail is None:
                 return
             extra = padding_programs if first and number == 0 else 0
             step_update_kernel[(rows.num_rows + extra,)](*tensors, *sizes, FIRST=first, **fixed)
 
         return launch
 
-    return [bound(number) for number in range(max(1, len(request_maps), len(indexers)))]
+    return [bound(number) for number in range(max(1, len(request_maps), len(indexers), len(tails)))]
 
 
 def bind_group_rows(out: GroupMetadata, enabled: torch.Tensor | None) -> Callable[[BatchDescriptor], None]:
@@ -222,28 +237,6 @@ def bind_group_rows(out: GroupMetadata, enabled: torch.Tensor | None) -> Callabl
         )  # fmt: skip
 
     return launch
-
-
-def _records(steps: Sequence[StepMetadata], offsets: Sequence[int], planes: Sequence[str]) -> torch.Tensor:
-    """The destination table of the metadata and copy kernels (see `kernels.tiles`): int64 [len(steps), words], on the
-    buffers' device."""
-    rows = []
-    for offset, step in zip(offsets, steps, strict=True):
-        words = [offset]
-        for name in VECTORS:
-            vector: torch.Tensor = getattr(step, name)
-            words += [vector.data_ptr(), vector.stride(0)]
-        for name in TABLES:
-            table: torch.Tensor | None = getattr(step, name)
-            words += [0, 0, 0] if table is None else [table.data_ptr(), *table.stride()]
-        for name in TOKENS:
-            tokens: torch.Tensor | None = getattr(step, name)
-            words += [0, 0] if tokens is None else [tokens.data_ptr(), tokens.stride(0)]
-        for plane in planes:
-            value = step.derived[plane]
-            words += [value.data_ptr(), value.numel() * value.element_size() // 4]
-        rows.append(words)
-    return torch.tensor(rows, dtype=torch.int64).to(steps[0].cache_seqlens.device)
 
 
 def _layout(steps: Sequence[StepMetadata], geometry: Geometry) -> tuple[bool, bool, bool]:

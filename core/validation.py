@@ -11,13 +11,25 @@ from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geom
 from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, instance, instances, overlap
 from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import (
+    PAGE_TABLES,
     TABLES,
     TOKENS,
     VECTORS,
     PrecomputedMetadata,
     StepMetadata,
+    plane,
     same_buffer,
+    table_sizes,
     vector_sizes,
+)
+from nsa_plugin.core.pools import (
+    INT64_POOL_PLANES,
+    POOL_PLANES,
+    POOL_TABLE,
+    PREFIX,
+    PoolMetadata,
+    pool_shapes,
+    rows_of_requests,
 )
 
 
@@ -30,11 +42,15 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
     at_least("batch_size", batch.batch_size, 0)
     at_least("num_steps", batch.num_steps, 1)
     at_least("draft_tokens", batch.draft_tokens, 1)
-    for name in ("index_topk", "page_size", "table_width", "num_sms"):
+    for name in ("index_topk", "page_size", "table_width", "num_sms", "index_kpool"):
         at_least(f"geometry.{name}", getattr(geometry, name), 1)
     if geometry.page_size & (geometry.page_size - 1):
         reject("geometry.page_size", "a power of two", geometry.page_size)
     boolean("geometry.wide_page_table", geometry.wide_page_table)
+    pool = geometry.index_kpool
+    if pool & (pool - 1) or geometry.page_size % pool or geometry.index_topk % pool:
+        wanted = f"a power of two that divides page_size {geometry.page_size} and index_topk {geometry.index_topk}"
+        reject("geometry.index_kpool", wanted, pool)
     instance("seq_lens", batch.seq_lens, torch.Tensor)
     checks = _checks(batch)
     checks.vector("seq_lens", batch.seq_lens, batch.batch_size, INTEGERS)
@@ -48,6 +64,10 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
         checks.vector("query_start_loc", batch.query_start_loc, batch.batch_size + 1, INTEGERS, contiguous=True)
         if batch.mode is not ForwardMode.DRAFT_EXTEND or batch.extend_lens is not None:
             reject("query_start_loc", "None outside DRAFT_EXTEND of the static width", f"a tensor in {batch.mode.name}")
+    if batch.accepted is not None:
+        if batch.mode is not ForwardMode.DRAFT_EXTEND:
+            reject("accepted", "None outside DRAFT_EXTEND", f"a tensor in {batch.mode.name}")
+        checks.vector("accepted", batch.accepted, batch.batch_size, INTEGERS)
 
 
 def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
@@ -65,6 +85,11 @@ def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
         if (wrong := (rows > batch.seq_lens[:bs]).nonzero()).numel():
             index = int(wrong[0])
             reject(f"extend_lens[{index}]", f"at most {int(batch.seq_lens[index])} (its seq_lens)", int(rows[index]))
+    if batch.accepted is not None:
+        _check_range("accepted", batch.accepted[:bs], 0, batch.draft_tokens, "draft_tokens")
+        if (wrong := (batch.accepted[:bs] > rows_of_requests(batch)).nonzero()).numel():
+            index = int(wrong[0])
+            reject(f"accepted[{index}]", "at most its extend_lens", int(batch.accepted[index]))
     unit, name = 1, "block_table"
     if isinstance(batch.slots, TokenTable):
         last, name = batch.slots.req_to_token.shape[0] - 1, "req_to_token"
@@ -88,9 +113,11 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
     for index, step in enumerate(out.steps):
         check_step(f"out.steps[{index}]", step, batch, geometry)
         for other in range(index):
-            _check_apart(f"out.steps[{index}]", step, f"out.steps[{other}]", out.steps[other], batch)
-        for name in TABLES if batch.num_rows else ():
-            shared, table = getattr(out.steps[0], name), getattr(step, name)
+            _check_apart(f"out.steps[{index}]", step, f"out.steps[{other}]", out.steps[other], batch, geometry)
+        if (step.pools is None) is not (out.steps[0].pools is None):
+            reject(f"out.steps[{index}].pools", "those of all steps, or of none", "others than in step 0")
+        for name in PAGE_TABLES if batch.num_rows else ():
+            shared, table = plane(out.steps[0], name), plane(step, name)
             if shared is not table and (shared is None or table is None or not same_buffer(shared, table)):
                 fix = "all steps share their page tables"
                 reject(f"out.steps[{index}].{name}", "the buffer of step 0", "another one", fix=fix)
@@ -117,8 +144,8 @@ def check_shared(consumers: Sequence[StepMetadata]) -> None:
     """Raise unless all consumers have the buffers of the first one."""
     instances("consumers", consumers, StepMetadata)
     for index, step in enumerate(consumers):
-        for name in (*VECTORS, *TOKENS):
-            ours, theirs = getattr(step, name), getattr(consumers[0], name)
+        for name in (*VECTORS, *TOKENS, *POOL_PLANES):
+            ours, theirs = plane(step, name), plane(consumers[0], name)
             if ours is not theirs and (ours is None or theirs is None or not same_buffer(ours, theirs)):
                 reject(f"consumers[{index}].{name}", "the buffer of consumers[0]", "another one", fix="use 'copy'")
 
@@ -136,6 +163,8 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
         reject(f"{name}.{tokens[0]}", "both positions and slot_mapping in DECODE, else neither", "a tensor")
     for vector in tokens:
         checks.vector(f"{name}.{vector}", getattr(step, vector), batch.batch_size, (torch.int64,))
+    if step.pools is not None:
+        _check_pools(name, step.pools, batch, geometry, checks)
     for table, width in zip(TABLES, (geometry.table_width, geometry.real_width), strict=True):
         value = getattr(step, table)
         if value is None and table == "page_table_1" and geometry.page_size > 1:
@@ -144,11 +173,11 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
     if geometry.page_size == 1 and batch.num_rows and not same_buffer(step.real_page_table, _wide(step)):
         reject(f"{name}.real_page_table", "page_table_1 itself with page size 1", "another buffer")
     _check_planes(name, step, batch, geometry)
-    for plane, value in step.derived.items():
-        instance(f"{name}.derived[{plane!r}]", value, torch.Tensor)
+    for derived, value in step.derived.items():
+        instance(f"{name}.derived[{derived!r}]", value, torch.Tensor)
         if value.element_size() % 4 or not value.is_contiguous():
             reject(
-                f"{name}.derived[{plane!r}]",
+                f"{name}.derived[{derived!r}]",
                 "a contiguous tensor of 4-byte elements",
                 f"{value.dtype}, strides {value.stride()}",
             )
@@ -175,49 +204,77 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
             )
         if destination.positions is not None and step.positions is None:
             reject(f"{name}.positions", "None, as in the source", "a buffer", fix="allocate the source with tokens")
-        for plane, value in destination.derived.items():
-            origin = step.derived.get(plane)
+        for field in (*POOL_PLANES, POOL_TABLE):
+            if plane(destination, field) is not None and plane(step, field) is None:
+                reject(f"{name}.{field}", "None, as in the source", "a buffer", fix="give the source the same pools")
+        for derived, value in destination.derived.items():
+            origin = step.derived.get(derived)
             if origin is None or origin.shape != value.shape or origin.dtype != value.dtype:
                 got = (
                     "missing in the source" if origin is None else f"{tuple(origin.shape)} {origin.dtype} in the source"
                 )
-                reject(f"{name}.derived[{plane!r}]", f"{tuple(value.shape)} {value.dtype}", got)
+                reject(f"{name}.derived[{derived!r}]", f"{tuple(value.shape)} {value.dtype}", got)
 
 
 Planes = dict[str, tuple[torch.Tensor, tuple[int, ...]]]
 
 
-def _planes(step: StepMetadata, batch: BatchDescriptor, geometry: Geometry | None = None) -> Planes:
-    """The planes of a step by name, each with the shape that a precompute writes; page tables only with `geometry`."""
+def _planes(step: StepMetadata, batch: BatchDescriptor, geometry: Geometry, *, tables: bool) -> Planes:
+    """The planes of a step by name, each with the shape that a precompute writes; with `tables` also page tables."""
     shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vector_sizes(batch).items()}
     shapes |= dict.fromkeys(TOKENS, (batch.batch_size,))
-    if geometry is not None:
-        widths = (geometry.table_width, geometry.real_width)
-        shapes |= {name: (batch.num_rows, width) for name, width in zip(TABLES, widths, strict=True)}
-    return {name: (getattr(step, name), shape) for name, shape in shapes.items() if getattr(step, name) is not None}
+    shapes |= pool_shapes(batch, geometry) if step.pools is not None else {}
+    if tables:
+        shapes |= {name: (batch.num_rows, width) for name, (width, _) in table_sizes(geometry).items()}
+    else:
+        shapes.pop(POOL_TABLE, None)
+    planes = {name: (plane(step, name), shape) for name, shape in shapes.items()}
+    return {name: (value, shape) for name, (value, shape) in planes.items() if value is not None}
 
 
 def _check_planes(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
     """Raise if two planes of a step share memory and may have different values."""
-    planes = _planes(step, batch, geometry)
+    planes = _planes(step, batch, geometry, tables=True)
     same = (
         {("cache_seqlens", "seqlens_expanded")} if batch.rows_per_request == 1 and batch.extend_lens is None else set()
     )
     if geometry.page_size == 1:
         same.add(TABLES)
     for pair in itertools.combinations(planes, 2):
-        (first, shape), (second, other) = (planes[plane] for plane in pair)
+        (first, shape), (second, other) = (planes[name_of] for name_of in pair)
         if overlap(first, shape, second, other) and not (pair in same and same_buffer(first, second)):
             reject(f"{name}.{pair[1]}", f"a buffer apart from {pair[0]}", "one that overlaps it")
 
 
-def _check_apart(name: str, step: StepMetadata, other_name: str, other: StepMetadata, batch: BatchDescriptor) -> None:
+def _check_apart(
+    name: str, step: StepMetadata, other_name: str, other: StepMetadata, batch: BatchDescriptor, geometry: Geometry
+) -> None:
     """Raise if vectors of two steps share memory."""
-    mine, theirs = _planes(step, batch), _planes(other, batch)
-    for plane, (vector, shape) in mine.items():
+    mine, theirs = (_planes(side, batch, geometry, tables=False) for side in (step, other))
+    for field, (vector, shape) in mine.items():
         for against, (another, extent) in theirs.items():
             if overlap(vector, shape, another, extent):
-                reject(f"{name}.{plane}", f"a buffer apart from {other_name}.{against}", "one that overlaps it")
+                reject(f"{name}.{field}", f"a buffer apart from {other_name}.{against}", "one that overlaps it")
+
+
+def _check_pools(
+    name: str, pools: PoolMetadata, batch: BatchDescriptor, geometry: Geometry, checks: TensorChecks
+) -> None:
+    """Raise unless the planes of pooled index keys can hold those of `batch`."""
+    instance(f"{name}.pools", pools, PoolMetadata)
+    if geometry.index_kpool == 1:
+        reject(f"{name}.pools", "None with index_kpool 1", "a PoolMetadata")
+    if not isinstance(batch.slots, TokenTable):
+        reject(f"{name}.pools", "None with a block table", "a PoolMetadata")
+    for field, shape in pool_shapes(batch, geometry).items():
+        value = getattr(pools, field.removeprefix(PREFIX))
+        if value is None and field in (POOL_TABLE, "pools.accepted"):
+            continue
+        dtypes = (torch.int64,) if field in INT64_POOL_PLANES else INT32
+        if len(shape) == 2:
+            checks.table(f"{name}.{field}", value, shape[0], shape[1], dtypes)
+        else:
+            checks.vector(f"{name}.{field}", value, shape[0], dtypes)
 
 
 def _wide(step: StepMetadata) -> torch.Tensor:

@@ -122,6 +122,10 @@ def _bench(bench: argparse.ArgumentParser) -> None:
         help=f"sglang's decode kernel: {', '.join(DECODE_KERNELS)} (default: %(default)s)",
     )  # fmt: skip
     bench.add_argument(
+        "--index-kpool", type=int, choices=(1, 2, 4, 8), default=1, metavar="K",
+        help="tokens that share an index key: 1, 2, 4 or 8 (sglang only; default: %(default)s)",
+    )  # fmt: skip
+    bench.add_argument(
         "--original-wheel", type=_path,
         help="sglang 0.5.6.post2's wheel, whose loop none and sglang are compared with (default: fetched with pip)",
     )  # fmt: skip

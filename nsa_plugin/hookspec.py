@@ -87,8 +87,8 @@ def nsa_plugin_bind_step_update(
 ) -> Callable[[bool], None] | None:
     """Provide a step-update implementation bound to the buffers of a draft that the engine advances from step to step.
 
-    Fires when such a draft is bound (vLLM's Model Runner V2). Return None to leave it to the next plugin; the built-in
-    implementation is the last resort. The bound function is called at the start of each draft step, or recorded there in
+    Fires when such a draft is bound (vLLM's Model Runner V2), unless its index keys are pooled. Return None to leave it to the
+    next plugin; the built-in implementation is the last resort. The bound function is called at the start of each draft step, or recorded there in
     a CUDA graph. Its argument says whether the step is the first of its draft. It must write what `StepUpdate` writes,
     allocate nothing and not sync.
     """

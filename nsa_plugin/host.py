@@ -19,7 +19,7 @@ from nsa_plugin.core.api import best_impl
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps
 from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate, TailRows
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
@@ -101,6 +101,11 @@ class Host(Switch):
     def verify(self) -> int:
         """Every n-th replay is compared with the engine's own path; 0 compares none."""
         return self.settings.verify
+
+    @property
+    def verify_mode(self) -> str:
+        """Whether values are compared before use or after the graph has run; "auto" leaves it to each path."""
+        return self.settings.verify_mode
 
     @property
     def exact_step_lengths(self) -> bool:
@@ -207,11 +212,16 @@ class Host(Switch):
         ).run
 
     def step_update(
-        self, rows: DraftRows, slots: SlotGroups, request_maps: Sequence[torch.Tensor], indexers: Sequence[IndexerRows]
+        self,
+        rows: DraftRows,
+        slots: SlotGroups,
+        request_maps: Sequence[torch.Tensor],
+        indexers: Sequence[IndexerRows],
+        tails: Sequence[TailRows] = (),
     ) -> StepUpdate:
         """Make a `StepUpdate` with the implementation that a plugin provides, else the built-in one."""
         impl = best_impl(rows.seq_lens.device)  # interpreted on a CPU, where vLLM's own kernels are interpreted too
-        return StepUpdate(rows, slots, request_maps, indexers, impl=impl, bind=self.manager.bind_step_update)
+        return StepUpdate(rows, slots, request_maps, indexers, tails, impl=impl, bind=self.manager.bind_step_update)
 
     def draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
         """Bind draft steps with the implementation that a plugin provides, else the built-in one."""

@@ -23,7 +23,7 @@ from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geom
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, PastEnd, bind_draft_steps
 from nsa_plugin.core.errors import InvalidValueError, NsaPluginError, UnavailableError, reject
 from nsa_plugin.core.group_rows import GroupMetadata, GroupRows, live_pages
-from nsa_plugin.core.metadata import TABLES, VECTORS, equal_in_pieces, live_entries
+from nsa_plugin.core.metadata import PLANES, equal_in_pieces, live_entries, table_sizes
 from nsa_plugin.settings import Settings
 
 LIMIT_FILES = 10
@@ -50,15 +50,16 @@ def write(directory: Path, mismatch: Mismatch, settings: Settings) -> Path:
     arrays, facts = _batch(mismatch.batch, mismatch.geometry)
     size = sum(array.numel() * array.element_size() for array in arrays.values())
     left_out = []
-    columns = {"page_table_1": facts["width"], "real_page_table": -(-facts["width"] // mismatch.geometry.page_size)}
+    sizes = dataclasses.replace(mismatch.geometry, table_width=facts["width"])
+    columns = {name: width for name, (width, _) in table_sizes(sizes).items()}
     for step, *sides in mismatch.values:
         wrong = differing(*sides)
         for side, values in zip(("expected", "got"), sides, strict=True):
             for name, value in values.items():
                 key = f"{side}/{step}/{name}"
-                value = value[:, : columns[name]] if name in TABLES else value
+                value = value[:, : columns[name]] if name in columns else value
                 size += value.numel() * value.element_size()
-                if size > LIMIT_BYTES or (name in TABLES and name not in wrong):
+                if size > LIMIT_BYTES or (name in columns and name not in wrong):
                     size -= value.numel() * value.element_size()
                     left_out.append(key)
                 else:
@@ -136,6 +137,7 @@ def load(path: Path) -> Repro:
         batch = BatchDescriptor(
             ForwardMode(facts["mode"]), facts["batch_size"], arrays["seq_lens"], slots, facts["num_steps"],
             tuple(facts["step_offsets"]), facts["draft_tokens"], arrays.get("extend_lens"), arrays.get("query_start_loc"),
+            arrays.get("accepted"),
         )  # fmt: skip
         geometry = Geometry(**facts["geometry"])
         limits = facts.get("limits")
@@ -181,8 +183,9 @@ def recompute(repro: Repro, impl: api.Impl) -> dict[str, list[str]]:
     Returns
     -------
     dict of "engine" and "plugin" to list of str
-        Fields that differ from the engine's and from the plugin's recorded values, as "step N: field". Fields that only
-        the engine's own functions compute (schedules, plans) are not compared.
+        Fields that differ from the engine's and from the plugin's recorded values, as "step N: field". Not compared are
+        fields that only the engine's own functions compute (schedules, plans), and numbers of requests, of which a file
+        keeps the order only.
     """
     if impl == "triton" and torch.cuda.is_available():
         repro = _on_gpu(repro)
@@ -208,7 +211,7 @@ def _planes(repro: Repro, impl: api.Impl) -> Computed:
     result = api.precompute(repro.batch, repro.geometry, impl=impl)
 
     def computed(step: int, name: str, recorded: torch.Tensor) -> torch.Tensor | None:
-        if name not in VECTORS + TABLES:
+        if name not in PLANES or name == "pools.requests":
             return None
         return live_entries(result, result.step(step), step, (name,)).get(name, torch.empty(0))
 
@@ -275,6 +278,8 @@ def _batch(batch: BatchDescriptor, geometry: Geometry) -> tuple[dict[str, torch.
     arrays = {"seq_lens": seq_lens}
     if batch.extend_lens is not None:
         arrays["extend_lens"] = batch.extend_lens[:size]
+    if batch.accepted is not None:
+        arrays["accepted"] = batch.accepted[:size]
     if batch.query_start_loc is not None:
         arrays["query_start_loc"] = batch.query_start_loc[: size + 1]
     block_size = None
@@ -298,7 +303,7 @@ def _on_gpu(repro: Repro) -> Repro:
     moved = dataclasses.replace(
         slots, **{field.name: _to_gpu(getattr(slots, field.name)) for field in dataclasses.fields(slots)}
     )
-    optional = {name: _to_gpu(getattr(batch, name)) for name in ("extend_lens", "query_start_loc")}
+    optional = {name: _to_gpu(getattr(batch, name)) for name in ("extend_lens", "query_start_loc", "accepted")}
     batch = dataclasses.replace(batch, seq_lens=batch.seq_lens.cuda(), slots=moved, **optional)
     return dataclasses.replace(repro, batch=batch)
 

@@ -18,9 +18,11 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 METRICS = ("prometheus", "nvtx")
 MAX_DIGITS = 18
 STEP_LENGTHS = ("engine", "exact")
+VERIFY_MODES = ("auto", "before", "graph")
 NAMES = {
     "strategy": "STRATEGY",
     "verify": "VERIFY",
+    "verify_mode": "VERIFY_MODE",
     "repro_dir": "REPRO_DIR",
     "step_lengths": "STEP_LENGTHS",
     "metrics": "METRICS",
@@ -59,6 +61,9 @@ class Settings:
         What to report to.
     switch_file : Path or None  (NSA_PLUGIN_SWITCH_FILE)
         While this file exists, running processes use the engine's own path.
+    verify_mode : "auto", "before" or "graph"  (NSA_PLUGIN_VERIFY_MODE)
+        Whether a verified path takes a strategy that can be repaired before use, or keeps the work in the engine's graph and
+        is compared after the replay. `auto` is `before` where a path has it, else `graph`.
     given : frozenset of str
         Fields that the environment sets; the others have their defaults.
     mistakes : tuple of (variable, message)
@@ -73,6 +78,7 @@ class Settings:
     step_lengths: str = "engine"
     metrics: frozenset[str] = frozenset()
     switch_file: Path | None = None
+    verify_mode: str = "auto"
     given: frozenset[str] = field(default=frozenset(), compare=False)
     mistakes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
@@ -90,6 +96,7 @@ class Settings:
         readers = {
             "strategy": _choice, "plugins": _names, "log_level": _level, "verify": _count, "repro_dir": _path,
             "step_lengths": _choice, "metrics": _metrics, "switch_file": _path,
+            "verify_mode": _choice,
         }  # fmt: skip
         fields = {PREFIX + variable: name for name, variable in NAMES.items()}
         values: dict[str, Any] = {}
@@ -132,7 +139,9 @@ class Settings:
 
 
 def _choice(variable: str, value: str) -> str:
-    valid = {PREFIX + "STRATEGY": STRATEGIES, PREFIX + "STEP_LENGTHS": STEP_LENGTHS}[variable]
+    valid = {"STRATEGY": STRATEGIES, "STEP_LENGTHS": STEP_LENGTHS, "VERIFY_MODE": VERIFY_MODES}[
+        variable.removeprefix(PREFIX)
+    ]
     return _one_of(variable, value, valid)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from nsa_plugin import BatchDescriptor, BlockTable, ForwardMode, Geometry, PrecomputedMetadata, StepMetadata, TokenTable
 from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, live_entries
+from nsa_plugin.core.pools import PoolMetadata
 
 POISON = -77
 
@@ -78,9 +81,16 @@ def cases(
         block_size = draw(st.sampled_from([16, 64]))
         blocks = torch.randint(0, 1 << 14, (bs, -(-width // block_size)), generator=generator)
         slots = BlockTable(tensor(blocks), block_size)
-    batch = BatchDescriptor(mode, bs, seq_lens, slots, num_steps, step_offsets, draft_tokens, extend_lens)
-    topk = draw(st.sampled_from([1, 32, 256]))
-    geometry = Geometry(topk, page_size, width, num_sms=2, wide_page_table=draw(st.booleans()))
+    kpool = draw(st.sampled_from([1, 2, 4, 8])) if page_size > 1 else 1
+    accepted = None
+    if kpool > 1 and mode is ForwardMode.DRAFT_EXTEND and draw(st.booleans()):
+        rows = torch.full((bs,), draft_tokens) if extend_lens is None else extend_lens.cpu().long()
+        accepted = tensor((torch.rand(bs, generator=generator) * (rows + 1)).long())
+    batch = BatchDescriptor(
+        mode, bs, seq_lens, slots, num_steps, step_offsets, draft_tokens, extend_lens, accepted=accepted
+    )
+    topk = draw(st.sampled_from([1, 32, 256] if kpool == 1 else [kpool, 32, 256]))
+    geometry = Geometry(topk, page_size, width, num_sms=2, wide_page_table=draw(st.booleans()), index_kpool=kpool)
     return Case(batch, geometry)
 
 
@@ -106,6 +116,10 @@ def poisoned(
         for step in fresh.steps:
             fields: dict[str, Any] = {name: getattr(step, name) for name in (*VECTORS, *TOKENS, *TABLES)}
             fields = {name: None if value is None else remake(value) for name, value in fields.items()}
+            if step.pools is not None:
+                pools = {field.name: getattr(step.pools, field.name) for field in dataclasses.fields(step.pools)}
+                pools = {name: None if value is None else remake(value) for name, value in pools.items()}
+                fields["pools"] = PoolMetadata(**pools)
             steps.append(StepMetadata(**fields))
         made.append(PrecomputedMetadata(tuple(steps), batch, geometry))
     return made
@@ -114,6 +128,10 @@ def poisoned(
 def naive(batch: BatchDescriptor, geometry: Geometry, offset: int) -> dict[str, list[list[int]] | list[int]]:
     """The metadata of one step by a loop over requests, rows and tokens: live entries, row by row."""
     cache, expanded, wide, real, newest = [], [], [], [], []
+    k = geometry.index_kpool
+    pools: dict[str, list[Any]] = {
+        name: [] for name in ("starts", "tails", "requests", "write_loc", "accepted", "pages")
+    }
     for request in range(batch.batch_size):
         length = int(batch.seq_lens[request]) + offset
         if batch.step_offsets:
@@ -133,11 +151,21 @@ def naive(batch: BatchDescriptor, geometry: Geometry, offset: int) -> dict[str, 
                 block = int(batch.slots.block_table[request, token // batch.slots.block_size])
                 slots.append(block * batch.slots.block_size + token % batch.slots.block_size)
         newest.append(slots[-1] if slots else -1)
+        start = length - rows
+        written = rows if batch.accepted is None else int(batch.accepted[request])
+        pools["starts"].append(start)
+        pools["tails"].append(math.floor(start / k) * k)
+        completed = range(math.floor(start / k), (start + written) // k)
+        pools["write_loc"].append([slots[p * k] // k if p >= 0 else 0 for p in completed])
+        pools["accepted"].append(written)
+        if isinstance(batch.slots, TokenTable):
+            pools["requests"].append(int(batch.slots.req_pool_indices[request]))
         for row in range(rows):
+            pools["pages"].append([slot // (geometry.page_size * k) for slot in slots[:: geometry.page_size * k]])
             expanded.append(max(length - rows + row + 1, 0))
             wide.append(slots)
             real.append([slot // geometry.page_size for slot in slots[:: geometry.page_size]])
-    clipped = [min(length, geometry.index_topk) for length in expanded]
+    clipped = [min(length - length % k, geometry.index_topk) + length % k for length in expanded]
     return {
         "cache_seqlens": cache,
         "cu_seqlens_k": [sum(cache[:i]) for i in range(len(cache) + 1)],
@@ -148,6 +176,13 @@ def naive(batch: BatchDescriptor, geometry: Geometry, offset: int) -> dict[str, 
         "real_page_table": real,
         "positions": [max(length - 1, 0) for length in cache],
         "slot_mapping": newest,
+        "pools.seqlens": [length // k for length in expanded],
+        "pools.write_start": pools["starts"],
+        "pools.tail_start": pools["tails"],
+        "pools.requests": pools["requests"],
+        "pools.write_loc": pools["write_loc"],
+        "pools.page_table": pools["pages"],
+        "pools.accepted": pools["accepted"],
     }
 
 

@@ -20,13 +20,17 @@ Body = Callable[[int, int, str], Any]
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(start: Literal["spawn", "fork"], world: int, body: Body, seconds: float) -> list[Any]:
+HUNG = 600.0
+"""Seconds after which processes are taken to hang: many times what they need, because other work may slow them down."""
+
+
+def run(start: Literal["spawn", "fork"], world: int, body: Body) -> list[Any]:
     """Run `body` in `world` processes; returns what each of them returned.
 
     Raises
     ------
     RuntimeError
-        A rank failed, or had not ended after `seconds`; then all are killed.
+        A rank failed, or had not ended after `HUNG` seconds; then all are killed.
     """
     context: Any = multiprocessing.get_context(start)
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +40,7 @@ def run(start: Literal["spawn", "fork"], world: int, body: Body, seconds: float)
         ]  # fmt: skip
         for process in processes:
             process.start()
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HUNG
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0))
         hung = [process.name for process in processes if process.is_alive()]
@@ -46,11 +50,11 @@ def run(start: Literal["spawn", "fork"], world: int, body: Body, seconds: float)
         answers = [_answer(Path(folder, f"{rank}.json")) for rank in range(world)]
         failed = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if "error" in answer]
         if hung or failed:
-            raise RuntimeError("\n".join([f"{start}: not ended after {seconds} s: {hung}", *failed]))
+            raise RuntimeError("\n".join([f"{start}: not ended after {HUNG} s: {hung}", *failed]))
         return [answer["value"] for answer in answers]
 
 
-def script(module: str, seconds: float, **environment: str) -> Any:
+def script(module: str, **environment: str) -> Any:
     """Run a test module as a script in a fresh process, which prints JSON as its last line; returns that.
 
     Settings of the plugin and of which plugins an engine loads are not inherited.
@@ -63,7 +67,7 @@ def script(module: str, seconds: float, **environment: str) -> Any:
     own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": _paths()}
     done = subprocess.run(
         [sys.executable, "-m", module], env={**inherited, **own, **environment}, cwd=ROOT, capture_output=True,
-        text=True, timeout=seconds,
+        text=True, timeout=2 * HUNG,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
     return json.loads(done.stdout.splitlines()[-1])

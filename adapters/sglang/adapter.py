@@ -14,7 +14,7 @@ from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.ledger import HookRow, rows
 from nsa_plugin.adapters.sglang.recorded import ROWS, RecordedBySglang, RecordedRow
-from nsa_plugin.adapters.sglang.refusals import not_graph, usable
+from nsa_plugin.adapters.sglang.refusals import not_graph, repairs, usable
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 
 
@@ -122,12 +122,12 @@ def _plan(host: Host, problem: str) -> tuple[str, str]:
     asked = host.strategies
     if not asked:
         return "off", "switched off"
-    strategies = usable(asked, host.verify)
+    strategies = usable(asked, host)
     if strategies[0] == "graph":
         return "graph", ""
     if asked[0] == "graph" and (why := not_graph()):
         return strategies[0], why
-    if host.verify and asked[0] == "graph":
+    if repairs(host) and asked[0] == "graph":
         return strategies[0], "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
     return strategies[0], "NSA_PLUGIN_STRATEGY asks for it"
 

@@ -5,6 +5,7 @@ A draft's backends also share one page table, and a draft may have exact step le
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
+from nsa_plugin.adapters.sglang.pools import POOLED_TABLE, keys_per_index_key, pooled_table
 from nsa_plugin.adapters.sglang.refusals import unsupported
 from nsa_plugin.adapters.sglang.releases import (
     argument,
@@ -67,7 +69,9 @@ class MultiStepDraft(HookedBackend):
         if not self._host.exact_step_lengths:
             return False
         problem, captured = "", (backend.decode_cuda_graph_metadata for backend in self.backends(owner))
-        if owner.topk != 1:
+        if keys_per_index_key(self.backends(owner)[0]) > 1:
+            problem = "pools of index keys are completed at the lengths of the batch itself (index_kpool above 1)"
+        elif owner.topk != 1:
             problem = "the draft is a tree (--speculative-eagle-topk above 1)"
         elif has_shared_topk(batch) or (known := self._shares_topk.get(owner)):
             problem = "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
@@ -88,6 +92,30 @@ class MultiStepDraft(HookedBackend):
         if known is not None:
             self._shares_topk.setdefault(owner, known)
 
+    def share_tables(self, backends: Sequence[Any], batch: Any) -> None:
+        """Give all draft backends the first one's pooled page table of a captured size, of which sglang makes one for each.
+
+        They always hold equal values.
+        """
+        shared = pooled_table(backends[0].decode_cuda_graph_metadata[batch.batch_size])
+        if shared is None or "share" not in self._host.strategies:
+            return
+        given_back = 0
+        for backend in backends[1:]:
+            metadata = backend.decode_cuda_graph_metadata[batch.batch_size]
+            table = getattr(metadata, POOLED_TABLE)
+            given_back += 0 if table is shared else table.numel() * table.element_size()
+            backend.decode_cuda_graph_metadata[batch.batch_size] = dataclasses.replace(
+                metadata, **{POOLED_TABLE: shared}
+            )
+        if given_back:
+            logger.info(
+                "nsa-plugin: draft decode: %d draft backends share one pooled page table for %d requests; %.1f MiB given back",
+                len(backends),
+                batch.batch_size,
+                given_back / 2**20,
+            )
+
     def undo(self) -> list[str]:
         """As in the base class; what is known of drafts is forgotten, too."""
         self._shares_topk.clear()
@@ -100,7 +128,7 @@ class MultiStepDraft(HookedBackend):
         one is made.
         """
         backends = self.backends(owner)
-        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0]):
+        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0], self._host):
             original(owner, *arguments, **keywords)
             return
         first, *others = backends

@@ -10,14 +10,16 @@ import torch
 
 from nsa_plugin.adapters.reporting import differing
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
+from nsa_plugin.adapters.sglang.pools import TOPK_PLAN
 from nsa_plugin.adapters.sglang.releases import derived_planes, topk_plan_is_written
 from nsa_plugin.adapters.verification import SpareBuffers
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry
-from nsa_plugin.core.metadata import TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
+from nsa_plugin.core.metadata import PAGE_TABLES, VECTORS, PrecomputedMetadata, differing_fields, live_entries
+from nsa_plugin.core.pools import POOL_PLANES
 
 
 def defined_values(
-    metadata: Any, expected: Any, batch: BatchDescriptor, sizes: Geometry, tables: Collection[str] = TABLES
+    metadata: Any, expected: Any, batch: BatchDescriptor, sizes: Geometry, tables: Collection[str] = PAGE_TABLES
 ) -> dict[str, torch.Tensor]:
     """Copies of the defined entries of a `DSAMetadata`, undefined ones set to -1 or left out. Reads lengths on the host.
 
@@ -34,7 +36,7 @@ def defined_values(
     tables : collection of str
         The page tables that are wanted.
     """
-    fields = (*VECTORS, *tables)
+    fields = (*VECTORS, *POOL_PLANES, *tables)
     values = live_entries(PrecomputedMetadata((consumer(expected),), batch, sizes), consumer(metadata), 0, fields)
     return values | {name: value.clone() for name, value in _others(metadata, expected).items()}
 
@@ -42,10 +44,15 @@ def defined_values(
 def _others(metadata: Any, expected: Any) -> dict[str, torch.Tensor]:
     """The defined values of a `DSAMetadata` that its engine's own functions compute from the others."""
     values = derived_planes(metadata)
-    plan = values.pop("topk_v2_plan", None)
-    if plan is not None and topk_plan_is_written(consumer(expected).seqlens_expanded):
-        rows = plan[1 : int(plan[0, 1]) + 1]
-        values["topk_v2_plan"] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
+    step = consumer(expected)
+    planned = {"topk_v2_plan": step.seqlens_expanded}
+    if step.pools is not None:
+        planned[TOPK_PLAN] = step.pools.seqlens
+    for name, lengths in planned.items():
+        plan = values.pop(name, None)
+        if plan is not None and topk_plan_is_written(lengths):
+            rows = plan[1 : int(plan[0, 1]) + 1]
+            values[name] = torch.cat([plan[:1], rows[rows[:, 0].argsort()]])
     if metadata.flashmla_metadata is not None:
         values["num_splits"] = metadata.flashmla_metadata.num_splits
     return values
@@ -70,7 +77,7 @@ def differing_values(
     wrong = compare(expected, got, batch, sizes)
     if not wrong:
         return None
-    tables = [name for name in TABLES if name in wrong]
+    tables = [name for name in PAGE_TABLES if name in wrong]
     want, have = (defined_values(metadata, expected, batch, sizes, tables) for metadata in (expected, got))
     return want, have
 

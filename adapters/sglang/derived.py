@@ -1,6 +1,7 @@
 """Bound at capture, runs at every replay: planes that sglang's own functions compute from the lengths.
 
-These are the DeepGEMM schedule, the top-k plan and FlashMLA's metadata.
+These are the DeepGEMM schedule, the top-k plan and FlashMLA's metadata; with pooled index keys the schedule and the plan are
+those of pools.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nsa_plugin.adapters.in_turn import in_turn
-from nsa_plugin.adapters.sglang import releases
+from nsa_plugin.adapters.sglang import pools, releases
 from nsa_plugin.adapters.sglang.describe import vectors_and_tables
 from nsa_plugin.core.metadata import same_buffer
 
@@ -21,7 +22,9 @@ def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -
     """
     planes, derived = vectors_and_tables(metadata), releases.derived_planes(metadata)
     steps: list[Callable[[], None]] = []
-    if releases.backends().is_cuda():
+    if pools.write_plan(metadata) is not None:
+        steps += pools.pool_refreshers(backend, metadata)
+    elif releases.backends().is_cuda():
         if "paged_mqa_schedule_metadata" in derived:
             steps.append(_schedule(backend, metadata, forward_mode, batch_size))
         if "topk_v2_plan" in derived:

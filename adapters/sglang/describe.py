@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsa_plugin.adapters.sglang.pools import accepted_rows, keys_per_index_key, pools_of
 from nsa_plugin.adapters.sglang.releases import derived_planes, generation
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata, same_buffer
@@ -28,6 +29,7 @@ def describe(
     Parameters
     ----------
     batch : has batch_size, seq_lens [>= batch_size] and req_pool_indices [>= batch_size]
+        With pooled index keys also spec_info, in a draft extend.
     backend : DeepseekSparseAttnBackend
         Its token table and draft width count.
     mode : ForwardMode
@@ -45,6 +47,7 @@ def describe(
         num_steps,
         step_offsets,
         1 if mode is ForwardMode.DECODE else backend.speculative_num_draft_tokens,
+        accepted=accepted_rows(batch, backend, mode),
     )
 
 
@@ -57,6 +60,7 @@ def geometry(backend: Any, metadata: Any) -> Geometry:
         table_width=width if table is None else min(width, table.shape[1]),
         num_sms=multiprocessors(backend.req_to_token.device),
         wide_page_table=table is not None,
+        index_kpool=keys_per_index_key(backend),
     )
 
 
@@ -71,7 +75,7 @@ def consumer(metadata: Any) -> StepMetadata:
     if metadata.flashmla_metadata is not None:
         derived["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata
         derived["num_splits"] = metadata.flashmla_metadata.num_splits
-    return StepMetadata(**planes, derived=derived)
+    return StepMetadata(**planes, derived=derived, pools=pools_of(metadata))
 
 
 def vectors_and_tables(metadata: Any) -> dict[str, Any]:

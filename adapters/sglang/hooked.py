@@ -18,9 +18,9 @@ from nsa_plugin.adapters.reporting import Stage
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.adapters.sglang.preparation import Preparation
-from nsa_plugin.adapters.sglang.refusals import not_graph, unsupported, usable
+from nsa_plugin.adapters.sglang.refusals import not_graph, repairs, unsupported, usable
 from nsa_plugin.adapters.sglang.reports import path, report
-from nsa_plugin.adapters.verification import SpareBuffers
+from nsa_plugin.adapters.verification import Afterwards, SpareBuffers
 
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")
 """Preparations that captured graphs may still run, for each backend by mode and batch size; an undo keeps them.
@@ -43,6 +43,7 @@ class HookedBackend:
         self._prepared: Attached[dict[Any, Preparation]] = Attached("prepared")
         self._captured_off: Attached[set[Any]] = Attached("captured_off")
         self._spares = SpareBuffers()
+        self._afterwards: Attached[Afterwards] = Attached("afterwards")
         self._undone = False
 
     def backends(self, owner: Any) -> Sequence[Any]:
@@ -61,9 +62,13 @@ class HookedBackend:
         """Whether steps shall see the draft tokens before them."""
         return False
 
+    def share_tables(self, backends: Sequence[Any], batch: Any) -> None:
+        """Let the backends share page tables that sglang has just made for each of them."""
+
     def captured(self, owner: Any, batch: Any) -> None:
         """Take over a batch that is about to be captured, for which sglang has just made its own metadata."""
         native_mode = self.native_mode(owner, batch)
+        self._settle(owner)
         if native_mode is not None and not self._undone:
             self._take_over(owner, batch, native_mode)
 
@@ -85,6 +90,7 @@ class HookedBackend:
     def replayed(self, owner: Any, batch: Any) -> bool:
         """Prepare the metadata of a live batch before its replay; False if that is left to sglang."""
         native_mode = self.native_mode(owner, batch)
+        self._settle(owner)
         preparation = self._find(owner, batch, native_mode)
         if preparation is None:
             return False
@@ -120,6 +126,7 @@ class HookedBackend:
                 if preparation.recorded:
                     stays.add(path(native_mode))
         self._prepared.clear()
+        self._afterwards.clear()
         self._captured_off.clear()
         return sorted(stays)
 
@@ -128,6 +135,12 @@ class HookedBackend:
         kept = _recorded.setdefault(owner, {})
         alive = [before for before in kept.get(key, ()) if before is not preparation and not before.is_outdated()]
         kept[key] = [*alive, preparation]
+
+    def _settle(self, owner: Any) -> None:
+        """Compare what the graph that ran last has written, before anything writes there again."""
+        afterwards = self._afterwards.get(owner)
+        if afterwards is not None and not capturing():
+            afterwards.settle()
 
     def _find(self, owner: Any, batch: Any, native_mode: Any) -> Preparation | None:
         prepared = self._prepared.get(owner)
@@ -139,7 +152,7 @@ class HookedBackend:
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
         said = report(self._host, native_mode)
-        if problem := unsupported(backends[0]):
+        if problem := unsupported(backends[0], self._host):
             said.left_alone(problem)
             return
         asked = self._host.strategies
@@ -155,17 +168,18 @@ class HookedBackend:
                 self._uncount(native_mode, known)
                 native_replay(backends, batch, native_mode)
             return
-        for strategy in usable(asked, self._host.verify):
+        for strategy in usable(asked, self._host):
             if known is not None and known.strategy != strategy:
                 continue  # what the backends hold now was made for another strategy
             preparation = known
             try:
                 if preparation is None:
+                    self.share_tables(backends, batch)
                     drop_wide_table = strategy != "copy" and self.wide_table_is_unread(backends[0])
                     exact = strategy != "copy" and self.exact(owner, batch)
-                    spares = self._spares if self._host.verify else None
+                    afterwards = self._checks(owner) if self._host.verify else None
                     preparation = Preparation(
-                        self._host, backends, batch, native_mode, strategy, drop_wide_table, exact, spares
+                        self._host, backends, batch, native_mode, strategy, drop_wide_table, exact, afterwards
                     )
                     preparation.bind()
                 preparation.capture(batch)
@@ -181,12 +195,17 @@ class HookedBackend:
                 self._fell_back(native_mode, "capture", strategy, error)
             else:
                 prepared[key] = preparation
-                why = not_graph() if asked[0] == "graph" and not self._host.verify else ""
+                why = not_graph() if asked[0] == "graph" and not repairs(self._host) else ""
                 note = preparation.note + (f", not graph: {why}" if why else "")
                 said.using(strategy + note)
                 if known is None:
                     said.buffers(strategy, preparation.size)
                 return
+
+    def _checks(self, owner: Any) -> Afterwards:
+        """Where the replays of `owner` are compared. What waits for a graph has buffers of its own."""
+        spares = self._spares if repairs(self._host) else SpareBuffers()
+        return self._afterwards.setdefault(owner, Afterwards(spares))
 
     def _uncount(self, native_mode: Any, preparation: Preparation) -> None:
         report(self._host, native_mode).buffers(preparation.bound_as, -preparation.size)

@@ -15,11 +15,12 @@ from nsa_plugin.adapters.sglang import derived
 from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.own_path import native_replay
+from nsa_plugin.adapters.sglang.refusals import repairs
 from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
-from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
+from nsa_plugin.adapters.verification import Afterwards, Verification, shadow, snapshot
 from nsa_plugin.core.batch import BatchDescriptor
-from nsa_plugin.core.metadata import StepMetadata
+from nsa_plugin.core.metadata import planes_of
 
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
 """Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""
@@ -44,7 +45,7 @@ class Preparation:
         Whether shared metadata goes without `page_table_1`, because nothing reads it.
     exact : bool
         Whether draft step i sees i + 1 tokens more than sglang's own: itself and the draft tokens before it.
-    spares : SpareBuffers or None
+    afterwards : Afterwards or None
         Buffers that sglang's own code writes into when a replay is verified; None: no replay is verified.
 
     Attributes
@@ -64,7 +65,7 @@ class Preparation:
 
     def __init__(
         self, host: Host, backends: Sequence[Any], batch: Any, native_mode: Any, strategy: Strategy,
-        drop_wide_table: bool, exact: bool, spares: SpareBuffers | None,
+        drop_wide_table: bool, exact: bool, afterwards: Afterwards | None,
     ) -> None:  # fmt: skip
         first, mode = backends[0], MODES[native_mode.name]
         self.strategy = self.bound_as = strategy
@@ -82,10 +83,13 @@ class Preparation:
         self.note = ", with exact step lengths" if exact else ""
         if self._used[0].page_table_1 is None:
             self.note += ", without the wide page table, which nothing reads"
-        if spares is not None:
-            self.note += (
-                f", verified (every {host.verify} replays; not graph, which runs when it is too late to repair)"
+        if afterwards is not None:
+            what = (
+                "not graph, which runs when it is too late to repair"
+                if repairs(host)
+                else "what graphs did, afterwards"
             )
+            self.note += f", verified (every {host.verify} replays; {what})"
         self._offsets = tuple(index + 1 if exact else 0 for index in range(len(backends)))
         step_offsets = self._offsets if exact else ()
         self._report = report(host, native_mode)
@@ -105,8 +109,15 @@ class Preparation:
             self._enabled,
         )
         self._observe = self._report.observer(strategy, self._static)
-        self._spare = None if spares is None else spare_metadata(self._used[0], spares)
-        self.size = sum({view.data_ptr(): view.numel() * 4 for step in consumers for view in _views(step)}.values())
+        self._afterwards, self._spares = afterwards, dict[int, Any]()
+        if afterwards is not None:  # what waits for a graph is there for all lengths at once
+            made = None
+            for offset in dict.fromkeys(self._offsets):
+                if made is None or strategy == "graph":
+                    made = spare_metadata(self._used[0], afterwards.spares)
+                self._spares[offset] = made
+        views = {view.data_ptr(): view.numel() * view.element_size() for step in consumers for view in planes_of(step)}
+        self.size = sum(views.values())
         self._choose()
 
     def bind(self) -> None:
@@ -213,9 +224,9 @@ class Preparation:
         steps = len(self._backends)
         ours = self._replay_recorded if self.recorded else self._replay_before
         call = self._report.instrument(ours, self.strategy, steps)
-        if self._spare is not None:
+        if self._afterwards is not None:
             self._verification = Verification(self._report, self.strategy, self._host.verify)
-            call = self._verification.after(call, self._verify)
+            call = self._verification.after(call, self._expect if self.recorded else self._verify)
         self.replay = call
         self.replay_natively = self._report.instrument(self._natively, "off", steps)
 
@@ -245,23 +256,45 @@ class Preparation:
             lambda: (live, self._geometry, None),
         )
 
+    def _expect(self, batch: Any) -> None:
+        """Keep sglang's own values, to be compared with what the graph will have written."""
+        afterwards = self._afterwards
+        assert afterwards is not None
+        for offset in self._spares:
+            self._rebuild(batch, offset)
+        live = snapshot(self._describe(batch), self._geometry)
+
+        def check() -> None:
+            try:
+                self._verification.settle(self._differences(None, live), None, lambda: (live, self._geometry, None))
+            except Exception as error:
+                self._afterwards = None
+                self._choose()
+                self._report.fell_back("replay", self.strategy, error)
+
+        afterwards.wait(check)
+
+    def _rebuild(self, batch: Any, offset: int) -> None:
+        """Have sglang's own code write the values for lengths that are longer by `offset` into spare buffers."""
+        seen = SimpleNamespace(**vars(batch))
+        seen.seq_lens = batch.seq_lens[: self._batch_size] + offset
+        if batch.seq_lens_cpu is not None:
+            seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
+        held = {self._batch_size: self._spares[offset]}
+        native_replay([shadow(self._backends[0], decode_cuda_graph_metadata=held)], seen, self._native_mode)
+
     def _differences(
         self, batch: Any, live: BatchDescriptor
     ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-        """Index, sglang's defined values and ours, of each step that differs."""
+        """Index, sglang's defined values and ours, of each step that differs; without `batch` sglang's are there already."""
         computed = None
         for index, (metadata, offset) in enumerate(zip(self._used, self._offsets, strict=True)):
             if index and metadata is self._used[0]:
                 continue
-            if offset != computed:
-                seen = SimpleNamespace(**vars(batch))
-                seen.seq_lens = batch.seq_lens[: self._batch_size] + offset
-                if batch.seq_lens_cpu is not None:
-                    seen.seq_lens_cpu = batch.seq_lens_cpu[: self._batch_size] + offset
-                held = {self._batch_size: self._spare}
-                native_replay([shadow(self._backends[0], decode_cuda_graph_metadata=held)], seen, self._native_mode)
+            if batch is not None and offset != computed:
+                self._rebuild(batch, offset)
                 computed = offset
-            if values := differing_values(self._spare, metadata, live, self._geometry):
+            if values := differing_values(self._spares[offset], metadata, live, self._geometry):
                 yield index, *values
 
     def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
@@ -290,9 +323,3 @@ class Preparation:
         for backend, metadata in zip(self._backends, used, strict=True):
             backend.decode_cuda_graph_metadata[self._batch_size] = metadata
             backend.forward_metadata = metadata
-
-
-def _views(step: StepMetadata) -> Iterator[torch.Tensor]:
-    fields = (getattr(step, name) for name in StepMetadata.__dataclass_fields__ if name != "derived")
-    yield from (field for field in fields if field is not None)
-    yield from step.derived.values()

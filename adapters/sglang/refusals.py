@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nsa_plugin.adapters.base import Strategy
-from nsa_plugin.adapters.sglang.releases import is_rocm, keys_per_index_key, lacking, overlaps_plans
+from nsa_plugin.adapters.base import UNPROVED, Host, Strategy
+from nsa_plugin.adapters.sglang.pools import PROVED_ON_GPU, foreign_formulas, keys_per_index_key
+from nsa_plugin.adapters.sglang.releases import is_rocm, lacking, overlaps_plans
+from nsa_plugin.adapters.verification import Moment, moment
+
+VERIFIED: tuple[Moment, ...] = ("before", "graph")
+"""When a path can be verified; the first is what NSA_PLUGIN_VERIFY_MODE=auto takes."""
 
 
-def usable(asked: Sequence[Strategy], verify: int) -> tuple[Strategy, ...]:
-    """Strategies to try. Verification rules `graph` out: what a graph computes can't be repaired before it is read."""
-    no_graph = verify or not_graph()
+def repairs(host: Host) -> bool:
+    """Whether verification rules `graph` out, because what a graph computes can't be repaired before it is read."""
+    return bool(host.verify) and moment(host.verify_mode, *VERIFIED) == "before"
+
+
+def usable(asked: Sequence[Strategy], host: Host) -> tuple[Strategy, ...]:
+    """Strategies to try."""
+    no_graph = repairs(host) or not_graph()
     return tuple(strategy for strategy in asked if strategy != "graph" or not no_graph)
 
 
@@ -27,10 +37,13 @@ def not_graph() -> str:
     return ""
 
 
-def unsupported(backend: Any) -> str:
-    """Empty, or what about the backend is not covered."""
-    if keys_per_index_key(backend) > 1:
-        return "pooled index keys (index_kpool > 1) are not covered"
+def unsupported(backend: Any, host: Host) -> str:
+    """Empty, or what about the backend is not covered, or not with the host's settings."""
+    if (k := keys_per_index_key(backend)) > 1:
+        if problem := foreign_formulas(k):
+            return f"pooled index keys (index_kpool > 1): {problem}"
+        if not (PROVED_ON_GPU or host.takes_unproved):
+            return f"pooled index keys (index_kpool > 1): {UNPROVED}"
     if is_rocm():
         return "ROCm is not covered"
     return ""

@@ -3,7 +3,7 @@
 sglang has renamed its sparse-attention backends once, and the methods by which its CUDA-graph runners prepare them with it:
 a `Generation` holds that as data. Other differences are functions, or needs of a part. Each says "since" the first or
 "until" the last tested release that it goes with. Whoever takes a release out of `TESTED` deletes here what goes with it,
-and nothing elsewhere; `tests/plugin/test_releases.py` names what is left.
+and in `pools.py` for pooled index keys; `tests/plugin/test_releases.py` names what is left.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
+from nsa_plugin.adapters.sglang import pools
 from nsa_plugin.adapters.sglang.needs import RECORDED_DRAFT_EXTEND, REGISTRY, SHARED
 from nsa_plugin.core.metadata import same_buffer
 
@@ -296,7 +297,12 @@ def own_path_fields(batch: Any) -> dict[str, Any]:
 
 
 def derived_planes(metadata: Any) -> dict[str, torch.Tensor]:
-    """The planes of a `DSAMetadata` that sglang's own functions derive from lengths, but for FlashMLA's."""
+    """The planes of a `DSAMetadata` that sglang's own functions derive from lengths, but for FlashMLA's.
+
+    With pooled index keys these are other ones; nothing reads those of single keys there.
+    """
+    if pools.write_plan(metadata) is not None:
+        return pools.pool_planes(metadata)
     names = (
         "paged_mqa_schedule_metadata",
         "topk_v2_plan",  # since 0.5.15.post1
@@ -357,11 +363,6 @@ def reads_lengths_of(batch: Any, metadata: Any) -> bool:
 def drops_wide_table(backend: Any) -> bool:
     """Whether a backend leaves `page_table_1` out of its CUDA-graph buffers. Until 0.5.14 none does."""
     return bool(getattr(backend, "dsa_drop_wide_page_table", False))
-
-
-def keys_per_index_key(backend: Any) -> int:
-    """How many keys share a pooled index key: 1, until 0.5.18."""
-    return int(getattr(backend, "dsa_index_kpool", 1))
 
 
 def shares_topk(model_runner: Any) -> bool | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsa_plugin.adapters.base import Host, PathPlan
+from nsa_plugin.adapters.base import UNPROVED, Host, PathPlan
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.probe import installed_version, missing, untested
 from nsa_plugin.adapters.vllm import builders, ledger, releases
+from nsa_plugin.adapters.vllm.builder_rows import BuilderRow
 from nsa_plugin.adapters.vllm.reports import ENGINE, logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
+from nsa_plugin.adapters.vllm.v2.target import refusals as v2_refusals
+from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
 
 
 class VllmAdapter:
@@ -95,7 +98,8 @@ class VllmAdapter:
 
     def paths(self, host: Host) -> list[PathPlan]:
         """What would be done with the host's settings, and the attention backends that are left to vLLM."""
-        target, plans = ledger.target_patches().probe(), []
+        plans: list[PathPlan] = []
+        target = [problem] if (problem := v2_refusals.unverified(host)) else ledger.target_patches().probe()
         for path, needs, strategy, better, problems in (
             (v2_switch.PATH, "graph", *_plan_v2(host), self.probe()),
             (f"{v2_unfused.PATH} ({ledger.V2})", "copy", "copy", "vLLM captures one step", _plan_unfused(host)),
@@ -109,9 +113,12 @@ class VllmAdapter:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
+        plans += [_plan_row(host, row) for row in builders.SCHEDULED_DENSE]
+        strategy = "graph" if host.takes_unproved and "graph" in host.strategies else "off"
+        pooled = [(row, strategy, "; ".join(filter(None, (row.stale, UNPROVED)))) for row in builders.POOLED]
         return plans + [
-            PathPlan(f"draft decode with {name}", "off", row.left_alone, row.gpus)
-            for row in builders.REBUILT
+            PathPlan(f"draft decode with {name}", strategy, why, row.gpus)
+            for row, strategy, why in (*pooled, *((row, "off", row.left_alone) for row in builders.REBUILT))
             for name in row.backends
         ]
 
@@ -120,9 +127,18 @@ def _plan_v2(host: Host) -> tuple[str, str]:
     """What Model Runner V2's drafts would get, and why not more."""
     if not host.verify:
         return "graph", ""
+    if problem := v2_watch.unverified(host):
+        return "graph", f"not verified: {problem}"
     if problems := missing(releases.WATCH_NEEDS):
         return "graph", f"NSA_PLUGIN_VERIFY can't be had: {problems[0]}"
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
+
+
+def _plan_row(host: Host, row: BuilderRow) -> PathPlan:
+    """What the fused draft would do for a builder of a row. Settings of the builder itself are known at the choice only."""
+    why = "" if "graph" in host.strategies else "it takes graph, which NSA_PLUGIN_STRATEGY leaves out"
+    why = why or row.left_by(host, None) or row.refused(None)
+    return PathPlan(f"draft decode with {row.backend}", "off" if why else "graph", why, row.gpus)
 
 
 def _plan_unfused(host: Host) -> list[str]:

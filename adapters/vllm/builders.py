@@ -11,48 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from nsa_plugin.adapters.probe import Need, missing
+from nsa_plugin.adapters.base import UNPROVED, Host
+from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import builders_left_alone
-from nsa_plugin.adapters.vllm.releases import INDEXER_MODULE, MODULE
+from nsa_plugin.adapters.vllm.builder_rows import (
+    BuilderRow,
+    Changes,
+    Refusal,
+    Replaced,
+    above_one,
+    refusal,
+)
+from nsa_plugin.adapters.vllm.releases import FUSED_DRAFT, FUSED_UPDATE, INDEXER_MODULE, MODULE
+from nsa_plugin.adapters.vllm.schedules import FLASHMLA, NOT_KEPT, SCHEDULES, UNVERIFIED
 from nsa_plugin.adapters.vllm.v1.kept import Keeper, keep_indexer, keep_sparse
 
-Changes = Literal["request map", "lengths and schedule", "nothing", "other"]
-"""What a builder derives from the lengths or from the batch, and so has to be recomputed at each draft step. All else in
-its metadata is a view of the runner's buffers, a constant of the captured size, or depends on shapes alone. "other" is not
-understood: vLLM's own code does it."""
-Replaced = Literal["update", "rebuild"]
-"""What of vLLM's own would run at a draft step without this adapter: a builder's update in place, or its `build`."""
 MLA = "vllm.v1.attention.backends.mla"
 MLA_COMMON = "vllm.model_executor.layers.attention.mla_attention"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting in which a builder is left to vLLM.
-
-    Attributes
-    ----------
-    why : str
-        For the log.
-    holds : callable
-        `holds(builder)`: whether the builder has that setting.
-    """
-
-    why: str
-    holds: Callable[[Any], bool]
-
-
-def refusal(refusals: tuple[Refusal, ...], holder: Any) -> str:
-    """The first of `refusals` that holds for a builder, or for a configuration; empty if none does."""
-    return next((each.why for each in refusals if each.holds(holder)), "")
-
-
-def _above_one(*names: str) -> Callable[[Any], bool]:
-    return lambda holder: any(getattr(holder, name, 1) > 1 for name in names)
 
 
 def _has_hisparse(builder: Any) -> bool:
@@ -60,93 +38,38 @@ def _has_hisparse(builder: Any) -> bool:
     return bool(getattr(builder, "use_hisparse", False)) or getattr(settings, "hisparse_config", None) is not None
 
 
+def _is_batch_invariant(builder: Any) -> bool:
+    return bool(pkgutil.resolve_name("vllm.envs").VLLM_BATCH_INVARIANT)
+
+
+def _uses_pcp(builder: Any) -> bool:
+    return bool(getattr(builder, "use_pcp", False))
+
+
 def _is_non_causal(builder: Any) -> bool:
     return bool(getattr(builder, "non_causal_multi_token_decode", False))
 
 
 PARALLELISM = (
-    Refusal("decode context parallelism is not covered", _above_one("dcp_world_size", "decode_context_parallel_size")),
-    Refusal("prefill context parallelism is not covered", _above_one("pcp_world_size", "prefill_context_parallel_size")),
+    Refusal("decode context parallelism is not covered", above_one("dcp_world_size", "decode_context_parallel_size")),
+    Refusal("prefill context parallelism is not covered", above_one("pcp_world_size", "prefill_context_parallel_size")),
 )  # fmt: skip
 """Of a builder, or of vLLM's `ParallelConfig`."""
 HISPARSE = Refusal("HiSparse is not covered", _has_hisparse)
 COMPRESSED = Refusal(
-    "a compressed indexer cache has slots of its own, computed anew for every step", _above_one("compress_ratio")
+    "a compressed indexer cache has slots of its own, computed anew for every step", above_one("compress_ratio")
 )
+SCHEDULED = (
+    Refusal("prefill context parallelism is not covered", _uses_pcp),
+    Refusal("VLLM_BATCH_INVARIANT is not covered", _is_batch_invariant),
+)
+"""Of builders of dense MLA whose schedules are made in place."""
+POOLED_KEYS = Refusal(f"pooled index keys: {UNPROVED}", above_one("compress_ratio"))
+ALL_UNPROVED = Refusal(UNPROVED, lambda builder: True)
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
     _is_non_causal,
 )
-
-
-@dataclass(frozen=True)
-class BuilderRow:
-    """What is known of one class of metadata builders.
-
-    Attributes
-    ----------
-    backends : tuple of str
-        vLLM's names for the attention backends that have it, the best known first. A platform in parentheses is where
-        vLLM gives another backend's name to this one.
-    builder : str
-        Dotted path of the class; exactly that class, since a subclass may build more.
-    changes : Changes
-        What this adapter writes at each step of Model Runner V2's drafts: in place where vLLM fuses the draft, into the
-        first step's metadata where it does not.
-    fields : mapping of str to frozenset of str
-        By dotted path of a dataclass, all of its fields that are known. A field that is not named may change from step to
-        step, so that metadata with more fields are left to vLLM.
-    needs : tuple of Need
-        What `changes` takes for granted.
-    refusals : tuple of Refusal
-        Settings that are not covered, by neither `changes` nor `keeper`.
-    keeper : Keeper or None
-        How Model Runner V1's draft keeps the metadata from step to step. None: vLLM rebuilds it at each step.
-    left_alone : str
-        Why this adapter does nothing for it, where `changes` is "other".
-    gpus : frozenset of str, or None
-        Where vLLM chooses it by itself for a DSA model's draft, as in `PathPlan`; None is everywhere.
-    vllm_updates : bool
-        Whether the newest tested vLLM itself updates it in place. `changes` then is for earlier releases, and for drafts
-        that are not fused.
-    """
-
-    backends: tuple[str, ...]
-    builder: str
-    changes: Changes = "other"
-    fields: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
-    needs: tuple[Need, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
-    keeper: Keeper | None = None
-    left_alone: str = ""
-    gpus: frozenset[str] | None = None
-    vllm_updates: bool = False
-
-    @property
-    def backend(self) -> str:
-        """The best known of its backends."""
-        return self.backends[0]
-
-    @property
-    def module(self) -> str:
-        """Where the builder is."""
-        return self.builder.rpartition(".")[0]
-
-    def uncovered(self, builder: Any) -> str:
-        """Empty, or which setting of a builder, or which field of its metadata, is not covered."""
-        return refusal(self.refusals, builder) or _unknown_fields(self.fields)
-
-    def refused(self, builder: Any) -> str:
-        """Empty, or why Model Runner V2's drafts leave a builder of this class to vLLM."""
-        return next(iter(missing(self.needs)), "") or self.uncovered(builder)
-
-
-def _unknown_fields(fields: Mapping[str, frozenset[str]]) -> str:
-    for path, known in fields.items():
-        found = dataclasses.fields(pkgutil.resolve_name(path))
-        if unknown := sorted({part.name for part in found} - known):
-            return f"{path.rpartition('.')[2]} has fields that are not known here: {', '.join(unknown)}"
-    return ""
 
 
 def _names(names: str) -> frozenset[str]:
@@ -224,7 +147,8 @@ INDEXER = BuilderRow(
           "what of the indexer follows from them"),
      SCHEDULE),
     (*PARALLELISM, COMPRESSED),
-    Keeper(
+    unproved=(POOLED_KEYS,),
+    keeper=Keeper(
         (Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
               ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"), "lengths of a draft step"),
          Need(INDEXER_DECODE,
@@ -234,7 +158,36 @@ INDEXER = BuilderRow(
         keep_indexer),
     vllm_updates=True,
 )  # fmt: skip
-"""It has an update of its own from vLLM 0.32 on."""
+"""It has an update of its own from vLLM 0.32 on. In the fused draft a compressed cache is covered, too."""
+
+_SM90 = f"{MLA}.flashinfer_mla_sparse_sm90"
+FLASHINFER_SPARSE_SM90 = BuilderRow(
+    ("FLASHINFER_MLA_SPARSE_SM90",), f"{_SM90}.FlashInferMLASparseSM90Builder", "request map and plan",
+    {f"{_SM90}.FlashInferMLASparseSM90Metadata": SPARSE | {"state"}},
+    (Need(f"{_SM90}.FlashInferMLASparseSM90Metadata", ("req_id_per_token", "query_start_loc", "seq_lens", "num_decode_tokens"),
+          "the batch that the plan is clamped to"),
+     Need(f"{_SM90}._SM90State._clamp_kv_end", ("cam", "req_id_per_token"), "clamp the plan to a step's lengths"),
+     Need(f"{_SM90}._SM90State.plan", ("num_tokens", "kv_lens", "cam", "req_id_per_token"),
+          "plan for the lengths of all steps before the draft"),
+     FUSED_DRAFT),
+    (*PARALLELISM, HISPARSE), (ALL_UNPROVED,), gpus=frozenset({"9"}),
+)  # fmt: skip
+"""It plans on the host. One plan, made before each draft, serves all steps: each clamps it on the device to its lengths."""
+TAIL_SLOTS = Need(
+    f"{INDEXER_MODULE}.compute_kpool_tail_slot_mapping",
+    ("slot_mapping", "block_table", "query_start_loc", "positions", "num_actual_tokens", "num_reqs", "kpool", "out"),
+    "the slots of tokens in pools that are not complete",
+)
+KPOOL_TAIL = BuilderRow(
+    ("KPOOL_TAIL",), f"{INDEXER_MODULE}.KpoolTailMetadataBuilder", "tail slots",
+    {f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata": INDEXER.fields[f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata"]},
+    (TAIL_SLOTS,), PARALLELISM, (ALL_UNPROVED,),
+    "vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the null "
+    "block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
+    gpus=frozenset({"9", "10"}), vllm_updates=True,
+)  # fmt: skip
+POOLED = (FLASHINFER_SPARSE_SM90, KPOOL_TAIL)
+"""What the draft of a model with pooled index keys has on Hopper besides an indexer, from vLLM 0.32 on."""
 
 DENSE = _names(
     "num_reqs max_query_len max_seq_len num_actual_tokens query_start_loc slot_mapping num_decodes num_decode_tokens num_prefills "
@@ -244,17 +197,44 @@ DENSE = _names(
 DENSE_DECODE = _names("block_table seq_lens dcp_tot_seq_lens")
 
 
-def _dense(backend: str, module: str, builder: str, decode: str = "", more: str = "") -> BuilderRow:
+def _dense(
+    backend: str, module: str, builder: str, decode: str = "", more: str = "", changes: Changes = "nothing",
+    further: tuple[Need, ...] = (), **settings: Any,
+) -> BuilderRow:  # fmt: skip
     """The row of a builder of dense MLA; `decode`: its own dataclass for decodes, with `more` fields."""
     path = f"{module}.{decode}" if decode else f"{MLA_COMMON}.MLACommonDecodeMetadata"
     needs = (
         Need(f"{module}.{builder}.build", ("common_attn_metadata",), "the metadata that stays (read)"),
         Need(path, ("block_table", "seq_lens"), "views of the runner's buffers"),
+        *further,
     )
+    refusals = (*PARALLELISM, NON_CAUSAL, *(SCHEDULED if changes in SCHEDULES else ()))
     fields = {f"{MLA_COMMON}.MLACommonMetadata": DENSE, path: DENSE_DECODE | _names(more)}
-    return BuilderRow((backend,), f"{module}.{builder}", "nothing", fields, needs, (*PARALLELISM, NON_CAUSAL))
+    return BuilderRow((backend,), f"{module}.{builder}", changes, fields, needs, refusals, **settings)
 
 
+_SCHEDULED = {"unproved": (ALL_UNPROVED,), "unverified": UNVERIFIED, "not_kept": NOT_KEPT}
+FLASH_ATTN_MLA = _dense(
+    "FLASH_ATTN_MLA", f"{MLA}.flashattn_mla", "FlashAttnMLAMetadataBuilder", "FlashAttnMLADecodeMetadata",
+    "query_start_loc max_query_len max_seq_len scheduler_metadata max_num_splits", "FlashAttention schedule",
+    (FUSED_UPDATE,
+     Need(f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder._schedule_decode",
+          ("num_reqs", "cu_query_lens", "max_query_len", "seqlens", "max_seq_len", "causal", "max_num_splits"),
+          "FlashAttention's schedule, which stays a call of its own")),
+    **_SCHEDULED, gpus=frozenset({"9"}),
+)  # fmt: skip
+FLASHMLA_DENSE = _dense(
+    "FLASHMLA", FLASHMLA, "FlashMLAMetadataBuilder", "FlashMLADecodeMetadata", "scheduler_metadata", "FlashMLA schedule",
+    (FUSED_UPDATE,
+     Need(f"{FLASHMLA}.FlashMLASchedMeta", (), "what the first layer of a step fills, for a bf16 cache"),
+     Need(f"{FLASHMLA}.get_mla_metadata_dense_fp8", ("cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k"),
+          "FlashMLA's schedule for an fp8 cache, which stays a call of its own")),
+    **_SCHEDULED, gpus=frozenset({"9", "10"}),
+)  # fmt: skip
+"""Dense MLA of Hopper: DeepSeek V3, R1 and their like with MTP. From vLLM 0.32 on."""
+
+
+SCHEDULED_DENSE = (FLASH_ATTN_MLA, FLASHMLA_DENSE)
 ESSENTIAL = (FLASHMLA_SPARSE, INDEXER)
 """What the draft of a DSA model has on Hopper: Model Runner V2's draft is patched for both, or not at all."""
 MORE = (
@@ -262,12 +242,13 @@ MORE = (
     _dense("FLASHINFER_MLA", f"{MLA}.flashinfer_mla", "FlashInferMLAMetadataBuilder", "FlashInferMLADecodeMetadata",
            "flattened_block_table flattened_seq_lens flattened_row_req query_len query_start_loc max_query_len"),
     _dense("TOKENSPEED_MLA", f"{MLA}.tokenspeed_mla", "TokenspeedMLAMetadataBuilder"),
+    *SCHEDULED_DENSE,
 )  # fmt: skip
 """Further ones that are served, each for itself."""
 
 LEFT_ALONE = (
     *(
-        BuilderRow(backends, builder, left_alone=why, gpus=builders_left_alone.CHOSEN_ON.get(builder, frozenset()))
+        BuilderRow(backends, builder, left_alone=why, gpus=frozenset())
         for builder, backends, why in builders_left_alone.REBUILT
     ),
     *(BuilderRow(backends, builder, left_alone=why, vllm_updates=True)
@@ -277,7 +258,7 @@ LEFT_ALONE = (
 REBUILT = tuple(row for row in LEFT_ALONE if not row.vllm_updates)
 """Those whose metadata vLLM itself rebuilds for each step of Model Runner V2's drafts, which it then does not fuse."""
 NOT_EXAMINED = "not examined"
-ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE, *LEFT_ALONE)}
+ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE, *POOLED, *LEFT_ALONE)}
 
 
 def row_of(builder: Any) -> BuilderRow:
@@ -286,7 +267,7 @@ def row_of(builder: Any) -> BuilderRow:
     return ROWS.get(path, BuilderRow((), path, left_alone=NOT_EXAMINED))
 
 
-def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced) -> Changes:
+def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced, host: Host) -> Changes:
     """What changes from step to step in the metadata of an attention group.
 
     The answer depends on what would run without this adapter, so the question has two forms:
@@ -304,10 +285,12 @@ def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced)
         What the builder made for `num_reqs` requests of one token each.
     num_reqs : int
     instead_of : "update" or "rebuild"
+    host : Host
+        Says whether what no GPU has run is understood, too.
     """
     if getattr(metadata, "num_decode_tokens", None) != num_reqs:
         return "other"
-    changes = _by_update(builder) if instead_of == "update" else _by_row(builder)
+    changes = _by_update(builder, host) if instead_of == "update" else _by_row(builder)
     if changes == "other" or metadata.num_prefills:
         return "other"
     if changes == "lengths and schedule" and not _is_plain_indexer(builder, metadata, num_reqs):
@@ -315,26 +298,36 @@ def changes_of(builder: Any, metadata: Any, num_reqs: int, instead_of: Replaced)
     return changes
 
 
-def _by_update(builder: Any) -> Changes:
+def _by_update(builder: Any, host: Host) -> Changes:
     update = getattr(type(builder), "update_draft_decode_metadata", None)
-    if update is not None and getattr(update, "only_the_request_map", None) is update:
-        return "request map"
-    if update is pkgutil.resolve_name(INDEXER.builder).update_draft_decode_metadata:
-        return "lengths and schedule"
+    for row in (FLASHMLA_SPARSE, *POOLED, INDEXER, *SCHEDULED_DENSE):
+        ours = getattr(update, "understood", None) == (row.changes, update)
+        if ours or (row.vllm_updates and _is_vllms(update, builder, row)):
+            left = refusal(PARALLELISM, builder) or row.left_by(host, builder)
+            return "other" if left else row.changes
     return "other"
 
 
+def _is_vllms(update: Any, builder: Any, row: BuilderRow) -> bool:
+    """Whether a builder's update in place is that of the row's class, be it the builder's own class or one that it derives from."""
+    return any(
+        f"{kind.__module__}.{kind.__qualname__}" == row.builder
+        and vars(kind).get("update_draft_decode_metadata") is update
+        for kind in type(builder).__mro__
+    )
+
+
 def _by_row(builder: Any) -> Changes:
-    row = row_of(builder)
-    return "other" if row.refused(builder) else row.changes
+    row = row_of(builder)  # a schedule may be a new object in every rebuild: vLLM rebuilds it
+    left = row.changes in SCHEDULES or row.refused(builder) or refusal(row.unproved, builder)
+    return "other" if left else row.changes
 
 
 def _is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:
     """Whether an indexer's metadata are those of decodes alone, one token each, with no field that is not known."""
     decode = metadata.decode
     return bool(
-        not refusal(INDEXER.refusals, builder)
-        and metadata.num_decodes == num_reqs
+        metadata.num_decodes == num_reqs
         and decode is not None
         and {part.name for part in dataclasses.fields(decode)} <= INDEXER.fields[INDEXER_DECODE]
         and decode.seq_lens.numel() == num_reqs

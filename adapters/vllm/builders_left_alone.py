@@ -19,13 +19,6 @@ _INTEL = "of Intel GPUs"
 _OWN = "vLLM updates it in place itself in Model Runner V2; what Model Runner V1 rebuilds was not examined"
 
 REBUILT: Rows = (
-    (f"{MLA}.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Builder", ("FLASHINFER_MLA_SPARSE_SM90",),
-     "it plans on the host, from upper bounds of each step's lengths, and clamps the plan of the captured batch on the device"),
-    (f"{MLA}.flashmla.FlashMLAMetadataBuilder", ("FLASHMLA",),
-     f"{_DENSE}: its tile schedule follows from each step's lengths, by FlashMLA's compiled kernels (for bf16 caches within the "
-     "first layer's call, kept in the metadata), which no replay on a CPU can show right"),
-    (f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder", ("FLASH_ATTN_MLA",),
-     f"{_DENSE}: FlashAttention 3 schedules from each step's lengths, by a compiled kernel that no replay on a CPU can show right"),
     (f"{MLA}.flashattn_mla.XPUFlashAttnMLAMetadataBuilder", ("FLASH_ATTN_MLA (XPU)",),
      f"{_INTEL}, on which this adapter's kernels have not run"),
     (f"{MLA}.cutlass_mla.CutlassMLAMetadataBuilder", ("CUTLASS_MLA",),
@@ -73,8 +66,6 @@ UPDATED: Rows = (
     (f"{MLA}.flashattn_mla_sparse.FlashAttnMLASparseMetadataBuilder", ("FLASH_ATTN_MLA_SPARSE",),
      "not shown right: it needs compiled kernels to be imported"),
     (f"{MLA}.flashattn_mla_sparse.FlashAttnMLASparseFA4MetadataBuilder", ("FLASH_ATTN_MLA_SPARSE_FA4",), _OWN),
-    (f"{MLA}.indexer.KpoolTailMetadataBuilder", ("KPOOL_TAIL",),
-     "its slots come from positions that every step computes anew"),
     (f"{MLA}.sparse_indexer.DeepseekV41SparseIndexerMetadataBuilder", ("DEEPSEEK_V41_SPARSE_INDEXER",), _OWN),
     (f"{MLA}.sparse_swa.DeepseekSparseSWAMetadataBuilder", ("DEEPSEEK_SPARSE_SWA",), _OWN),
     (f"{MLA}.rocm_paged_mxfp4_indexer.RocmMxfp4IndexerMetadataBuilder", ("DEEPSEEK_V4_ROCM_MXFP4_INDEXER",), _AMD),
@@ -83,10 +74,3 @@ UPDATED: Rows = (
     (f"{BACKENDS}.rocm_octave_attn.RocmOctaveMetadataBuilder", ("ROCM_OCTAVE",), _AMD),
 )  # fmt: skip
 """Those that vLLM itself updates in place in Model Runner V2's fused draft, and rebuilds in Model Runner V1's."""
-
-CHOSEN_ON = {
-    f"{MLA}.flashinfer_mla_sparse_sm90.FlashInferMLASparseSM90Builder": frozenset({"9"}),
-    f"{MLA}.flashmla.FlashMLAMetadataBuilder": frozenset({"9", "10"}),
-    f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder": frozenset({"9"}),
-}
-"""By builder, the major compute capabilities of GPUs on which vLLM may choose it by itself for a DSA model's draft; no others."""

@@ -15,7 +15,7 @@ from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import Part, PatchSet
 from nsa_plugin.adapters.probe import warn_if_untested
 from nsa_plugin.adapters.vllm import builders, releases
-from nsa_plugin.adapters.vllm.builders import BuilderRow, Changes
+from nsa_plugin.adapters.vllm.builder_rows import BuilderRow, Changes
 from nsa_plugin.adapters.vllm.reports import logger
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
@@ -39,7 +39,12 @@ UPDATE_IN_PLACE = (
 IN_PLACE: Mapping[Changes | None, str] = {
     "request map": "The method recomputes the request map of the captured metadata. All else in it is a view of the runner's "
     "persistent buffers, a constant of the captured size, or depends on shapes alone.",
+    "request map and plan": "The method recomputes the request map of the captured metadata, and clamps on the device what was "
+    "planned on the host before the draft.",
     "lengths and schedule": "The method recomputes lengths and DeepGEMM's schedule.",
+    "FlashAttention schedule": "The method makes FlashAttention's schedule anew, by the builder's own function.",
+    "FlashMLA schedule": "The method makes FlashMLA's schedule anew, by vLLM's own function (fp8), or leaves that to the step's "
+    "first layer (bf16).",
     "nothing": "The method does nothing: all that changes from step to step are values in the runner's own buffers, of which "
     "the metadata has views.",
 }
@@ -73,7 +78,8 @@ def v2_essential() -> tuple[Part, ...]:
 
 def v2_more() -> tuple[Part, ...]:
     """Further builders of the fused draft, each for itself. Imports nothing."""
-    return tuple(_builder(row, NOT_PROPOSED, "vLLM's builder has the method") for row in builders.MORE)
+    rows = (row for row in (*builders.MORE, *builders.POOLED) if row.changes in v2_updates.UPDATES)
+    return tuple(_builder(row, NOT_PROPOSED, "vLLM's builder has the method") for row in rows)
 
 
 def v2_not_fused() -> Part:

@@ -39,6 +39,12 @@ SPECULATORS = (
 """Where the fused draft of Model Runner V2 is. The second, which rebuilds the metadata of its first step, goes with 0.31."""
 UPDATE_STEP = "_update_draft_decode_metadata"
 """The first one's method that asks every attention group. The second one's loop asks them itself: see `asks_groups`."""
+FUSED_UPDATE = Need(
+    f"{SPECULATORS[0]}.{UPDATE_STEP}",
+    ("attn_metadata", "num_reqs"),
+    "a fused draft whose first step is updated, too (0.32)",
+)
+"""What rows take that were tried from vLLM 0.32 on only."""
 CHOOSE = {SPECULATORS[0]: "_configure_decode_metadata_update", SPECULATORS[1]: "_configure_fused_multi_step_decode"}
 """By speculator, its method that chooses the fused draft. The second goes with 0.31."""
 BUILDS = ("_build_uniform_attn_metadata", "_build_draft_attn_metadata")
@@ -134,6 +140,11 @@ def states_per_block(spec: Any) -> int:
     return int(spec.num_states if hasattr(spec, "num_states") else spec.storage_block_size)
 
 
+def tokens_per_state(builder: Any) -> int:
+    """Tokens that an entry of an indexer's cache stands for; more than one where keys are pooled. No such number goes with 0.28."""
+    return int(getattr(builder, "compress_ratio", 1))
+
+
 def build_group(group: Any, batch: Any, draft_index: int) -> Any:
     """What vLLM itself builds for an attention group in a draft step. Asking the builder, not the group, goes with 0.31."""
     if hasattr(group, "build_metadata_for_drafting"):
@@ -178,11 +189,14 @@ def step_needs(speculator: str) -> tuple[Need, ...]:
     )  # fmt: skip
 
 
+FUSED_DRAFT = Need(
+    f"{SPECULATORS[0]}._fused_multi_step_decode",
+    ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
+    "see a draft begin",
+)  # fmt: skip
 UPDATE_INPUTS = f"{SPECULATORS[0].rpartition('.')[0]}.update_draft_inputs"
 WATCH_NEEDS: tuple[Need, ...] = (
-    Need(f"{SPECULATORS[0]}._fused_multi_step_decode",
-         ("num_reqs", "skip_attn", "batch_desc", "num_tokens_across_dp", "seq_lens_cpu_upper_bound", "num_speculative_steps"),
-         "see a draft begin"),
+    FUSED_DRAFT,
     Need(f"{SPECULATORS[0]}.advance_draft_positions", (), "know that positions move on from step to step"),
     Need(f"{SPECULATORS[0]}._build_uniform_attn_metadata",
          ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),

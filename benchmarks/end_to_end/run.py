@@ -113,8 +113,9 @@ class Engine:
     def _limit(self, seconds: float) -> Iterator[None]:
         """Kill it if the block takes longer than `seconds`."""
         timer = threading.Timer(seconds, self._signal, [signal.SIGKILL])
-        timer.start()
+        timer.daemon = True  # a run that is stopped right here does not wait for it
         try:
+            timer.start()
             yield
         finally:
             timer.cancel()

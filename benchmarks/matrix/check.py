@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from nsa_plugin.rigs.interpreter import spare_overflow_checks
 from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
@@ -19,16 +20,19 @@ FIXTURES = {
         "nsa_plugin.rigs.vllm.v2_engine.V2Engine",
         "nsa_plugin.rigs.vllm.v1_engine.V1Engine",
         "nsa_plugin.rigs.vllm.v2_target_engine.TargetEngine",
+        "nsa_plugin.rigs.vllm.v2_pooled_engine.PooledEngine",
     ),
 }
 """What the kit runs on, for each engine: vLLM has two model runners. All but the first may need more than an old release has."""
 
 
 def main(name: str) -> dict[str, Any]:
-    """Problems by line of the contract, wrong values by path and strategy, and versions."""
+    """Problems by line of the contract, wrong values by column and strategy, what is left out and why, and versions."""
+    spare_overflow_checks()
     lines: dict[str, list[str]] = {line: [] for line in LINES}
     skipped: dict[str, str] = {}
     values: dict[str, dict[str, list[str]]] = {}
+    left_out: dict[str, str] = {}
     for number, fixture in enumerate(FIXTURES[name]):
         try:
             engine = pkgutil.resolve_name(fixture)()
@@ -48,10 +52,13 @@ def main(name: str) -> dict[str, Any]:
                 continue
             lines[line] += [f"{type(engine).__name__}: {problem}" for problem in problems]
             covered &= line != "coverage" or not problems
+        left_out |= getattr(engine, "left_out", {})
         for run in kit.runs if covered else ():
-            cell = values.setdefault(run.case.path, {}).setdefault(run.strategy, [])
+            column = getattr(run.case, "column", run.case.path)
+            cell = values.setdefault(column, {}).setdefault(run.strategy, [])
             cell += [f"{run.case.name}: {problem}" for problem in (*run.wrong, *run.moved)]
-    return {"lines": lines, "skipped": skipped, "values": values, "environment": _environment(name)}
+    found = {"lines": lines, "skipped": skipped, "values": values, "left out": left_out}
+    return found | {"environment": _environment(name)}
 
 
 def _environment(name: str) -> dict[str, str]:

@@ -116,7 +116,9 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
     row["problems"] = [f"{line}: {problem}" for line, problems in report["lines"].items() for problem in problems]
     for path, strategies in report["values"].items():
         for strategy, problems in strategies.items():
-            cells[path][strategy] = f"differs: {problems[0]}" if problems else "faithful"
+            cells.setdefault(path, {})[strategy] = f"differs: {problems[0]}" if problems else "faithful"
+    for path, problem in report["left out"].items():
+        cells[path] = dict.fromkeys(("graph", "share", "copy"), f"unsupported: {problem}")
     return row
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa_plugin.core.kernels.pools import wide_vector_at
 from nsa_plugin.core.kernels.tiles import (
     CACHE_SEQLENS,
     CU_SEQLENS_K,
@@ -15,6 +16,13 @@ from nsa_plugin.core.kernels.tiles import (
     NSA_CACHE_SEQLENS,
     NSA_CU_SEQLENS_K,
     PAGE_TABLE_1,
+    POOL_ACCEPTED,
+    POOL_PAGE_TABLE,
+    POOL_REQUESTS,
+    POOL_SEQLENS,
+    POOL_TAIL_START,
+    POOL_WRITE_LOC,
+    POOL_WRITE_START,
     POSITIONS,
     REAL_PAGE_TABLE,
     SEQLENS_EXPANDED,
@@ -48,12 +56,35 @@ def _copy_vector(source, destination, field, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _copy_tokens(source, destination, field, size, BLOCK: tl.constexpr):
-    """Copy positions or slots to a destination that has them."""
+def _copy_wide_vector(source, destination, field, size, BLOCK: tl.constexpr):
+    """Copy int64 values to a destination that has the vector."""
     size = tl.where(tl.load(destination + field) == 0, 0, size)
-    origin, origin_stride = tl.load(source + field).to(tl.pointer_type(tl.int64)), tl.load(source + field + 1)
-    target, target_stride = tl.load(destination + field).to(tl.pointer_type(tl.int64)), tl.load(destination + field + 1)
+    origin, origin_stride = wide_vector_at(source, field)
+    target, target_stride = wide_vector_at(destination, field)
     _copy_strided(origin, origin_stride, target, target_stride, size, BLOCK)
+
+
+@triton.jit
+def _copy_pools(source, destination, batch_size, num_rows, candidates, BLOCK: tl.constexpr):
+    """Copy the vectors of pooled index keys to a destination that has them."""
+    there = tl.load(destination + POOL_SEQLENS) != 0
+    rows, requests = tl.where(there, num_rows, 0), tl.where(there, batch_size, 0)
+    _copy_vector(source, destination, POOL_SEQLENS, rows, BLOCK)
+    _copy_vector(source, destination, POOL_WRITE_START, requests, BLOCK)
+    _copy_vector(source, destination, POOL_TAIL_START, requests, BLOCK)
+    _copy_vector(
+        source, destination, POOL_ACCEPTED, tl.where(tl.load(destination + POOL_ACCEPTED) == 0, 0, batch_size), BLOCK
+    )
+    _copy_wide_vector(source, destination, POOL_REQUESTS, requests, BLOCK)
+    origin, origin_row = wide_vector_at(source, POOL_WRITE_LOC)
+    target, target_row = wide_vector_at(destination, POOL_WRITE_LOC)
+    candidate = 0
+    while candidate < candidates:
+        _copy_strided(
+            origin + candidate * tl.load(source + POOL_WRITE_LOC + 2), origin_row,
+            target + candidate * tl.load(destination + POOL_WRITE_LOC + 2), target_row, requests, BLOCK,
+        )
+        candidate += 1
 
 
 @triton.jit
@@ -101,12 +132,13 @@ def copy_kernel(
     live_stride, extend_stride, num_sources, num_destinations, record_words, num_derived, batch_size, num_rows,
     table_width, rows_per_request,
     page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, TOKENS: tl.constexpr,
-    ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    KPOOL: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Copy every field of the sources to the destinations.
 
     Program d < num_destinations copies vectors and derived planes to destination d; the others share the page tables,
-    each tile of which is read once and written to every destination. `live_lengths` says where requests end.
+    each tile of which is read once and written to every destination. `live_lengths` says where requests end. With KPOOL
+    above 1 destinations may have the vectors of pooled index keys, and with POOLED their page table.
     """
     live_stride, extend_stride = live_stride.to(tl.int64), extend_stride.to(tl.int64)
     program = tl.program_id(0)
@@ -119,11 +151,14 @@ def copy_kernel(
         _copy_vector(source, destination, NSA_CACHE_SEQLENS, num_rows, BLOCK)
         _copy_vector(source, destination, NSA_CU_SEQLENS_K, num_rows + 1, BLOCK)
         if TOKENS:
-            _copy_tokens(source, destination, POSITIONS, batch_size, BLOCK)
-            _copy_tokens(source, destination, SLOT_MAPPING, batch_size, BLOCK)
+            _copy_wide_vector(source, destination, POSITIONS, batch_size, BLOCK)
+            _copy_wide_vector(source, destination, SLOT_MAPPING, batch_size, BLOCK)
+        if KPOOL > 1:
+            _copy_pools(source, destination, batch_size, num_rows, tl.cdiv(rows_per_request, KPOOL), BLOCK)
         _copy_derived(source, destination, num_derived, BLOCK)
         return
     unit: tl.constexpr = 1 if WIDE else page_size
+    pooled_page: tl.constexpr = page_size * KPOOL
     worker = program - num_destinations
     num_workers = tl.num_programs(0) - num_destinations
     request, tile, first_row, remaining = share_of_tiles(
@@ -140,8 +175,11 @@ def copy_kernel(
             if WIDE:
                 columns, live = columns_of_tile(tile, length, TILE, ALIGNED)
             if REAL:
-                pages = pages_of_tile(tile, TILE, page_size, WIDE)
+                pages = pages_of_tile(tile, TILE, page_size // unit)
                 exist = pages * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
+            if POOLED:
+                spans = pages_of_tile(tile, TILE, pooled_page // unit)
+                start_here = spans * pooled_page < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
             k = 0
             while k < rows:
                 row = (first_row + k).to(tl.int64)
@@ -152,6 +190,10 @@ def copy_kernel(
                 if REAL:
                     _copy_tile(
                         sources, destinations, num_destinations, record_words, REAL_PAGE_TABLE, row, pages, exist, False
+                    )
+                if POOLED:
+                    _copy_tile(
+                        sources, destinations, num_destinations, record_words, POOL_PAGE_TABLE, row, spans, start_here, False
                     )
                 k += 1
             tile += 1

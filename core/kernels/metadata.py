@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa_plugin.core.kernels.pools import clip_to_pools, write_pools
 from nsa_plugin.core.kernels.tiles import (
     CACHE_SEQLENS,
     CU_SEQLENS_K,
@@ -16,6 +17,8 @@ from nsa_plugin.core.kernels.tiles import (
     NSA_CU_SEQLENS_K,
     OFFSET,
     PAGE_TABLE_1,
+    POOL_PAGE_TABLE,
+    POOL_SEQLENS,
     POSITIONS,
     REAL_PAGE_TABLE,
     SEQLENS_EXPANDED,
@@ -97,9 +100,9 @@ def _write_tokens(
 @triton.jit
 def _write_row_vectors(
     seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk, rows_per_request,
-    on, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    on, RAGGED: tl.constexpr, KPOOL: tl.constexpr, POOLS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """seqlens_expanded, nsa_cache_seqlens and nsa_cu_seqlens_k of one destination."""
+    """seqlens_expanded, nsa_cache_seqlens, nsa_cu_seqlens_k and the complete pools of rows, of one destination."""
     expanded, expanded_stride = vector_at(record, SEQLENS_EXPANDED)
     clipped, clipped_stride = vector_at(record, NSA_CACHE_SEQLENS)
     cu_clipped, cu_stride = vector_at(record, NSA_CU_SEQLENS_K)
@@ -124,8 +127,14 @@ def _write_row_vectors(
             row = candidate
         length = tl.load(seq_lens + request * seq_stride, mask=there, other=0).to(tl.int32) + added
         visible = tl.maximum(tl.minimum(length, limit) - rows + position + 1, 0)
-        kept = tl.where(there, tl.minimum(visible, index_topk), 0)
+        if KPOOL > 1:
+            kept = tl.where(there, clip_to_pools(visible, index_topk, KPOOL), 0)
+        else:
+            kept = tl.where(there, tl.minimum(visible, index_topk), 0)
         written = there & (request < end)
+        if POOLS:
+            pools, pools_stride = vector_at(record, POOL_SEQLENS)
+            tl.store(pools + row * pools_stride, visible // KPOOL, mask=written)
         tl.store(expanded + row * expanded_stride, visible, mask=written)
         tl.store(clipped + row * clipped_stride, kept, mask=written)
         tl.store(cu_clipped + (row + 1) * cu_stride, running + tl.cumsum(kept, 0), mask=written)
@@ -137,21 +146,24 @@ def _write_row_vectors(
     do_not_specialize=[
         "seq_stride", "extend_stride", "pool_stride", "table_row_stride", "table_column_stride", "num_destinations",
         "num_tables", "record_words", "batch_size", "added", "longest_added", "limit", "table_width", "index_topk",
-        "rows_per_request", "block_size",
+        "rows_per_request", "block_size", "accepted_stride",
     ],
-    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled"],
+    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled", "accepted"],
 )
 def metadata_kernel(
-    seq_lens, extend_lens, req_pool_indices, table, destinations, enabled,
-    seq_stride, extend_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
+    seq_lens, extend_lens, accepted, req_pool_indices, table, destinations, enabled,
+    seq_stride, extend_stride, accepted_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
     record_words, batch_size, added, longest_added, limit, table_width, index_topk, rows_per_request, block_size,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
-    TOKENS: tl.constexpr, SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLS: tl.constexpr, POOLED: tl.constexpr, ACCEPTED: tl.constexpr,
+    SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Metadata of one batch.
 
     Programs 2 * d and 2 * d + 1 write the vectors of destination d: those of requests, then those of rows. All further
     programs share the page tables of the first `num_tables` destinations. They read each tile once and write it to all.
+    POOLS and POOLED say whether destinations have vectors and page tables of pooled index keys; without KPOOL above 1
+    they have none.
 
     With SWITCHED nothing is written where the int32 at `enabled` is 0. The flag is loaded first and used last, so that
     no load of lengths waits for it.
@@ -172,14 +184,21 @@ def metadata_kernel(
                     seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, column_stride,
                     record, batch_size, added, limit, block_size, on, TOKEN_TABLE, BLOCK,
                 )
+            if POOLS:
+                write_pools(
+                    seq_lens, seq_stride, extend_lens, extend_stride, accepted, accepted_stride.to(tl.int64),
+                    req_pool_indices, pool_stride, table, table_row_stride, column_stride, record, batch_size, added, limit,
+                    table_width, rows_per_request, on, RAGGED, ACCEPTED, KPOOL, BLOCK,
+                )
         else:
             _write_row_vectors(
                 seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
-                rows_per_request, on, RAGGED, BLOCK,
+                rows_per_request, on, RAGGED, KPOOL, POOLS, BLOCK,
             )
         return
     # Without the wide page table only the first column of each page is read.
     unit: tl.constexpr = 1 if WIDE else page_size
+    pooled_page: tl.constexpr = page_size * KPOOL
     worker = program - 2 * num_destinations
     num_workers = tl.num_programs(0) - 2 * num_destinations
     request, tile, first_row, remaining = share_of_tiles(
@@ -191,6 +210,8 @@ def metadata_kernel(
         column_stride = 1
     wide, wide_row, wide_column = table_at(destinations, PAGE_TABLE_1, ALIGNED)
     real, real_row, real_column = table_at(destinations, REAL_PAGE_TABLE, False)
+    if POOLED:
+        pooled, pooled_row, pooled_column = table_at(destinations, POOL_PAGE_TABLE, False)
     while remaining > 0:
         length, rows, stop = tiles_of_request(
             request, tile, remaining, seq_lens, seq_stride, extend_lens, extend_stride, longest_added, table_width, unit,
@@ -208,9 +229,13 @@ def metadata_kernel(
                 columns, live = columns_of_tile(tile, length, TILE, ALIGNED)
                 slots = _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE)
             if REAL:
-                pages = pages_of_tile(tile, TILE, page_size, WIDE)
+                pages = pages_of_tile(tile, TILE, page_size // unit)
                 exist = pages * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
                 numbers = _slots(source, pages * page_size, exist, column_stride, block_size, TOKEN_TABLE) // page_size
+            if POOLED:
+                spans = pages_of_tile(tile, TILE, pooled_page // unit)
+                start_here = spans * pooled_page < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
+                firsts = _slots(source, spans * pooled_page, start_here, column_stride, block_size, TOKEN_TABLE)
             t = 0
             while t < num_tables:
                 k = 0
@@ -223,12 +248,16 @@ def metadata_kernel(
                         tl.store(start + columns * wide_column, slots, mask=live)
                     if REAL:
                         tl.store(real + row * real_row + pages * real_column, numbers, mask=exist)
+                    if POOLED:
+                        tl.store(pooled + row * pooled_row + spans * pooled_column, firsts // pooled_page, mask=start_here)
                     k += 1
                 t += 1
                 if num_tables > 1:  # the next destination; after the last one the first
                     record = destinations + (t % num_tables) * record_words
                     wide, wide_row, wide_column = table_at(record, PAGE_TABLE_1, ALIGNED)
                     real, real_row, real_column = table_at(record, REAL_PAGE_TABLE, False)
+                    if POOLED:
+                        pooled, pooled_row, pooled_column = table_at(record, POOL_PAGE_TABLE, False)
             tile += 1
         first_row += rows
         request += 1

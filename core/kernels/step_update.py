@@ -10,16 +10,17 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=[
-        "num_rows", "num_groups", "capacity", "slot_stride", "source_stride", "table_stride", "width",
+        "num_rows", "num_groups", "capacity", "slot_stride", "source_stride", "table_stride", "width", "ratio",
+        "block_states", "tail_stride", "ring",
     ],
 )
 def step_update_kernel(
     positions, seq_lens, query_start_loc, table_rows,
     addresses, row_strides, block_sizes, enabled, slot_mapping,
-    request_map, lengths, ones, more_ones, indices, source, table,
-    num_rows, num_groups, capacity, slot_stride, source_stride, table_stride, width,
+    request_map, lengths, ones, more_ones, indices, source, table, pooled_slots, tail_table, tail_slots,
+    num_rows, num_groups, capacity, slot_stride, source_stride, table_stride, width, ratio, block_states, tail_stride, ring,
     FIRST: tl.constexpr, SLOTS: tl.constexpr, MAP: tl.constexpr, INDEXER: tl.constexpr, INDICES: tl.constexpr,
-    TABLE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    TABLE: tl.constexpr, POOLED: tl.constexpr, TAIL: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One step. `StepUpdate` describes the arguments; `reference.step_update` defines what is written."""
     row = tl.program_id(0)
@@ -49,8 +50,21 @@ def step_update_kernel(
             group += 1
     if MAP and FIRST:
         tl.store(request_map + row, tl.where(row < actual, row, num_rows - 1))
+    if TAIL:
+        own = tl.load(tail_table + row.to(tl.int64) * tail_stride).to(tl.int64)
+        offset = tl.load(positions + row).to(tl.int64) % ring
+        tl.store(tail_slots + row, tl.where((row < actual) & (own != 0), own * ring + offset, PAD))
     if INDEXER:
-        tl.store(lengths + row, tl.load(seq_lens + row))
+        length = tl.load(seq_lens + row)
+        if POOLED:
+            completes = (row < actual) & (length > 0) & (length % ratio == 0) & (tl.load(table_rows + row) >= 0)
+            state = (length - 1) // ratio
+            held = tl.load(
+                source + row.to(tl.int64) * source_stride + state // block_states, mask=completes, other=0
+            ).to(tl.int64)
+            tl.store(pooled_slots + row, tl.where(completes, held * block_states + state % block_states, PAD))
+            length = length // ratio
+        tl.store(lengths + row, length)
         if FIRST:
             tl.store(ones + row, 1)
             tl.store(more_ones + row, 1)

@@ -11,19 +11,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One destination's record: int64 words. A vector takes (address, stride), a page table (address, row stride, column
-# stride), a derived plane (address, number of 4-byte words). Address 0 means that the destination lacks the plane.
+from nsa_plugin.core.records import FIRST_DERIVED, WORD
+
+# Words of a destination's record, as `core.records` lays it out.
 OFFSET: tl.constexpr = tl.constexpr(0)
-CACHE_SEQLENS: tl.constexpr = tl.constexpr(1)
-CU_SEQLENS_K: tl.constexpr = tl.constexpr(3)
-SEQLENS_EXPANDED: tl.constexpr = tl.constexpr(5)
-NSA_CACHE_SEQLENS: tl.constexpr = tl.constexpr(7)
-NSA_CU_SEQLENS_K: tl.constexpr = tl.constexpr(9)
-PAGE_TABLE_1: tl.constexpr = tl.constexpr(11)
-REAL_PAGE_TABLE: tl.constexpr = tl.constexpr(14)
-POSITIONS: tl.constexpr = tl.constexpr(17)
-SLOT_MAPPING: tl.constexpr = tl.constexpr(19)
-DERIVED: tl.constexpr = tl.constexpr(21)
+CACHE_SEQLENS: tl.constexpr = tl.constexpr(WORD["cache_seqlens"])
+CU_SEQLENS_K: tl.constexpr = tl.constexpr(WORD["cu_seqlens_k"])
+SEQLENS_EXPANDED: tl.constexpr = tl.constexpr(WORD["seqlens_expanded"])
+NSA_CACHE_SEQLENS: tl.constexpr = tl.constexpr(WORD["nsa_cache_seqlens"])
+NSA_CU_SEQLENS_K: tl.constexpr = tl.constexpr(WORD["nsa_cu_seqlens_k"])
+PAGE_TABLE_1: tl.constexpr = tl.constexpr(WORD["page_table_1"])
+REAL_PAGE_TABLE: tl.constexpr = tl.constexpr(WORD["real_page_table"])
+POSITIONS: tl.constexpr = tl.constexpr(WORD["positions"])
+SLOT_MAPPING: tl.constexpr = tl.constexpr(WORD["slot_mapping"])
+POOL_SEQLENS: tl.constexpr = tl.constexpr(WORD["pools.seqlens"])
+POOL_WRITE_START: tl.constexpr = tl.constexpr(WORD["pools.write_start"])
+POOL_TAIL_START: tl.constexpr = tl.constexpr(WORD["pools.tail_start"])
+POOL_REQUESTS: tl.constexpr = tl.constexpr(WORD["pools.requests"])
+POOL_WRITE_LOC: tl.constexpr = tl.constexpr(WORD["pools.write_loc"])
+POOL_ACCEPTED: tl.constexpr = tl.constexpr(WORD["pools.accepted"])
+POOL_PAGE_TABLE: tl.constexpr = tl.constexpr(WORD["pools.page_table"])
+DERIVED: tl.constexpr = tl.constexpr(FIRST_DERIVED)
 
 # fmt: off
 
@@ -127,11 +135,9 @@ def columns_of_tile(tile, length, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def pages_of_tile(tile, TILE: tl.constexpr, page_size: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of the real page table that belong to a tile. Without a wide page table, tiles are cut from the real one."""
-    if WIDE and page_size <= TILE:
-        return (tile * (TILE // page_size)).to(tl.int32) + tl.arange(0, TILE // page_size)
-    elif WIDE:  # at most one page starts in the tile
-        return tl.cdiv(tile * TILE, page_size).to(tl.int32) + tl.arange(0, 1)
-    else:
-        return (tile * TILE).to(tl.int32) + tl.arange(0, TILE)
+def pages_of_tile(tile, TILE: tl.constexpr, columns_per_page: tl.constexpr):
+    """Pages that start in a tile, for a page table with `columns_per_page` of the columns that tiles are cut from."""
+    if columns_per_page <= TILE:
+        return (tile * (TILE // columns_per_page)).to(tl.int32) + tl.arange(0, TILE // columns_per_page)
+    else:  # at most one
+        return tl.cdiv(tile * TILE, columns_per_page).to(tl.int32) + tl.arange(0, 1)

@@ -44,6 +44,7 @@ class Cell:
     width : token positions per row of the token table
     seed : of the inputs; cells of the same batch size and context get the same
     recorded : inputs from a trace, in place of random ones
+    index_kpool : tokens that share an index key
     """
 
     mode: ForwardMode
@@ -53,6 +54,7 @@ class Cell:
     width: int
     seed: int
     recorded: Recorded | None = None
+    index_kpool: int = 1
 
     def __post_init__(self) -> None:
         if self.width <= MAX_STEPS:
@@ -75,8 +77,10 @@ class Cell:
         return 1 if self.mode is ForwardMode.DECODE else self.steps
 
     def geometry(self, device: torch.device) -> Geometry:
-        """Model and cache constants of DeepSeek V3.2."""
-        return Geometry(INDEX_TOPK, PAGE_SIZE, self.width, num_sms=multiprocessors(device))
+        """Model and cache constants of DeepSeek V3.2; with pooled index keys those of GLM-5 Next."""
+        return Geometry(
+            INDEX_TOPK, PAGE_SIZE, self.width, num_sms=multiprocessors(device), index_kpool=self.index_kpool
+        )
 
     def batches(self, device: torch.device) -> list[BatchDescriptor]:
         """Batches over one token table: the recorded ones, or `INPUTS` with random lengths, requests and pages."""
@@ -90,14 +94,17 @@ class Cell:
                 for index, lengths in enumerate(self.recorded.lengths)
             ]
         else:
-            table = torch.randint(
-                0, 1 << 30, (self.batch_size + SPARE_ROWS, self.width), dtype=torch.int32, device=device
-            )
-            table = table // PAGE_SIZE * PAGE_SIZE  # any values; pages must be whole for the original loop's transform
+            page = PAGE_SIZE * self.index_kpool
+            shape = (self.batch_size + SPARE_ROWS, -(-self.width // page), 1)
+            first = torch.randint(0, (1 << 30) // page, shape, dtype=torch.int32, device=device) * page
+            within = torch.arange(page, dtype=torch.int32, device=device)
+            table = (first + within).flatten(1)[:, : self.width].contiguous()
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_size * 7919 + self.context)
             chosen = [
                 (
-                    torch.randint(max(self.context // 2, 1), self.context + 1, (self.batch_size,), generator=generator),
+                    torch.randint(
+                        max(self.context // 2, 1), self.context + 1, (self.batch_size,), generator=generator
+                    ).clamp_(min=self.draft_tokens if self.index_kpool > 1 else 1),
                     torch.randperm(table.shape[0], generator=generator)[: self.batch_size],
                 )
                 for _ in range(INPUTS)
@@ -105,21 +112,29 @@ class Cell:
         return [
             BatchDescriptor(
                 self.mode, self.batch_size, lengths.to(device), TokenTable(table, requests.to(device)),
-                self.consumers, (), self.draft_tokens,
+                self.consumers, (), self.draft_tokens, accepted=self._accepted(lengths, device),
             )
             for lengths, requests in chosen
         ]  # fmt: skip
 
+    def _accepted(self, lengths: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """Of each request's rows in a draft extend the number that were accepted, which pooled index keys go by."""
+        if self.index_kpool == 1 or self.mode is not ForwardMode.DRAFT_EXTEND:
+            return None
+        return (1 + lengths % self.draft_tokens).to(device, torch.int32)
+
     def bytes_to_move(self, batches: Sequence[BatchDescriptor]) -> float:
         """Bytes that one preparation must read and write at least, whatever the number of consumers.
 
-        Each live slot is read once and written once per row of its request, each live page number written once.
+        Each live slot is read once and written once per row of its request, each live page number written once, that of
+        pooled index keys too.
         """
         tokens = sum(int(batch.seq_lens.sum()) + self.batch_size * batch.added_tokens for batch in batches) / len(
             batches
         )
         rows = batches[0].rows_per_request
-        return 4 * tokens * (1 + rows * (1 + 1 / PAGE_SIZE))
+        pooled = 0 if self.index_kpool == 1 else 1 / self.index_kpool
+        return 4 * tokens * (1 + rows * (1 + (1 + pooled) / PAGE_SIZE))
 
 
 def recorded_cells(mode: ForwardMode, rounds: Sequence[Round], steps: Sequence[int], width: int) -> list[Cell]:

@@ -62,6 +62,7 @@ class Options:
     original_wheel: Path | None
     seed: int
     trace: Path | None = None
+    index_kpool: int = 1
 
 
 def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -76,13 +77,19 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
                 "--mode", "decode with --engine vllm", " ".join(options.modes),
                 fix="leave --mode out: with vLLM only draft steps are measured",
             )  # fmt: skip
+        if options.index_kpool > 1 and (options.engine != "sglang" or options.trace is not None):
+            reject(
+                "--index-kpool", "1 without --engine sglang, and with --trace", options.index_kpool,
+                fix="take --engine sglang and random inputs",
+            )  # fmt: skip
         if options.engine != "none":
             require(options.engine)
         if options.engine == "sglang":
             stack.enter_context(stand_ins())
         cells = _cells(options)
         _fits(cells, device)
-        wheel = None if options.engine == "vllm" else _original_wheel(options.original_wheel, console)
+        no_loop = options.engine == "vllm" or options.index_kpool > 1
+        wheel = None if no_loop else _original_wheel(options.original_wheel, console)
         rate = copy_rate(device)
         results: dict[str, Any] = {
             **where(device),
@@ -103,7 +110,7 @@ def bench(options: Options, console: Console, save: Callable[[dict[str, Any]], o
 def _cells(options: Options) -> list[Cell]:
     if options.trace is None:
         return [
-            Cell(MODES[mode], batch_size, context, steps, options.width, options.seed)
+            Cell(MODES[mode], batch_size, context, steps, options.width, options.seed, index_kpool=options.index_kpool)
             for mode in options.modes
             for batch_size in options.batch_sizes
             for context in options.contexts
@@ -151,6 +158,7 @@ def _run_cell(cell: Cell, options: Options, device: torch.device, wheel: Path | 
         "context": cell.context,
         "steps": cell.steps,
         "width": cell.width,
+        "index_kpool": cell.index_kpool,
         "bytes": subject.bytes,
         "floor_us": subject.bytes / rate,
         "contenders": measured,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.sglang import refusals, releases
 from nsa_plugin.adapters.sglang.describe import consumer
+from nsa_plugin.adapters.sglang.pools import foreign_formulas
 from nsa_plugin.bench.cell import Cell, Contender, capture
 from nsa_plugin.bench.embedded import differing_from_reference, original_loop_contender
 from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, TokenTable
@@ -37,6 +39,8 @@ class Sglang:
     def __init__(self, cell: Cell, device: torch.device, wheel: Path | None, decode_impl: str) -> None:
         if cell.mode is ForwardMode.DRAFT_EXTEND and (problem := releases.lacking("draft extend")):
             raise UnavailableError(f"--mode extend: {problem}")
+        if cell.index_kpool > 1 and (problem := foreign_formulas(cell.index_kpool)):
+            raise UnavailableError(f"--index-kpool {cell.index_kpool}: {problem}")
         self._geometry, self._batches = geometry, batches = cell.geometry(device), cell.batches(device)
         self.bytes = cell.bytes_to_move(batches)
         first = batches[0]
@@ -46,6 +50,7 @@ class Sglang:
         self._config = kit.Config(
             width=cell.width, max_requests=self._table.shape[0], max_batch_size=cell.batch_size,
             draft_tokens=cell.steps, index_topk=geometry.index_topk, page_size=geometry.page_size, decode_impl=decode_impl,
+            index_kpool=cell.index_kpool,
         )  # fmt: skip
         self._live = [self._batch(batch) for batch in batches]
         self._backends: dict[str, list[Any]] = {}
@@ -80,7 +85,9 @@ class Sglang:
 
     def _batch(self, batch: BatchDescriptor) -> Any:
         assert isinstance(batch.slots, TokenTable)
-        return kit.make_batch(self._native, batch.seq_lens, batch.slots.req_pool_indices, batch.num_rows)
+        made = kit.make_batch(self._native, batch.seq_lens, batch.slots.req_pool_indices, batch.num_rows)
+        made.spec_info = None if batch.accepted is None else SimpleNamespace(num_accept_tokens=batch.accepted)
+        return made
 
     def _owner(self, name: str) -> Any:
         if self._cell.mode is ForwardMode.DECODE:
@@ -93,7 +100,10 @@ class Sglang:
 
     def _static(self) -> Any:
         fill = torch.ones(self._cell.batch_size, dtype=torch.int64, device=self._table.device)
-        return kit.make_batch(self._native, fill, fill - 1, self._cell.batch_size * self._cell.draft_tokens)
+        made = kit.make_batch(self._native, fill, fill - 1, self._cell.batch_size * self._cell.draft_tokens)
+        if self._live[0].spec_info is not None:
+            made.spec_info = SimpleNamespace(num_accept_tokens=fill.to(torch.int32))
+        return made
 
     def _loop(self) -> Contender:
         self._owner(LOOP)
@@ -118,6 +128,8 @@ class Sglang:
         def load(index: int) -> None:
             static.seq_lens.copy_(self._live[index].seq_lens)
             static.req_pool_indices.copy_(self._live[index].req_pool_indices)
+            if static.spec_info is not None:
+                static.spec_info.num_accept_tokens.copy_(self._live[index].spec_info.num_accept_tokens)
 
         return Contender.of_graph(name, recorded, load, before, self._consumers(name), owner)
 

@@ -6,3 +6,5 @@ from pathlib import Path
 
 TINY_DSV32 = Path(__file__).parent / "tiny_dsv32"
 """The configuration of a DeepSeek-V3.2 with MTP and two small layers; it has no weights."""
+TINY_DSV3 = Path(__file__).parent / "tiny_dsv3"
+"""The same of a DeepSeek-V3, which has no indexer."""

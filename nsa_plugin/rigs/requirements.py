@@ -8,6 +8,7 @@ import os
 import torch
 
 from nsa_plugin.core.errors import UnavailableError
+from nsa_plugin.rigs.interpreter import spare_overflow_checks
 
 
 def require(engine: str) -> None:
@@ -33,3 +34,5 @@ def require(engine: str) -> None:
         raise UnavailableError(
             f"--engine {engine} needs {engine} installed: {error}; pip install 'nsa-plugin[{engine}]'"
         ) from error
+    if on_cpu:
+        spare_overflow_checks()

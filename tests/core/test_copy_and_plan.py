@@ -28,6 +28,7 @@ from nsa_plugin import (
 )
 from nsa_plugin.core import api
 from tests.batches import Case, assert_equal_live, cases, interpreted, poisoned
+from tests.examples import examples
 
 
 @settings(max_examples=100)
@@ -64,7 +65,7 @@ def decode(lengths: list[int], width: int = 256, num_steps: int = 1) -> tuple[Ba
     return batch, Geometry(64, 16, width, num_sms=2)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(75))
 @given(interpreted(), st.sampled_from(["copy", "share"]), st.sampled_from(["reference", "triton"]))
 def test_every_consumer_of_a_plan_gets_the_reference(case: Case, strategy: str, impl: str) -> None:
     batch, geometry = case.batch, case.geometry

@@ -21,17 +21,18 @@ from nsa_plugin import (
     StepMetadata,
 )
 from nsa_plugin.core import api
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS
+from nsa_plugin.core.metadata import PLANES, plane
 from tests.batches import Case, interpreted, poisoned
 from tests.core.test_validation import BATCH, GEOMETRY
+from tests.examples import examples
 
 pytest.importorskip("triton")
 
 
 def memory(metadata: PrecomputedMetadata) -> list[torch.Tensor]:
     """Copies of all that lies in the storages of the buffers, gaps and tails too."""
-    planes = [getattr(step, name) for step in metadata.steps for name in (*VECTORS, *TOKENS, *TABLES)]
-    return [plane.new_empty(0).set_(plane.untyped_storage()).clone() for plane in planes if plane is not None]
+    planes = [plane(step, name) for step in metadata.steps for name in PLANES]
+    return [value.new_empty(0).set_(value.untyped_storage()).clone() for value in planes if value is not None]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -48,7 +49,7 @@ def plan(case: Case, out: PrecomputedMetadata, impl: str, enabled: torch.Tensor 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("mode", ForwardMode)
 def test_a_plan_that_is_switched_writes_all_or_nothing(impl: str, mode: ForwardMode) -> None:
-    @settings(max_examples=25 if impl == "reference" else 6)
+    @settings(max_examples=25 if impl == "reference" else examples(12))
     @given(interpreted(modes=(mode,), max_width=200), st.sampled_from([1, 3]), st.booleans())
     def check(case: Case, stride: int, tokens: bool) -> None:
         batch = case.batch

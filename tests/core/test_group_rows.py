@@ -24,6 +24,7 @@ from nsa_plugin import (
 from nsa_plugin.core import api
 from nsa_plugin.core.group_rows import GroupMetadata, GroupRows
 from nsa_plugin.core.triton_binding import GROUP_ROWS_CHUNK as CHUNK
+from tests.examples import examples
 
 pytest.importorskip("triton")
 
@@ -137,7 +138,7 @@ def naive(case: Case, group: GroupRows) -> dict[str, dict[tuple[int, ...], int]]
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_every_plane_is_what_a_loop_says_and_nothing_else_is_written(impl: str) -> None:
-    @settings(max_examples=60 if impl == "reference" else 12, deadline=None)
+    @settings(max_examples=60 if impl == "reference" else examples(30), deadline=None)
     @given(cases())
     def check(case: Case) -> None:
         case.run(impl)
@@ -172,7 +173,7 @@ def test_rows_longer_than_a_chunk_are_shared_by_programs() -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_switched_off_nothing_is_written(impl: str) -> None:
-    @settings(max_examples=10 if impl == "reference" else 4, deadline=None)
+    @settings(max_examples=10 if impl == "reference" else examples(12), deadline=None)
     @given(cases())
     def check(case: Case) -> None:
         enabled, always = torch.zeros(1, dtype=torch.int32), case.poisoned()

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 
 from nsa_plugin import BatchDescriptor, ForwardMode, Geometry, TokenTable, precompute
+from nsa_plugin.core.metadata import plane
+from nsa_plugin.core.pools import POOL_PLANES, POOL_TABLE
 from tests.batches import Case, cases, naive, poisoned
 
 
@@ -39,6 +41,15 @@ def check_against_the_naive_loop(case: Case) -> None:
             for row, live in enumerate(want["page_table_1"]):
                 assert isinstance(live, list)
                 assert step.page_table_1[row, : len(live)].tolist() == live
+        if step.pools is not None:
+            for name in (*POOL_PLANES, POOL_TABLE):
+                values = plane(step, name)
+                assert (values is None) == (name == "pools.accepted" and batch.accepted is None)
+                if values is None:
+                    continue
+                for row, live in enumerate(want[name]):
+                    got = values[row].tolist()
+                    assert (got[: len(live)] if isinstance(live, list) else got) == live, name
 
 
 def test_padded_rows_of_the_static_draft_extend_clamp_at_zero() -> None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from nsa_plugin.core.api import Impl
 from nsa_plugin.core.errors import InvalidTypeError, InvalidValueError
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate
+from nsa_plugin.core.step_update import (
+    DraftRows,
+    IndexerRows,
+    PooledKeys,
+    SlotGroups,
+    StepUpdate,
+    TailRows,
+)
 
 POISON = -77
 REQUESTS = 7
@@ -26,6 +33,7 @@ class Case:
     slots: SlotGroups
     request_maps: list[torch.Tensor]
     indexers: list[IndexerRows]
+    tails: list[TailRows]
 
     def outputs(self) -> list[torch.Tensor]:
         """All that it may write."""
@@ -33,7 +41,8 @@ class Case:
         for indexer in self.indexers:
             planes += [indexer.lengths, *indexer.ones, indexer.table]
             planes += [] if indexer.indices is None else [indexer.indices]
-        return planes
+            planes += [] if indexer.pooled is None else [indexer.pooled.slots]
+        return [*planes, *(tail.slots for tail in self.tails)]
 
     def poisoned(self) -> Case:
         """The same case with outputs of its own, full of a value that none can have."""
@@ -45,15 +54,17 @@ class Case:
             IndexerRows(
                 fresh(old.lengths), tuple(map(fresh, old.ones)), None if old.indices is None else fresh(old.indices),
                 old.source, old.table if old.table is old.source else fresh(old.table),
+                None if old.pooled is None else replace(old.pooled, slots=fresh(old.pooled.slots)),
             )
             for old in self.indexers
         ]  # fmt: skip
         slots = replace(self.slots, slot_mapping=fresh(self.slots.slot_mapping))
-        return Case(self.rows, slots, list(map(fresh, self.request_maps)), indexers)
+        tails = [replace(old, slots=fresh(old.slots)) for old in self.tails]
+        return Case(self.rows, slots, list(map(fresh, self.request_maps)), indexers, tails)
 
     def update(self, impl: Impl) -> StepUpdate:
         """Bound."""
-        return StepUpdate(self.rows, self.slots, self.request_maps, self.indexers, impl=impl)
+        return StepUpdate(self.rows, self.slots, self.request_maps, self.indexers, self.tails, impl=impl)
 
 
 def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -62,7 +73,10 @@ def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """One to three KV-cache groups of any block size, padded rows, requests without blocks, zero to two of each consumer."""
+    """One to three KV-cache groups of any block size, padded rows, requests without blocks, zero to two of each consumer.
+
+    Lengths of an indexer with pooled keys are at the edges of pools and blocks as often as anywhere else.
+    """
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     n = draw(st.integers(1, 6))
     real = draw(st.integers(0, n))
@@ -88,6 +102,16 @@ def cases(draw: st.DrawFn) -> Case:
     indexers = []
     for _ in range(draw(st.integers(0, 2))):
         width = draw(st.sampled_from([1, 40, 1100]))
+        pooled = None
+        if draw(st.booleans()):
+            ratio = draw(st.integers(2, 9))
+            states = draw(st.sampled_from([1, 8, 64]))
+            pooled = PooledKeys(ratio, states, integers(2, 9, n + 1, dtype=torch.int64))
+            edges = [
+                draw(st.sampled_from([0, 1, ratio - 1, ratio, ratio * states, ratio * states + 1])) for _ in range(n)
+            ]
+            rows.seq_lens[:n] = torch.where(torch.rand(n) < 0.5, rows.seq_lens[:n], torch.tensor(edges))
+            width = max(width, -(-(int(rows.seq_lens.max()) + 4) // (ratio * states)))
         source = integers(0, 1 << 20, n + 1, width + 3)[:, :width]
         indexers.append(
             IndexerRows(
@@ -96,9 +120,18 @@ def cases(draw: st.DrawFn) -> Case:
                 integers(2, 9, n) if draw(st.booleans()) else None,
                 source,
                 source if draw(st.booleans()) else integers(0, 9, n, width),
+                pooled,
             )
         )
-    return Case(rows, slots, [integers(0, 9, n + 2) for _ in range(draw(st.integers(0, 2)))], indexers)
+    tails = [
+        TailRows(
+            integers(0, 4, n, 3)[:, : draw(st.integers(1, 3))],
+            draw(st.integers(1, 17)),
+            integers(2, 9, n + 1, dtype=torch.int64),
+        )
+        for _ in range(draw(st.integers(0, 2)))
+    ]
+    return Case(rows, slots, [integers(0, 9, n + 2) for _ in range(draw(st.integers(0, 2)))], indexers, tails)
 
 
 @settings(max_examples=60)
@@ -119,10 +152,26 @@ def test_the_reference_is_what_a_loop_says(case: Case) -> None:
     for request_map in made.request_maps:
         assert request_map.tolist() == [row if row < real else n - 1 for row in range(n)] + [POISON] * 2
     for indexer in made.indexers:
-        assert torch.equal(indexer.lengths, rows.seq_lens[:n])
+        pooled = indexer.pooled
+        ratio = 1 if pooled is None else pooled.ratio
+        assert indexer.lengths.tolist() == [length // ratio for length in rows.seq_lens[:n].tolist()]
+        if pooled is not None:
+            expected = [-1] * n + [POISON]
+            for row in range(min(real, n)):
+                length = int(rows.seq_lens[row])
+                if length and length % ratio == 0 and rows.table_rows[row] >= 0:
+                    block, offset = divmod(length // ratio - 1, pooled.block_states)
+                    expected[row] = int(indexer.source[row, block]) * pooled.block_states + offset
+            assert pooled.slots.tolist() == expected
         assert all(ones.tolist() == [1] * n for ones in indexer.ones)
         assert indexer.indices is None or indexer.indices.tolist() == list(range(n))
         assert torch.equal(indexer.table[:n], indexer.source[:n])
+    for tail in made.tails:
+        expected = [-1] * n + [POISON]
+        for row in range(min(real, n)):
+            if block := int(tail.table[row, 0]):
+                expected[row] = block * tail.ring + int(rows.positions[row]) % tail.ring
+        assert tail.slots.tolist() == expected
 
 
 @settings(max_examples=60)
@@ -157,7 +206,7 @@ def _plain() -> Case:
     vector = torch.zeros(3, dtype=torch.int32)
     rows = DraftRows(2, vector, vector + 1, torch.tensor([0, 1, 2], dtype=torch.int32), vector)
     indexer = IndexerRows(vector[:2].clone(), (vector[:2].clone(),), None, table, torch.zeros(2, 4, dtype=torch.int32))
-    return Case(rows, slots, [vector.clone()], [indexer])
+    return Case(rows, slots, [vector.clone()], [indexer], [TailRows(table, 8, torch.zeros(2, dtype=torch.int64))])
 
 
 @pytest.mark.parametrize(
@@ -194,25 +243,62 @@ def _plain() -> Case:
         ("indexer", "ones", (), r"indexers\[0\].ones: expected one or two tensors, got 0"),
         ("indexer", "table", torch.zeros(1, 4, dtype=torch.int32), r"indexers\[0\].table: expected at least 2 rows"),
         ("indexer", "table", torch.zeros(2, 3, dtype=torch.int32), r"indexers\[0\].source: expected 3 columns"),
+        ("indexer", "pooled", 4, r"indexers\[0\].pooled: expected a PooledKeys"),
+        (
+            "indexer",
+            "pooled",
+            PooledKeys(1, 64, torch.zeros(2, dtype=torch.int64)),
+            "pooled.ratio: expected an int >= 2",
+        ),
+        (
+            "indexer",
+            "pooled",
+            PooledKeys(4, 0, torch.zeros(2, dtype=torch.int64)),
+            "block_states: expected an int >= 1",
+        ),
+        ("indexer", "pooled", PooledKeys(4, 64, torch.zeros(2)), "pooled.slots: expected int64, got float32"),
+        ("tail", "ring", 0, r"tails\[0\].ring: expected an int >= 1"),
+        ("tail", "table", torch.zeros(1, 1, dtype=torch.int32), r"tails\[0\].table: expected at least 2 rows"),
+        ("tail", "slots", torch.zeros(1, dtype=torch.int64), r"tails\[0\].slots: expected at least 2 entries"),
     ],
 )
 def test_what_does_not_fit_is_refused(part: str, field: str, value: Any, message: str) -> None:
     case = _plain()
-    rows, slots, (indexer,) = case.rows, case.slots, case.indexers
+    rows, slots, (indexer,), (tail,) = case.rows, case.slots, case.indexers, case.tails
     if part == "rows":
         rows = replace(rows, **{field: value})
     elif part == "slots":
         slots = replace(slots, **{field: value})
+    elif part == "tail":
+        tail = replace(tail, **{field: value})
     else:
         indexer = replace(indexer, **{field: value})
     with pytest.raises((InvalidTypeError, InvalidValueError), match=message):
-        StepUpdate(rows, slots, case.request_maps, [indexer])
+        StepUpdate(rows, slots, case.request_maps, [indexer], [tail])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_what_is_pooled_is_not_asked_of_others(pooled: bool) -> None:
+    case, asked = _plain(), []
+
+    def bind(*buffers: Any) -> Any:
+        asked.append(buffers)
+        return lambda first: None
+
+    StepUpdate(case.rows, case.slots, case.request_maps, case.indexers, case.tails if pooled else (), bind=bind)
+    assert len(asked) == (not pooled)
+    keys = replace(case.indexers[0], pooled=PooledKeys(4, 64, torch.zeros(2, dtype=torch.int64)))
+    StepUpdate(case.rows, case.slots, case.request_maps, [keys if pooled else case.indexers[0]], bind=bind)
+    assert len(asked) == 2 * (not pooled)
 
 
 @pytest.mark.parametrize(
-    ("maps", "indexers", "first", "later"), [(0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 2, 1), (1, 3, 3, 3)]
+    ("maps", "indexers", "tails", "first", "later"),
+    [(0, 0, 0, 1, 1), (1, 1, 0, 1, 1), (1, 1, 1, 1, 1), (2, 1, 0, 2, 1), (1, 3, 0, 3, 3), (1, 1, 2, 2, 2)],
 )
-def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches(
+    maps: int, indexers: int, tails: int, first: int, later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     from nsa_plugin.core.kernels import step_update as kernels
 
@@ -224,7 +310,9 @@ def test_launches(maps: int, indexers: int, first: int, later: int, monkeypatch:
 
     monkeypatch.setattr(kernels, "step_update_kernel", Kernel())
     case = _plain()
-    update = StepUpdate(case.rows, case.slots, case.request_maps * maps, case.indexers * indexers, impl="triton")
+    update = StepUpdate(
+        case.rows, case.slots, case.request_maps * maps, case.indexers * indexers, case.tails * tails, impl="triton"
+    )
     update.run(first=True)
     assert len(launched) == first and launched[0] == (2 + 1,)  # two rows, and one program that pads the slots
     update.run(first=False)

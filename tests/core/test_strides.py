@@ -21,6 +21,7 @@ from tests.batches import assert_equal_live, poisoned
 pytest.importorskip("triton")
 
 GEOMETRY = Geometry(index_topk=32, page_size=16, table_width=64, num_sms=1)
+POOLED = replace(GEOMETRY, index_kpool=2)
 Stretch = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -84,10 +85,14 @@ def batch(kind: str) -> BatchDescriptor:
     if kind == "tokens":
         return BatchDescriptor(ForwardMode.DECODE, 3, lengths, slots)
     rows = torch.tensor([2, 0, 1], dtype=torch.int32)
+    if kind == "pools":  # one request completes two pools, another none
+        return BatchDescriptor(ForwardMode.DRAFT_EXTEND, 3, lengths, slots, draft_tokens=4, accepted=rows + 1)
     return BatchDescriptor(ForwardMode.DRAFT_EXTEND, 3, lengths, slots, draft_tokens=2, extend_lens=rows)
 
 
 def made(kind: str) -> PrecomputedMetadata:
+    if kind == "pools":
+        return poisoned(batch(kind), POOLED)[0]
     return poisoned(batch(kind), GEOMETRY, tokens=kind != "ragged")[0]
 
 
@@ -97,17 +102,17 @@ def source(kind: str) -> PrecomputedMetadata:
     return out
 
 
-@pytest.mark.parametrize("kind", ["tokens", "blocks", "ragged"])
+@pytest.mark.parametrize("kind", ["tokens", "blocks", "ragged", "pools"])
 def test_the_metadata_kernel_reaches_every_element(kind: str, far: Stretch) -> None:
     want = source(kind)
     for _, out in stretched(lambda: made(kind), far):
-        check_batch(out.batch, GEOMETRY)
-        check_buffers(out, out.batch, GEOMETRY)
+        check_batch(out.batch, out.geometry)
+        check_buffers(out, out.batch, out.geometry)
         api.bind_precompute(out.batch, out, impl="triton")(out.batch)
         assert_equal_live(want, out.steps[0], 0)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "ragged"])
+@pytest.mark.parametrize("kind", ["tokens", "ragged", "pools"])
 def test_the_copy_kernel_reaches_every_element(kind: str, far: Stretch) -> None:
     want = source(kind)
     for _, (origin, target) in stretched(lambda: (source(kind), made(kind).steps[0]), far):

@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsa_plugin import ForwardMode, InvalidTypeError, InvalidValueError, ReplayPlan, fast_copy, precompute
+from nsa_plugin import ForwardMode, InvalidTypeError, InvalidValueError, ReplayPlan, StepMetadata, fast_copy, precompute
 from nsa_plugin.core.api import Impl
 from tests.batches import POISON, Case, assert_equal_live, cases, interpreted, naive, poisoned
+from tests.examples import examples
 
 DECODE = (ForwardMode.DECODE,)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(case=interpreted(modes=DECODE), stride=st.sampled_from([1, 3]))
 def test_they_are_what_a_loop_says_clamped_at_the_tables_width(impl: Impl, case: Case, stride: int) -> None:
     batch, geometry = case.batch, case.geometry
@@ -32,7 +33,7 @@ def test_they_are_what_a_loop_says_clamped_at_the_tables_width(impl: Impl, case:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(case=interpreted(modes=DECODE), mixed=st.booleans())
 def test_they_are_copied_to_the_consumers_that_have_them(impl: Impl, case: Case, mixed: bool) -> None:
     source = precompute(
@@ -51,16 +52,22 @@ def test_they_are_copied_to_the_consumers_that_have_them(impl: Impl, case: Case,
             assert_equal_live(source, replace(step, positions=want.positions, slot_mapping=want.slot_mapping), index)
 
 
+def with_tables_of(first: StepMetadata, step: StepMetadata) -> StepMetadata:
+    pools = step.pools
+    if pools is not None and first.pools is not None:
+        pools = replace(pools, page_table=first.pools.page_table)
+    return replace(step, page_table_1=first.page_table_1, real_page_table=first.real_page_table, pools=pools)
+
+
 @settings(max_examples=10)
 @given(cases(modes=DECODE, max_width=200), st.sampled_from(["copy", "share"]))
 def test_a_plan_fills_them(case: Case, strategy: str) -> None:
     batch, geometry = case.batch, case.geometry
     consumers = [made.steps[0] for made in poisoned(batch, geometry, batch.num_steps, tokens=True)]
     if strategy == "share":  # steps of different lengths have vectors of their own and one page table
-        table = consumers[0]
-        consumers = [
-            replace(step, page_table_1=table.page_table_1, real_page_table=table.real_page_table) for step in consumers
-        ] if len(batch.offsets) > 1 else [table] * batch.num_steps  # fmt: skip
+        first = consumers[0]
+        alike = len(batch.offsets) == 1
+        consumers = [first if alike else with_tables_of(first, step) for step in consumers]
     ReplayPlan(batch, geometry, consumers, strategy=strategy).run(batch)  # type: ignore[arg-type]
     want = precompute(batch, geometry, impl="reference", out=poisoned(batch, geometry, tokens=True)[0])
     for index, step in enumerate(consumers):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from dataclasses import replace
@@ -26,7 +27,8 @@ from nsa_plugin import (
     precompute,
 )
 from nsa_plugin.core.batch import multiprocessors
-from nsa_plugin.core.metadata import TABLES, VECTORS
+from nsa_plugin.core.metadata import TABLES, VECTORS, planes_of
+from nsa_plugin.core.pools import PoolMetadata
 from tests.batches import Case, assert_equal_live, poisoned
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +44,8 @@ def reference(batch: BatchDescriptor, geometry: Geometry) -> PrecomputedMetadata
     else:
         here = BlockTable(slots.block_table.cpu(), slots.block_size)
     extend_lens = None if batch.extend_lens is None else batch.extend_lens.cpu()
-    batch = replace(batch, seq_lens=batch.seq_lens.cpu(), slots=here, extend_lens=extend_lens)
+    accepted = None if batch.accepted is None else batch.accepted.cpu()
+    batch = replace(batch, seq_lens=batch.seq_lens.cpu(), slots=here, extend_lens=extend_lens, accepted=accepted)
     return precompute(batch, geometry, impl="reference")
 
 
@@ -50,6 +53,10 @@ def assert_equals(want: PrecomputedMetadata, step: StepMetadata, index: int = 0)
     """Every live entry of step `index` is the same in `step`, which is on the GPU."""
     fields = {name: getattr(step, name) for name in (*VECTORS, *TABLES)}
     here: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in fields.items()}
+    if step.pools is not None:
+        pools = {field.name: getattr(step.pools, field.name) for field in dataclasses.fields(step.pools)}
+        moved: dict[str, Any] = {name: None if value is None else value.cpu() for name, value in pools.items()}
+        here["pools"] = PoolMetadata(**moved)
     assert_equal_live(want, StepMetadata(**here), index)
 
 
@@ -76,9 +83,17 @@ def random_case(rng: random.Random, width: int, batch_size: int, mode: ForwardMo
         )
     ragged = mode is ForwardMode.DRAFT_EXTEND and rng.random() < 0.5
     extend = torch.randint(0, draft_tokens + 1, (batch_size,), dtype=dtype, device=DEVICE) if ragged else None
-    batch = BatchDescriptor(mode, batch_size, seq_lens, slots, num_steps, offsets, draft_tokens, extend)
+    kpool = rng.choice([1, 2, 4, 8])
+    accepted = None
+    if kpool > 1 and mode is ForwardMode.DRAFT_EXTEND:
+        rows = torch.full_like(seq_lens, draft_tokens) if extend is None else extend
+        accepted = (torch.rand(batch_size, device=DEVICE) * (rows + 1)).to(dtype)
+    batch = BatchDescriptor(
+        mode, batch_size, seq_lens, slots, num_steps, offsets, draft_tokens, extend, accepted=accepted
+    )
     sms = multiprocessors(torch.device(DEVICE))
-    return Case(batch, Geometry(2048, rng.choice([1, 64]), width, num_sms=sms, wide_page_table=rng.random() < 0.8))
+    page = rng.choice([1, 64]) if kpool == 1 else 64
+    return Case(batch, Geometry(2048, page, width, num_sms=sms, wide_page_table=rng.random() < 0.8, index_kpool=kpool))
 
 
 @pytest.mark.parametrize("mode", list(ForwardMode))
@@ -218,3 +233,38 @@ def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
     for size, width in ((1, 4096), (2, 4096), (17, 8192), (128, 2048), (500, 4096)):
         run(size, width)
     assert compiled() == before
+
+
+@pytest.mark.parametrize("mode", list(ForwardMode))
+def test_pooled_index_keys_in_a_captured_graph(mode: ForwardMode) -> None:
+    """Tables of 1,048,576 columns, where offsets of elements pass 2**31; switched on and off on the device."""
+    rng = random.Random(29)
+    width, size, draft_tokens = 1 << 20, 32, 4
+    seq_lens = torch.full((size,), draft_tokens, dtype=torch.int64, device=DEVICE)
+    requests = torch.zeros(size, dtype=torch.int64, device=DEVICE)
+    accepted = torch.ones(size, dtype=torch.int32, device=DEVICE) if mode is ForwardMode.DRAFT_EXTEND else None
+    table = torch.arange(width, dtype=torch.int32, device=DEVICE).repeat(size + 1, 1)
+    table += 256 * torch.arange(size + 1, dtype=torch.int32, device=DEVICE)[:, None]
+    batch = BatchDescriptor(
+        mode, size, seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens, accepted=accepted
+    )
+    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)), index_kpool=4)
+    consumer = poisoned(batch, geometry)[0].steps[0]
+    enabled = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    plan = ReplayPlan(batch, geometry, [consumer], strategy="share", enabled=enabled)
+    plan.run(batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(batch)
+    for on in (True, False, True):
+        enabled.fill_(on)
+        seq_lens.copy_(torch.tensor([rng.randint(draft_tokens, width - draft_tokens) for _ in range(size)]))
+        requests.copy_(torch.randint(0, size + 1, (size,)))
+        if accepted is not None:
+            accepted.copy_(torch.randint(1, draft_tokens + 1, (size,)))
+        before = None if on else [plane.clone() for plane in planes_of(consumer)]
+        graph.replay()
+        if before is None:
+            assert_equals(reference(batch, geometry), consumer)
+        else:
+            assert all(map(torch.equal, before, planes_of(consumer)))

@@ -13,7 +13,7 @@ import torch
 
 from nsa_plugin import ForwardMode, TokenTable, UnavailableError
 from nsa_plugin.bench import run
-from nsa_plugin.bench.cell import recorded_cells
+from nsa_plugin.bench.cell import Cell, recorded_cells
 from nsa_plugin.bench.results import load as load_results
 from nsa_plugin.cli import main
 from nsa_plugin.core import reference
@@ -204,3 +204,21 @@ def test_a_recorded_trace_gives_the_inputs(tmp_path: Path) -> None:
     assert isinstance(table, TokenTable)
     assert (table.lookup(8, 128, 64)[-2:] // 64).tolist() == [[9, 4], [7, 8]]
     assert main([*ONE_CELL, "--trace", str(trace), "--mode", "extend"]) == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--engine", "sglang", "--trace", "some.jsonl"]], ids=str)
+def test_pooled_index_keys_are_sglangs_and_of_random_inputs(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ONE_CELL, "--index-kpool", "4", *more]) != 0
+    assert "--index-kpool: expected 1 without --engine sglang, and with --trace, got 4" in capsys.readouterr().err
+
+
+def test_slots_of_a_cell_are_those_of_whole_pages_of_pools() -> None:
+    cell = Cell(ForwardMode.DRAFT_EXTEND, 2, 300, 4, 500, seed=1, index_kpool=4)
+    for batch in cell.batches(torch.device("cpu")):
+        assert isinstance(batch.slots, TokenTable) and batch.accepted is not None
+        table = batch.slots.req_to_token
+        assert table.shape == (10, 500) and bool((table[:, ::256] % 256 == 0).all())
+        assert bool((table[:, 1:256] == table[:, :1] + torch.arange(1, 256)).all())
+        assert bool((batch.seq_lens >= 4).all()) and 1 <= int(batch.accepted.min()) <= int(batch.accepted.max()) <= 4

@@ -21,6 +21,7 @@ def test_settings_from_the_environment() -> None:
         "NSA_PLUGIN_PLUGINS": "a, b,",
         "NSA_PLUGIN_LOG_LEVEL": "debug",
         "NSA_PLUGIN_VERIFY": "100",
+        "NSA_PLUGIN_VERIFY_MODE": "Before",
         "NSA_PLUGIN_REPRO_DIR": "/tmp/repro",
         "NSA_PLUGIN_METRICS": "Prometheus, nvtx",
         "NSA_PLUGIN_SWITCH_FILE": "/tmp/off",
@@ -29,7 +30,7 @@ def test_settings_from_the_environment() -> None:
     settings = Settings.from_environment(given)
     assert settings == Settings(
         "copy", frozenset({"a", "b"}), logging.DEBUG, 100, Path("/tmp/repro"), "engine",
-        frozenset({"prometheus", "nvtx"}), Path("/tmp/off"),
+        frozenset({"prometheus", "nvtx"}), Path("/tmp/off"), "before",
     )  # fmt: skip
     assert Settings.from_environment({"NSA_PLUGIN_METRICS": "off"}) == Settings()
     rows = {name: (value, source) for name, value, source in settings.rows()}
@@ -46,6 +47,7 @@ def test_settings_from_the_environment() -> None:
         ({"NSA_PLUGIN_REPRO_DIR": "x"}, "NSA_PLUGIN_REPRO_DIR: expected an absolute path, got 'x'; engines change"),
         ({"NSA_PLUGIN_STRATEGY": "Grahp"}, "got 'Grahp'; did you mean graph"),
         ({"NSA_PLUGIN_STEP_LENGTHS": "exakt"}, "got 'exakt'; did you mean exact"),
+        ({"NSA_PLUGIN_VERIFY_MODE": "grahp"}, r"expected auto\|before\|graph, got 'grahp'; did you mean graph"),
         ({"NSA_PLUGIN_VERIFY": "9" * 5000}, "write at most 18 digits"),
         ({"NSA_PLUGIN_VERIFY": "²"}, "expected a whole number"),
         ({"NSA_PLUGIN_STRATAGY": "off"}, "did you mean NSA_PLUGIN_STRATEGY"),

@@ -1,4 +1,7 @@
-"""What differs between sglang's releases stands in one file, each difference marked with a release that is still tested."""
+"""What differs between sglang's releases stands in one file, each difference marked with a release that is still tested.
+
+What only pooled index keys have stands in a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 from nsa_plugin.adapters.sglang import releases
 
 FOLDER = Path(releases.__file__).parent
+FILES = {"releases.py", "pools.py"}
 NO_PART_OF_SGLANG = {"device": "torch's module for one kind of device"}
 """Names of variables in which something else is asked for its attributes."""
 MARK = re.compile(r"\b(since|until) (0\.5\.\d+(?:\.post\d+)?)", re.IGNORECASE)
@@ -48,19 +52,18 @@ def wrong(found: list[tuple[str, str]], tested: tuple[str, ...]) -> list[str]:
     ]
 
 
-def test_nothing_but_the_file_of_releases_asks_what_an_engine_has() -> None:
-    assert list(questions((FOLDER / "releases.py").read_text()))
+def test_nothing_but_the_files_of_releases_asks_what_an_engine_has() -> None:
     asked = {path.name: found for path in FOLDER.glob("*.py") if (found := list(questions(path.read_text())))}
-    assert asked.keys() == {"releases.py"}, asked
+    assert asked.keys() == FILES, asked
 
 
-def test_releases_are_named_in_that_file_only() -> None:
+def test_releases_are_named_in_these_files_only() -> None:
     naming = {path.name for path in FOLDER.glob("*.py") if re.search(r"\b0\.5\.\d+", path.read_text())}
-    assert naming == {"releases.py"}
+    assert naming == FILES
 
 
 def test_every_mark_names_a_tested_release() -> None:
-    found = marks((FOLDER / "releases.py").read_text())
+    found = [mark for name in FILES for mark in marks((FOLDER / name).read_text())]
     assert len(found) > 10 and wrong(found, releases.TESTED) == []
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.verification import SpareBuffers, Verification, shadow
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable
+from nsa_plugin.adapters.verification import Afterwards, SpareBuffers, Verification, moment, shadow, snapshot
+from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.host import Host
 
 SLOTS = TokenTable(torch.zeros((1, 64), dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
@@ -76,3 +76,39 @@ def test_a_shadow_writes_into_what_it_was_given() -> None:
     spare = torch.zeros(2)
     shadow(original, rows=spare).build()
     assert torch.equal(spare, torch.full((2,), 2.0)) and not original.rows.any()
+
+
+def test_a_path_is_verified_as_the_setting_says_or_not_at_all() -> None:
+    assert [moment("auto", *can) for can in (("before", "graph"), ("graph",))] == ["before", "graph"]
+    assert [moment("graph", *can) for can in (("before", "graph"), ("before",))] == ["graph", None]
+    assert [moment("before", *can) for can in (("before", "graph"), ("graph",))] == ["before", None]
+
+
+def test_a_difference_that_was_used_is_reported_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    host, afterwards = Host(), Afterwards(SpareBuffers())
+    found = [(0, {"lengths": torch.ones(2)}, {"lengths": torch.zeros(2)})]
+    checks = verification(host, 1)
+
+    def check() -> None:
+        checks.settle(found, None, lambda: (BATCH, Geometry(8, 16, 64), None))
+
+    afterwards.wait(check)
+    assert host.on
+    for _ in range(2):
+        afterwards.settle()
+        assert not host.on and host.mismatches == {(*LABELS, "lengths"): 1}
+    assert "from the next batch on: this one was computed with the others" in caplog.text
+
+
+@pytest.mark.parametrize("unit", [0, 64])
+def test_a_snapshot_stays_when_the_batch_is_overwritten(unit: int) -> None:
+    table, lengths = torch.arange(512, dtype=torch.int32).view(2, 256), torch.tensor([3, 65])
+    rows = torch.tensor([1, 0])
+    slots = BlockTable(table, unit) if unit else TokenTable(table, rows)
+    batch = BatchDescriptor(ForwardMode.TARGET_VERIFY, 2, lengths, slots, draft_tokens=2)
+    kept = snapshot(batch, Geometry(256, 64, 2048))
+    before = batch.slots.lookup(2, 67).clone()
+    for tensor in (table, lengths, rows):
+        tensor.zero_()
+    assert torch.equal(kept.slots.lookup(2, 67), before) and kept.seq_lens.tolist() == [3, 65]
+    assert kept.slots.width() == 128

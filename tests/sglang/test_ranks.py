@@ -60,7 +60,7 @@ class Rank:
 
         self.rank, self.world, self.lines, self.faults = rank, world, Lines(), Faults()
         logging.getLogger(LOGGER).addHandler(self.lines)
-        dist.init_process_group("gloo", store, timedelta(seconds=60), world, rank)
+        dist.init_process_group("gloo", store, timedelta(seconds=ranks.HUNG), world, rank)
         load_plugins()
         load_plugins()
         host: Any = entry._hosts.get("sglang")
@@ -193,7 +193,7 @@ def two_with_other_settings(rank: int, world: int, store: str) -> dict[str, Any]
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[dict[str, Any]]]:
     """What every rank of every world returned; a world that hangs is killed, and fails."""
-    found: dict[str, list[dict[str, Any]]] = ranks.script("tests.sglang.test_ranks", 400)
+    found: dict[str, list[dict[str, Any]]] = ranks.script("tests.sglang.test_ranks")
     return found
 
 
@@ -270,10 +270,10 @@ def main() -> dict[str, Any]:
 
     from tests.sglang import test_ranks  # importable in a spawned process, as this module is not
 
-    found = {"settings": ranks.run("fork", 2, test_ranks.two_with_other_settings, 90)}
+    found = {"settings": ranks.run("fork", 2, test_ranks.two_with_other_settings)}
     load_plugins()
-    found["fork"] = ranks.run("fork", 4, test_ranks.four_at_once, 120)
-    found["spawn"] = ranks.run("spawn", 2, test_ranks.two_that_fail_in_turn, 150)
+    found["fork"] = ranks.run("fork", 4, test_ranks.four_at_once)
+    found["spawn"] = ranks.run("spawn", 2, test_ranks.two_that_fail_in_turn)
     return found
 
 

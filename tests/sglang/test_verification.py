@@ -311,3 +311,62 @@ def test_a_failed_path_stays_with_sglang_when_the_switch_goes_on(install: Instal
     live = replays("DECODE", CONFIG.width)[0]
     owner.init_forward_metadata_out_graph(kit.replay_view(live))
     assert wrong("DECODE", kit.make_backend(CONFIG, TABLE), live, backends) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "step_lengths", "field", "theirs"),
+    [
+        ("DECODE", "engine", "real_page_table", "real_page_table"),
+        ("DECODE", "exact", "cu_seqlens_k", "cu_seqlens_k"),
+        ("TARGET_VERIFY", "engine", "nsa_cu_seqlens_k", "nsa_cu_seqlens_k"),
+        ("DRAFT_EXTEND_V2", "engine", "page_table_1", "page_table_1"),
+    ],
+)
+@pytest.mark.parametrize("right", [True, False])
+def test_what_a_graph_has_written_is_compared_after_its_replay(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path,
+    mode: str, step_lengths: str, field: str, theirs: str, right: bool,
+) -> None:  # fmt: skip
+    """The strategy stays; a difference is seen when the next batch begins, which has sglang's own values."""
+    caplog.set_level(logging.INFO)
+    planted = Sometimes(99, field)
+    host, _ = install("graph", planted, verify=1, verify_mode="graph", repro_dir=tmp_path, step_lengths=step_lengths)
+    owner, backends = made(mode)
+    static = capture_batch(mode, 4)
+    owner.init_forward_metadata_out_graph(static, in_capture=True)
+    record(owner, static, monkeypatch)
+    planted.left = 99 if right else 1
+    batches = replays(mode, CONFIG.width - CONFIG.draft_tokens)
+    for number, live in enumerate(batches[:4]):
+        for name in ("seq_lens", "req_pool_indices"):
+            getattr(static, name).copy_(getattr(live, name))
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+        assert host.on == (right or number < 2), number
+        owner.init_forward_metadata_in_graph(static)
+        if step_lengths == "engine" and (right or number != 1):
+            assert wrong(mode, kit.make_backend(CONFIG, TABLE), live, backends) == []
+    assert not host.fallbacks and {key[2] for key in host.verifications} == {"graph"}
+    assert host.verifications.total() == (4 if right else 2)
+    assert any("strategy graph" in line for line in caplog.messages)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert bool(errors) == (not right)
+    if not right:
+        assert theirs in {key[3] for key in host.mismatches}
+        assert "from the next batch on: this one was computed with the others" in errors[0]
+        (file,) = tmp_path.iterdir()
+        recorded = repro.load(file)
+        assert torch.equal(recorded.batch.seq_lens, batches[1].seq_lens)
+        assert repro.recompute(recorded, "reference")["engine"] == []
+
+
+def test_a_late_comparison_that_fails_is_a_fall_back(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, _ = install("graph", verify=1, verify_mode="graph")
+    owner, _ = made("DECODE")
+    static = capture_batch("DECODE", 4)
+    owner.init_forward_metadata_out_graph(static, in_capture=True)
+    record(owner, static, monkeypatch)
+    monkeypatch.setattr(preparation, "differing_values", lambda *_: 1 / 0)
+    for live in replays("DECODE", CONFIG.width)[:3]:
+        owner.init_forward_metadata_out_graph(kit.replay_view(live))
+    assert list(host.fallbacks.items()) == [(("sglang", "draft decode", "replay", "graph", "ZeroDivisionError"), 1)]
+    assert host.on and host.verifications.total() == 1

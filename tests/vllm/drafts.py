@@ -14,6 +14,8 @@ from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
 
 Step = dict[str, torch.Tensor]
 LAYOUT, TOKENS = LAYOUTS["bf16"], 3
+SOME = [("bf16", 2), ("bf16", 4), ("fp8 mixed", 3), ("fp8 separate", 2), ("fp8 separate", 8)]
+"""A layout and a number of draft tokens: all of both, from the fewest tokens on. The kit tries more pairs."""
 LARGE = ([100, 107, 126, 65, 700, 64], [1, 0, 2, 2, 0, 1], 1)
 """More requests than were captured."""
 FIRST_IS_REBUILT = not hasattr(pkgutil.resolve_name(releases.speculator()), releases.UPDATE_STEP)

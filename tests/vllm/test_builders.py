@@ -27,7 +27,7 @@ from benchmarks.matrix.builders import BACKENDS, bases, classes, metadata_builde
 from nsa_plugin.adapters.probe import installed_version, missing
 from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
-from nsa_plugin.adapters.vllm.builders import BuilderRow
+from nsa_plugin.adapters.vllm.builder_rows import BuilderRow
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.host import Host
@@ -36,7 +36,8 @@ from nsa_plugin.rigs.vllm.v2_draft import DRAFT, Draft
 from tests.vllm.drafts import POISONED, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
-ROWS = {row.backend: row for row in builders.MORE}
+ROWS = {row.backend: row for row in builders.MORE if row not in builders.SCHEDULED_DENSE}
+"""The others are tried in test_dense.py."""
 
 
 def importable(name: str) -> Any:
@@ -223,7 +224,7 @@ def test_every_row_says_whether_vllm_itself_updates_it_in_place() -> None:
 
 
 def test_every_row_is_served_or_left_alone_for_a_reason() -> None:
-    assert len(builders.ROWS) == len((*builders.ESSENTIAL, *builders.MORE, *builders.LEFT_ALONE))
+    assert len(builders.ROWS) == len((*builders.ESSENTIAL, *builders.MORE, *builders.POOLED, *builders.LEFT_ALONE))
     for row in builders.ROWS.values():
         served = (row.changes != "other", row.fields, row.needs, row.refusals)
         assert all(served) != bool(row.left_alone) and (not row.left_alone or not any((*served, row.keeper))), row
@@ -231,4 +232,4 @@ def test_every_row_is_served_or_left_alone_for_a_reason() -> None:
 
 def test_doctor_names_each_backend_once() -> None:
     named = Counter(name for row in builders.REBUILT for name in row.backends)
-    assert named["FLASHMLA"] and set(named.values()) == {1}
+    assert named["FLASH_ATTN_MLA (XPU)"] and set(named.values()) == {1}

@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from nsa_plugin import entry
 from nsa_plugin import host as host_module
+from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
@@ -312,6 +313,9 @@ def test_the_doctor_lists_both_model_runners_and_what_is_left_alone(
         for row in builders.REBUILT
         for name in row.backends
     }
+    for row in builders.POOLED:  # strategy auto
+        assert paths.pop(f"draft decode with {row.backend}").endswith(f"{UNPROVED})")
+    left |= {f"draft decode with {row.backend}": f"left to the engine ({UNPROVED})" for row in builders.SCHEDULED_DENSE}
     assert paths.pop("launch line").startswith("vllm serve")
     assert paths.pop("draft decode (Model Runner V2)").startswith("strategy graph")
     assert paths.pop(f"{v2_unfused.PATH} (Model Runner V2)").startswith("strategy copy")

@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 
 from nsa_plugin.adapters.vllm import agreement
-from nsa_plugin.adapters.vllm.builders import BuilderRow
+from nsa_plugin.adapters.vllm.builder_rows import BuilderRow
 from tests import ranks
 from tests.vllm.rank import BATCHES, FORWARD, PADDING, TOKENS, Rank
 
@@ -200,7 +200,7 @@ def pipeline(rank: int, world: int, store: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[dict[str, Any]]]:
     """What every rank of every world returned; a world that hangs is killed, and fails."""
-    found: dict[str, list[dict[str, Any]]] = ranks.script("tests.vllm.test_ranks", 590)
+    found: dict[str, list[dict[str, Any]]] = ranks.script("tests.vllm.test_ranks")
     return found
 
 
@@ -333,14 +333,14 @@ def main() -> dict[str, Any]:
     from tests.vllm import test_ranks
 
     return {
-        "absent": ranks.run("fork", 4, test_ranks.without_the_plugin_on_one, 120),
-        "alone": ranks.run("fork", 2, test_ranks.each_for_itself, 90),
-        "data parallel": ranks.run("fork", 2, test_ranks.data_parallel, 90),
-        "verified": ranks.run("fork", 2, test_ranks.verified_on_one, 90),
-        "in turn": ranks.run("fork", 2, test_ranks.in_turn, 120),
-        "nothing to fuse": ranks.run("fork", 2, test_ranks.where_nothing_can_be_fused, 120),
-        "pipeline": ranks.run("fork", 4, test_ranks.pipeline, 120),
-        "spawn": ranks.run("spawn", 2, test_ranks.together, 150),
+        "absent": ranks.run("fork", 4, test_ranks.without_the_plugin_on_one),
+        "alone": ranks.run("fork", 2, test_ranks.each_for_itself),
+        "data parallel": ranks.run("fork", 2, test_ranks.data_parallel),
+        "verified": ranks.run("fork", 2, test_ranks.verified_on_one),
+        "in turn": ranks.run("fork", 2, test_ranks.in_turn),
+        "nothing to fuse": ranks.run("fork", 2, test_ranks.where_nothing_can_be_fused),
+        "pipeline": ranks.run("fork", 4, test_ranks.pipeline),
+        "spawn": ranks.run("spawn", 2, test_ranks.together),
     }
 
 

@@ -20,7 +20,10 @@ from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2 import step as v2_step
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, CPU, Draft, block_tables
+from nsa_plugin.rigs.vllm.v2_target import TargetRunner, hopper
 from tests.vllm.drafts import FIRST_IS_REBUILT, LAYOUT, TOKENS, Step, proposals, unequal
+from tests.vllm.targets import FLAT, refreshed, shipped
+from tests.vllm.targets import unequal as unequal_target
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 pytestmark = pytest.mark.skipif(FIRST_IS_REBUILT, reason="what is emulated is the sleep mode of vLLM 0.32 and later")
@@ -98,6 +101,26 @@ def test_sleeping_and_waking(
     assert torch.equal(draft.tables.slot_mappings, before) and not (cache == 1).any()
     assert unequal(expected, proposals(draft)) == [] and recorded.step is not None
     assert not host.fallbacks
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_refreshed_target_sleeps_and_wakes(install: Install, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    """The buffers that the target's graph reads and writes are at the same addresses: it goes on, without a build."""
+    with hopper():
+        theirs = TargetRunner(FLAT)
+        want = [shipped(theirs, seed, 3) for seed in range(2)]
+        host, _ = install("graph")
+        ours = TargetRunner(FLAT)
+        assert unequal_target(want[0], *refreshed(ours, 0, 3)[1:]) == []
+        held = {tensor.data_ptr(): tensor for tensor in tensors_of(ours.tables, *ours.builders)}
+        memory = Memory(monkeypatch, {"runtime": list(held.values())})
+        before = ours.builders[0].req_id_per_token_buffer.clone()
+        memory.backend.suspend(level)
+        assert not torch.equal(ours.builders[0].req_id_per_token_buffer, before)
+        memory.backend.resume()
+        assert memory.mapped == memory.given_back
+        metadata, *seen = refreshed(ours, 1, 3)
+        assert not metadata.built and unequal_target(want[1], *seen) == [] and not host.fallbacks
 
 
 def test_what_a_runner_makes_with_its_cache_keeps_its_contents_while_asleep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,14 +26,13 @@ from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import ATTENTION, BATCHES, INDEXER, LAYOUTS
 from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, differing, proposals, reference
-from tests.vllm.drafts import assert_same
+from tests.vllm.drafts import SOME, assert_same
 
 Install = Callable[[], Host]
 REQUEST_MAP = "attn.req_id_per_token"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 3, 4, 8])
+@pytest.mark.parametrize(("layout", "tokens"), SOME)
 def test_every_step_equals_a_rebuild(install_v1: Install, family: int, layout: str, tokens: int) -> None:
     draft = V1Draft(*LAYOUTS[layout], tokens)
     want = reference(draft)

@@ -28,9 +28,12 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v1_draft import ALL_BATCHES, V1Draft, proposals, reference
 from nsa_plugin.settings import Settings
-from tests.vllm.drafts import assert_same
+from tests.examples import examples
+from tests.vllm.drafts import SOME, assert_same
 
 TOKENS = 4
+DRAWN = examples(60)
+"""Random drafts."""
 Install = Callable[..., Host]
 
 
@@ -67,8 +70,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 4])
+@pytest.mark.parametrize(("layout", "tokens"), SOME[:-1])
 def test_right_values_pass(install: Install, family: int, layout: str, tokens: int, compared: list[int]) -> None:
     draft = V1Draft(*LAYOUTS[layout], tokens)
     want = reference(draft)
@@ -90,14 +92,14 @@ def test_every_nth_draft_is_verified(install: Install, hopper: None, compared: l
 def test_many_random_drafts(install: Install, hopper: None, compared: list[int]) -> None:
     draft, rng = V1Draft("fp8_ds_mla", 64, TOKENS), random.Random(7)
     batches = []
-    for _ in range(60):
+    for _ in range(DRAWN):
         size = rng.randint(1, 9)
         lengths = [rng.choice([rng.randint(5, 1024), rng.randint(1016, 1024)]) for _ in range(size)]
         batches.append((lengths, [rng.randint(0, TOKENS) for _ in range(size)], rng.randint(1, 900)))
     want = reference(draft, batches)
     host = install(verify=1)
     assert_same(want, proposals(draft, batches))
-    assert len(compared) == 60 * (TOKENS - 1) and not host.mismatches and not host.fallbacks
+    assert len(compared) == DRAWN * (TOKENS - 1) and not host.mismatches and not host.fallbacks
 
 
 def test_a_verification_leaves_the_batch_as_it_is_without(install: Install, hopper: None) -> None:
@@ -177,8 +179,7 @@ def run_with_a_plant(draft: V1Draft, host: Host) -> list[Any]:
     return have
 
 
-@pytest.mark.parametrize("step", range(TOKENS - 1))
-@pytest.mark.parametrize("path", METADATA)
+@pytest.mark.parametrize(("path", "step"), [(path, at % (TOKENS - 1)) for at, path in enumerate(METADATA)])
 def test_a_difference_in_the_metadata(
     install: Install, hopper: None, monkeypatch: pytest.MonkeyPatch, log: Any, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], path: str, step: int,

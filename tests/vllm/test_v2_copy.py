@@ -19,7 +19,7 @@ from nsa_plugin.core import step_update
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.v2_draft import Draft
-from tests.vllm.drafts import LARGE, POISONED, unequal_steps
+from tests.vllm.drafts import LARGE, POISONED, SOME, unequal_steps
 from tests.vllm.test_builders import importable
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -58,8 +58,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[v2_unfused.KeptStep]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 3, 4, 8])
+@pytest.mark.parametrize(("layout", "tokens"), SOME)
 def test_every_step_equals_a_full_rebuild(
     install: Install, hopper: None, runs: list[v2_unfused.KeptStep], layout: str, tokens: int
 ) -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagrap
 from vllm.v1.attention.backends.mla import indexer
 
 from nsa_plugin import repro
+from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.v2.target import refusals
 from nsa_plugin.adapters.vllm.v2.target.refresh import Refresh
@@ -231,3 +232,48 @@ def test_a_tensor_of_the_flag_can_be_written_outside_of_inference_mode(install: 
     assert not torch.is_inference_mode_enabled()
     adapter.undo()
     assert [refresh._is_enabled for refresh in replays(ours).refreshes.values()] == [False, False]
+
+
+def test_the_target_is_left_to_vllm_where_nothing_unverified_may_be_used(
+    install: Install, log: Callable[[int], list[str]]
+) -> None:
+    theirs = TargetRunner(FLAT)
+    host, adapter = install("graph", verify=1, verify_mode="before")
+    ours = TargetRunner(FLAT)
+    metadata, *seen = refreshed(ours, 0, 3)
+    assert type(metadata) is dict and unequal(shipped(theirs, 0, 3), *seen) == []
+    assert not host.verifications and not host.fallbacks
+    why = "NSA_PLUGIN_VERIFY_MODE=before can't be had here"
+    assert any("target verify" in line and why in line for line in log(logging.INFO))
+    plans = {plan.path: plan for plan in adapter.paths(host)}
+    for path in ("target verify", "draft extend"):
+        plan = plans[f"{path} (Model Runner V2)"]
+        assert plan.strategy == "off" and plan.why == why
+    assert plans["draft decode (Model Runner V2)"].strategy == "copy"
+
+
+def test_batches_that_are_handed_to_vllm_are_counted(install: Install) -> None:
+    counts: list[str] = []
+
+    def instrument(report: Any, call: Any, strategy: str, steps: int) -> Any:
+        def counted(argument: Any) -> None:
+            counts.append(strategy)
+            call(argument)
+
+        return counted
+
+    with mock.patch.object(PathReport, "instrument", instrument):
+        host, _ = install("graph")
+        ours = TargetRunner(FLAT)
+        counts.clear()
+        refreshed(ours, 0, 3)
+        host.switch(False, "test")
+        refreshed(ours, 1, 3)
+        host.switch(True, "test")
+        refreshed(ours, 2, 3)
+        for refresh in replays(ours).refreshes.values():
+            refresh.failed = True
+        refreshed(ours, 3, 3)
+        replays(ours).fail()
+        refreshed(ours, 4, 3)
+    assert counts == ["graph", "off", "graph", "off", "off"]

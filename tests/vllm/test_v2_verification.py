@@ -27,12 +27,15 @@ from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES, LAYOUTS
 from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED, Draft
-from tests.vllm.drafts import LARGE, captured
+from tests.examples import examples
+from tests.vllm.drafts import LARGE, SOME, captured
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
 Step = dict[str, torch.Tensor]
 POISON = 3
 LAYOUT, TOKENS = "fp8 separate", 4
+DRAWN = examples(60)
+"""Random drafts."""
 pytestmark = pytest.mark.usefixtures("hopper")
 
 
@@ -85,8 +88,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [2, 4, 8])
+@pytest.mark.parametrize(("layout", "tokens"), SOME)
 def test_right_values_pass(install: Install, layout: str, tokens: int, compared: list[int]) -> None:
     expected = stock(layout, tokens)
     host, _ = install(verify=1)
@@ -121,13 +123,13 @@ def test_every_nth_draft_of_a_size_is_verified(install: Install, compared: list[
 def test_many_random_drafts(install: Install, compared: list[int]) -> None:
     host, _ = install(verify=1)
     draft, rng = captured("fp8 mixed", TOKENS), random.Random(5)
-    for _ in range(60):
+    for _ in range(DRAWN):
         size = rng.randint(1, CAPTURED + 2)
         lengths = [
             rng.choice([rng.randint(5, 1024), rng.randint(1016, 1024), 64 * rng.randint(1, 16)]) for _ in range(size)
         ]
         draft.propose(lengths, [rng.randint(0, 4) for _ in range(size)], rng.randint(1, 200))
-    assert len(compared) == 60 and not host.mismatches and not host.fallbacks
+    assert len(compared) == DRAWN and not host.mismatches and not host.fallbacks
 
 
 def test_captured_copies_read_where_every_later_draft_is_prepared(
@@ -373,3 +375,16 @@ def integers(builder: Any) -> list[torch.Tensor]:
     """What a builder writes metadata into."""
     tensors = [value for value in vars(builder).values() if torch.is_tensor(value)]
     return [value for value in tensors if value.numel() and not value.is_floating_point()]
+
+
+def test_a_fused_draft_keeps_its_graph_unverified_where_only_graphs_may_be_compared(install: Install, log: Any) -> None:
+    expected = stock()
+    host, adapter = install(verify=1, verify_mode="graph")
+    draft = captured(LAYOUT, TOKENS)
+    assert unequal(expected[:3], propose(draft, BATCHES[:1])) == []
+    assert any("not verified: NSA_PLUGIN_VERIFY_MODE=graph can't be had here" in line for line in log(logging.WARNING))
+    assert not host.verifications and not host.fallbacks
+    plans = {plan.path: plan for plan in adapter.paths(host)}
+    assert plans["draft decode (Model Runner V2)"].strategy == "graph"
+    assert "NSA_PLUGIN_VERIFY_MODE=graph can't be had here" in plans["draft decode (Model Runner V2)"].why
+    assert plans["target verify (Model Runner V2)"].strategy == "graph"

@@ -16,7 +16,8 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.builders import PARALLELISM, refusal
+from nsa_plugin.adapters.vllm.builder_rows import refusal
+from nsa_plugin.adapters.vllm.builders import PARALLELISM
 from nsa_plugin.adapters.vllm.reports import logger, report
 from nsa_plugin.adapters.vllm.v1.steps import DraftSteps, keeper_of
 from nsa_plugin.adapters.vllm.v1.verified import watch as v1_watch

@@ -33,7 +33,7 @@ def keeper_of(group: Any) -> tuple[Keeper | None, str]:
     name, row = type(builder).__name__, row_of(builder)
     keeper = row.keeper
     if keeper is None:
-        return None, f"{name}: {row.left_alone or NOT_EXAMINED}"
+        return None, f"{name}: {row.left_alone or row.not_kept or NOT_EXAMINED}"
     if problems := missing(keeper.needs):
         return None, f"{name}: {'; '.join(problems)}"
     if maps_blocks(group):

@@ -15,7 +15,9 @@ from typing import Any
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.builders import row_of
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.updates import PATH, Hooks, Served, served
 
@@ -63,10 +65,15 @@ def _choose(host: Host, speculator: Any) -> None:
         return
     refusals = _refusals(host, ours)
     lacking = [type(other).__name__ for other in builders if served(other) is None and not getattr(other, SAYS)]
-    own = next(filter(None, refusals), "") or (f"{lacking[0]} has no update in place" if lacking else "")
+    lacking = [f"{name} has no update in place" for name in lacking]
+    lacking += [f"{type(each).__name__}: {why}" for each in builders if (why := _stale(host, each))]
+    own = next(filter(None, (*refusals, *lacking)), "")
     off = _switched_off(host)
     problem = ELASTIC if agreement.is_elastic(speculator) else agreement.objection(own or off)
-    v2_switch.chosen(host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off)
+    v2_switch.chosen(
+        host, speculator, fuses=not problem, refused_while_off=bool(off) and problem == off,
+        scheduled=tuple(builder for builder, how in ours if how.row.changes in SCHEDULES),
+    )  # fmt: skip
     for (builder, how), refusal in zip(ours, refusals, strict=True):
         setattr(builder, SAYS, not problem)
         why = refusal or problem
@@ -80,10 +87,17 @@ def _choose(host: Host, speculator: Any) -> None:
 def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
     """For each of these builders why it is left to vLLM, or "". An error is an objection too: no rank waits for this one."""
     try:
-        return [how.row.refused(builder) for builder, how in ours]
+        return [how.row.refused(builder) or how.row.left_by(host, builder) for builder, how in ours]
     except Exception as error:
         report(host, PATH).fell_back("capture", "graph", error)
         return [f"{type(error).__name__}: {error}"] * len(ours)
+
+
+def _stale(host: Host, builder: Any) -> str:
+    """Empty, or that the builder's update is vLLM's own, which is not right, and that this adapter does not take its place."""
+    row = row_of(builder)
+    why = row.stale and (row.refused(builder) or row.left_by(host, builder))
+    return f"{row.stale}; {why}" if why else ""
 
 
 def _switched_off(host: Host) -> str:

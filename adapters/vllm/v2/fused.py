@@ -25,7 +25,7 @@ def hooks(host: Host, owner: type, live: Callable[[], bool]) -> Hooks:
 
     They pass their calls on to the originals when they are not `live`, or the plugin is off.
     """
-    begin, watching = getattr(owner, switch.BEGIN), watch.watch(host, live)
+    begin, watching = switch.planned(host, getattr(owner, switch.BEGIN)), watch.watch(host, live)
     if watching is not None and (problems := missing(releases.WATCH_NEEDS)):
         logger.warning("nsa-plugin: %s: drafts are neither verified nor measured: %s", PATH, "; ".join(problems))
         watching = None

@@ -3,7 +3,8 @@
 `TargetDependentARSpeculator._generate_fused_drafts` (Eagle and MTP) does two things for the metadata at the start of each step:
 `BlockTables.compute_slot_mappings`, and `_update_draft_decode_metadata`, which asks the builder of every attention
 group. Here the first is put off until the second, and the second is one launch of `StepUpdate` for the slots of
-all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule, then the other groups' own updates.
+all KV-cache groups and for the groups that are understood, then DeepGEMM's schedule and the clamp of a plan, then the other
+groups' own updates.
 Whatever is not understood leaves the step as vLLM has it; an error hands the draft, and all later ones, back to vLLM's own
 code.
 
@@ -13,6 +14,8 @@ there one object stands for all groups. The metadata of the first step is rebuil
 
 from __future__ import annotations
 
+import functools
+import pkgutil
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -21,12 +24,15 @@ import torch
 
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.builders import Replaced, changes_of
+from nsa_plugin.adapters.vllm.builder_rows import Replaced
+from nsa_plugin.adapters.vllm.builders import KPOOL_TAIL, TAIL_SLOTS, changes_of, row_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES
+from nsa_plugin.adapters.vllm.v2 import plans
 from nsa_plugin.adapters.vllm.v2 import switch as v2_switch
 from nsa_plugin.adapters.vllm.v2.observed import ObservedDrafts
-from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups
+from nsa_plugin.core.step_update import DraftRows, IndexerRows, PooledKeys, SlotGroups, TailRows
 
 PATH = "draft step"
 GENERATE = "_generate_fused_drafts"
@@ -62,34 +68,41 @@ class Step:
     _first = True
 
     def __init__(self, speculator: Any, metadata: Mapping[str, Any], num_reqs: int, host: Host) -> None:
-        self._schedules: list[Callable[[], None]] = []
-        self._captured: list[tuple[Any, torch.Tensor]] = []
+        self._after: list[Callable[[], None]] = []
+        self._captured: list[tuple[Any, str, Any]] = []
         self.others: list[Any] = []
         self._metadata = metadata
-        request_maps, indexers, understood = [], [], False
+        request_maps, indexers, tails, understood = [], [], [], False
         for group in releases.groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = changes_of(builder, own, num_reqs, self.instead_of)
+            kind = changes_of(builder, own, num_reqs, self.instead_of, host)
             understood |= kind != "other"
-            if kind == "request map":
+            if kind in ("request map", "request map and plan"):
                 request_maps.append(own.req_id_per_token)
+                if kind == "request map and plan":
+                    self._after.append(functools.partial(plans.clamp, builder, own))
+            elif kind == "tail slots":
+                tails.append(_tail_rows(speculator, group, builder, own))
             elif kind == "lengths and schedule":
-                indexers.append(_indexer_rows(own, num_reqs))
-                self._schedules.append(self.schedule(builder, own.decode))
-                self._captured.append((own.decode, own.decode.schedule_metadata))
+                indexers.append(_indexer_rows(builder, own, num_reqs))
+                self._after.append(self.schedule(builder, own.decode))
+                self._captured.append((own.decode, "schedule_metadata", own.decode.schedule_metadata))
+            elif kind in SCHEDULES:
+                self._after.append(functools.partial(SCHEDULES[kind], builder, own.decode))
+                self._captured.append((own.decode, "scheduler_metadata", own.decode.scheduler_metadata))
             elif kind == "other":
                 self.others.append(group)
         if not understood:
             raise Uncovered("no attention group that this update knows")
         buffers = speculator.input_buffers
         rows = DraftRows(num_reqs, buffers.positions, buffers.seq_lens, buffers.query_start_loc, speculator.idx_mapping)
-        self._update = host.step_update(rows, slot_groups(speculator.block_tables), request_maps, indexers)
+        self._update = host.step_update(rows, slot_groups(speculator.block_tables), request_maps, indexers, tails)
 
     def run(self) -> None:
         """Write the metadata of the step that begins now."""
         self._update.run(first=self._first)
         self._first = False
-        for compute in self._schedules:
+        for compute in self._after:
             compute()
         self.run_others()
 
@@ -111,8 +124,8 @@ class Step:
 
     def close(self) -> None:
         """The draft is over: the next one starts with the schedules that were captured, where a rebuild puts its own."""
-        for decode, captured in self._captured:
-            decode.schedule_metadata = captured
+        for decode, name, captured in self._captured:
+            setattr(decode, name, captured)
 
 
 class RunsStep(Protocol):
@@ -255,7 +268,13 @@ def hooks(
             except Exception as error:
                 deferred.give_up()
                 fell_back(error)
-        return update(speculator, attn_metadata, num_reqs, *args, **kwargs)
+        updated = update(speculator, attn_metadata, num_reqs, *args, **kwargs)
+        try:
+            if v2_switch.of(host, speculator).fuses:
+                mend_tails(speculator, attn_metadata, num_reqs)
+        except Exception as error:
+            fell_back(error)
+        return updated
 
     hooked = {} if asks_groups else {UPDATE_STEP: update_draft_decode_metadata}
     return MappingProxyType({GENERATE: generate_fused_drafts, **hooked})
@@ -273,15 +292,36 @@ def slot_groups(tables: Any) -> SlotGroups:
     )
 
 
-def _indexer_rows(metadata: Any, num_reqs: int) -> IndexerRows:
-    decode = metadata.decode
+def _indexer_rows(builder: Any, metadata: Any, num_reqs: int) -> IndexerRows:
+    decode, ratio = metadata.decode, releases.tokens_per_state(builder)
+    states = releases.states_per_block(builder.kv_cache_spec) if ratio > 1 else 0
     return IndexerRows(
         decode.seq_lens.view(-1),
         tuple(getattr(decode, name) for name in releases.ones_of(decode)),
         decode.indices,
         releases.indexer_table(metadata)[:num_reqs],
         decode.block_table,
+        PooledKeys(ratio, states, metadata.slot_mapping) if ratio > 1 else None,
     )
+
+
+def _tail_rows(speculator: Any, group: Any, builder: Any, metadata: Any) -> TailRows:
+    mapped = releases.mapped_table(group)
+    table = speculator.block_tables.input_block_tables[group.kv_cache_group_id] if mapped is None else mapped[0]
+    return TailRows(table, builder.kv_cache_spec.block_size, metadata.slot_mapping)
+
+
+def mend_tails(speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> None:
+    """Compute by vLLM's own code what its updates in place leave stale, in a draft that it fuses because of this adapter."""
+    for group in releases.groups_of(speculator):
+        builder = group.get_metadata_builder()
+        if row_of(builder) is KPOOL_TAIL:
+            tail = _tail_rows(speculator, group, builder, metadata[group.layer_names[0]])
+            buffers, compute = speculator.input_buffers, pkgutil.resolve_name(TAIL_SLOTS.path)
+            compute(
+                tail.slots, tail.table, buffers.query_start_loc[: num_reqs + 1], buffers.positions, num_reqs, num_reqs,
+                tail.ring, out=tail.slots,
+            )  # fmt: skip
 
 
 def as_captured(made: torch.Tensor, decode: Any) -> torch.Tensor:

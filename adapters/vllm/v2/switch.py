@@ -4,6 +4,8 @@ A captured draft computes its metadata at every replay. vLLM never rebuilds the 
 values of its own for it. A draft that is switched off therefore leaves its graph alone and takes `_multi_step_decode`. That
 rebuilds the metadata for each step and runs the model eagerly: slower, and all vLLM's own.
 
+So does a draft after an error in a schedule that this adapter makes in place: its graph holds the schedule of another step.
+
 A rank that shares its draft with others must not leave the graph alone: collectives inside a graph and outside of it do not
 meet. There captured drafts go on until a restart, and `lines` says so.
 """
@@ -18,8 +20,10 @@ from typing import Any
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.probe import Need
+from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import agreement, releases
+from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.v2 import plans
 from nsa_plugin.adapters.vllm.v2 import updates as v2_builder
 
 BEGIN = "_fused_multi_step_decode"
@@ -55,6 +59,8 @@ class FusedDraft:
     switchable : bool
         Whether all its captured drafts read metadata that vLLM's own code can write, too.
     undone : bool
+    scheduled : tuple of AttentionMetadataBuilder
+        Those of its builders whose schedules this adapter makes in place.
     """
 
     host: Host
@@ -64,11 +70,17 @@ class FusedDraft:
     recorded: bool = False
     switchable: bool = False
     undone: bool = False
+    scheduled: tuple[Any, ...] = ()
 
     @property
     def goes_on(self) -> bool:
         """Whether captured drafts go on with this adapter's work, or what it left behind, while it is off."""
         return (self.fuses or self.recorded) and not self.alone and not self.prepared
+
+    @property
+    def stale(self) -> bool:
+        """Whether a schedule in its captured drafts is that of another step, because an update has failed."""
+        return any(v2_builder.stale.get(builder) for builder in self.scheduled)
 
     @property
     def prepared(self) -> bool:
@@ -84,11 +96,13 @@ def builders(speculator: Any) -> list[Any]:
     return [group.get_metadata_builder() for group in releases.groups_of(speculator)]
 
 
-def chosen(host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool) -> None:
+def chosen(
+    host: Host, speculator: Any, *, fuses: bool, refused_while_off: bool, scheduled: tuple[Any, ...] = ()
+) -> None:
     """Remember what a speculator has just chosen."""
     for owner, name in ((speculator, BEGIN), *((builder, v2_builder.METHOD) for builder in builders(speculator))):
         vars(owner).pop(name, None)  # left by an earlier undo
-    drafts.set(speculator, FusedDraft(host, fuses, _alone(speculator), refused_while_off))
+    drafts.set(speculator, FusedDraft(host, fuses, _alone(speculator), refused_while_off, scheduled=scheduled))
 
 
 def of(host: Host, speculator: Any) -> FusedDraft:
@@ -106,13 +120,28 @@ def begin(host: Host, live: Callable[[], bool], original: Callable[..., Any]) ->
     def fused_multi_step_decode(
         speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if live() and not host.on:
+        if live():
             draft = drafts.get(speculator)
-            if draft is not None and _can_leave(draft, batch_desc):
+            if draft is not None and (not host.on or draft.stale) and _can_leave(draft, batch_desc):
                 return unfused(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
         return original(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
 
     return fused_multi_step_decode
+
+
+def planned(host: Host, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, vLLM's `_fused_multi_step_decode`, with the plans that captured drafts need, on or off.
+
+    A vLLM whose method has other parameters has no draft that needs them: see `builders.FLASHINFER_SPARSE_SM90`.
+    """
+    if missing((releases.FUSED_DRAFT,)):
+        return original
+
+    def leave(speculator: Any, error: Exception, *args: Any, **kwargs: Any) -> Any:
+        report(host, PATH).fell_back("replay", "graph", error)
+        return unfused(speculator, *args, **kwargs)
+
+    return plans.around(original, leave)
 
 
 def unfused(speculator: Any, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +189,7 @@ def _after_undo(
 ) -> Any:
     drafted = unfused
     if not _can_leave(draft, batch_desc):
-        drafted = getattr(type(speculator), BEGIN)
+        drafted = planned(draft.host, getattr(type(speculator), BEGIN))
     return drafted(speculator, num_reqs, skip_attn, batch_desc, *args, **kwargs)
 
 

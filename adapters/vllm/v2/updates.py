@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,11 +10,15 @@ from typing import Any
 
 import torch
 
+from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm import releases
-from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE, BuilderRow, Changes
+from nsa_plugin.adapters.vllm.builder_rows import BuilderRow, Changes
+from nsa_plugin.adapters.vllm.builders import FLASHMLA_SPARSE
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.reports import report
+from nsa_plugin.adapters.vllm.schedules import SCHEDULES
+from nsa_plugin.adapters.vllm.v2 import plans
 
 PATH = "draft decode"
 METHOD = "update_draft_decode_metadata"
@@ -39,6 +44,8 @@ class Served:
 
 
 _served: dict[type, Served] = {}
+stale: Attached[bool] = Attached("stale")
+"""Builders whose update has failed: what captured drafts read of theirs is that of another step."""
 
 
 def has_own(owner: type) -> bool:
@@ -57,7 +64,10 @@ def hooks(row: BuilderRow, host: Host, owner: type, live: Callable[[], bool]) ->
     if row.changes is None:
         raise ValueError(f"{row.builder}: expected a row that says what changes, got one that is left to vLLM")
     _served[owner] = Served(row, PATH if row is FLASHMLA_SPARSE else f"{PATH}, {row.backend}", live)
-    return MappingProxyType({METHOD: UPDATES[row.changes](host)})
+    update = UPDATES[row.changes](host)
+    # The function itself is in it: functools.wraps copies attributes to wrappers, which may do more.
+    update.understood = (row.changes, update)  # type: ignore[attr-defined]
+    return MappingProxyType({METHOD: update})
 
 
 def _update_request_map(host: Host) -> Callable[..., None]:
@@ -79,8 +89,18 @@ def _update_request_map(host: Host) -> Callable[..., None]:
                 report(host, PATH).fell_back("capture", "graph", error)
         request_map(metadata.query_start_loc, metadata.req_id_per_token, tokens)
 
-    # The function itself, not True: functools.wraps copies attributes to wrappers, which may do more.
-    update_draft_decode_metadata.only_the_request_map = update_draft_decode_metadata  # type: ignore[attr-defined]
+    return update_draft_decode_metadata
+
+
+def _update_map_and_plan(host: Host) -> Callable[..., None]:
+    update_map = _update_request_map(host)
+
+    def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
+        """Recompute the request map of captured decode metadata in place, and clamp the plan; capture-safe."""
+        if metadata.num_decode_tokens:
+            update_map(builder, metadata)
+            plans.clamp(builder, metadata)
+
     return update_draft_decode_metadata
 
 
@@ -105,6 +125,20 @@ def update_nothing(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> No
     """All that changes from step to step are values in the runner's own buffers, of which the metadata has views."""
 
 
+def _update_schedule(host: Host, make: Callable[[Any, Any], None]) -> Callable[..., None]:
+    def update_draft_decode_metadata(builder: Any, metadata: Any, *args: Any, **kwargs: Any) -> None:
+        """Make the schedule of captured decode metadata anew; capture-safe. After an error vLLM drafts unfused: see `switch`."""
+        if metadata.decode is None:
+            return
+        try:
+            make(builder, metadata.decode)
+        except Exception as error:
+            stale.set(builder, True)
+            report(host, PATH).fell_back("capture", "graph", error)
+
+    return update_draft_decode_metadata
+
+
 def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -> None:
     """The request map in plain torch: the request of each of the first `tokens` tokens, into `out` [>= tokens].
 
@@ -117,7 +151,10 @@ def request_map(query_start_loc: torch.Tensor, out: torch.Tensor, tokens: int) -
 
 UPDATES: dict[Changes, Callable[[Host], Callable[..., None]]] = {
     "request map": _update_request_map,
+    "request map and plan": _update_map_and_plan,
     "lengths and schedule": lambda host: update_indexer,
+    "FlashAttention schedule": functools.partial(_update_schedule, make=SCHEDULES["FlashAttention schedule"]),
+    "FlashMLA schedule": functools.partial(_update_schedule, make=SCHEDULES["FlashMLA schedule"]),
     "nothing": lambda host: update_nothing,
 }
 """By what changes: what makes the update in place. The updates ignore what a later vLLM passes besides the metadata."""

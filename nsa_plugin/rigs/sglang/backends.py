@@ -24,6 +24,7 @@ import torch
 from nsa_plugin.adapters.sglang import compare, own_path
 from nsa_plugin.adapters.sglang.compare import differences as differences
 from nsa_plugin.adapters.sglang.describe import describe, geometry
+from nsa_plugin.adapters.sglang.pools import INDEX_MODULE, PLAN_MODULE
 from nsa_plugin.adapters.sglang.releases import GENERATIONS, NSA, generation
 from nsa_plugin.core.batch import ForwardMode
 
@@ -35,7 +36,8 @@ class Config:
     Attributes
     ----------
     width : columns of req_to_token; max_requests : its rows; max_batch_size : of CUDA-graph buffers;
-    draft_tokens, index_topk, page_size : as in the model; decode_impl : sglang's decode kernel choice.
+    draft_tokens, index_topk, page_size, index_kpool : as in the model; decode_impl : sglang's decode kernel choice;
+    heads : of queries.
     """
 
     width: int = 1024
@@ -45,14 +47,21 @@ class Config:
     index_topk: int = 256
     page_size: int = 64
     decode_impl: str = "fa3"
+    index_kpool: int = 1
+    heads: int = 64
+
+    @property
+    def allocated(self) -> int:
+        """Tokens per page of the allocator: those of a page of pooled index keys."""
+        return self.page_size * self.index_kpool
 
 
 def req_to_token(config: Config, device: torch.device, seed: int = 0) -> torch.Tensor:
     """Slots as sglang's paged allocator hands them out: shuffled pages, contiguous within a page."""
     generator = torch.Generator().manual_seed(seed)
-    pages_per_request = -(-config.width // config.page_size)
+    pages_per_request = -(-config.width // config.allocated)
     pages = torch.randperm(config.max_requests * pages_per_request, generator=generator)
-    slots = pages.view(config.max_requests, -1, 1) * config.page_size + torch.arange(config.page_size)
+    slots = pages.view(config.max_requests, -1, 1) * config.allocated + torch.arange(config.allocated)
     return slots.reshape(config.max_requests, -1)[:, : config.width].to(torch.int32).contiguous().to(device)
 
 
@@ -85,9 +94,9 @@ def _bare_backend(config: Config, table: torch.Tensor, step: int, num_steps: int
     of = generation().of
     backend: Any = object.__new__(pkgutil.resolve_name(generation().backend))
     vars(backend).update(
-        device=device, device_sm_major=sm, num_q_heads=64, num_dcp_q_heads=64, flashmla_kv_num_q_heads=64,
+        device=device, device_sm_major=sm, num_q_heads=config.heads, num_dcp_q_heads=64, flashmla_kv_num_q_heads=64,
         physical_page_size=config.page_size, real_page_size=config.page_size, max_context_len=config.width,
-        dsa_index_kpool=1,
+        dsa_index_kpool=config.index_kpool,
         speculative_num_draft_tokens=config.draft_tokens, speculative_num_steps=num_steps, speculative_step_id=step, topk=1,
         use_mha=False, use_fused_topk=True, hisparse_coordinator=None, enable_auto_select_prefill_impl=False,
         token_to_kv_pool=SimpleNamespace(index_page_size=64, dtype=torch.float8_e4m3fn),
@@ -244,6 +253,9 @@ STAND_INS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
     (BACKENDS[:1], "deep_gemm", types.SimpleNamespace(**DEEP_GEMM)),
     ((f"{ATTENTION}.dsa.dsa_metadata_manager",), "is_cuda", lambda: True),
     ((f"{ATTENTION}.dsa.dsa_backend_mtp_precompute",), "_is_cuda", True),
+    ((PLAN_MODULE,), "is_cuda", lambda: True),
+    ((PLAN_MODULE,), "_get_deep_gemm", lambda: types.SimpleNamespace(**DEEP_GEMM)),
+    ((INDEX_MODULE,), "_is_cuda", True),
 )  # fmt: skip
 """Modules in which something is looked for, newest release first; its name there; what stands in for it."""
 

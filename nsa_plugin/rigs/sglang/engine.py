@@ -20,26 +20,30 @@ import torch
 
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.sglang import hooked, refusals, releases, reports
+from nsa_plugin.adapters.sglang.pools import foreign_formulas
 from nsa_plugin.rigs.sglang import backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
 
 LENGTHS: dict[int, list[tuple[list[int], list[int]]]] = {
     4: [
-        ([63, 64, 65, 600], [3, 1, 0, 6]),
-        ([1020, 20, 257, 900], [2, 5, 7, 8]),
+        ([63, 64, 65, 300], [3, 1, 0, 6]),
+        ([380, 20, 257, 340], [2, 5, 7, 8]),
         ([5, 7, 2, 1], [9, 1, 2, 3]),
-        ([300, 511, 1, 1], [4, 2, 0, 0]),
+        ([130, 255, 1, 1], [4, 2, 0, 0]),
         ([1, 1, 1, 1], [0, 0, 0, 0]),
     ],
-    2: [([5, 600], [4, 2])],
-    1: [([800], [2]), ([9], [3])],
+    2: [([5, 300], [4, 2])],
+    1: [([350], [2]), ([9], [3])],
 }
 """By captured size, lengths and rows of the token table: page edges, the longest, a shrinking one, one padded by two
 requests (length 1, row 0, as sglang's runners pad), and an idle one, which is all padding."""
 DRAFT = ("decode", "padded rows", "idle batch", "int64 lengths")
-STANDARD = backends.Config()
-FLASHMLA = backends.Config(decode_impl="flashmla_kv")
-SMALL_PAGES = backends.Config(page_size=1)
+STANDARD = backends.Config(width=384)
+"""As wide as three blocks of sglang's kernels: an interpreter runs their programs one by one."""
+FLASHMLA = replace(STANDARD, decode_impl="flashmla_kv")
+SMALL_PAGES = replace(STANDARD, page_size=1)
+POOLED = replace(STANDARD, index_kpool=4)
+POOLED_KEYS = ", pooled index keys"
 SHIPPED_DEFECTS = frozenset({"paged_mqa_schedule_metadata", "topk_v2_plan"})
 """What sglang's own multi-step code leaves stale in the first three of more than two draft backends."""
 
@@ -61,9 +65,17 @@ class SglangCase(Case):
     spare: int = 0
 
     @property
+    def column(self) -> str:
+        """What the release matrix has it under."""
+        return self.path if self.config.index_kpool == 1 else "pooled index keys"
+
+    @property
     def batches(self) -> list[tuple[list[int], list[int]]]:
-        """Lengths and rows of each round."""
-        return [batch for size in self.sizes for batch in LENGTHS[size]]
+        """Lengths and rows of each round. With pooled index keys sglang extends no request by more tokens than it has."""
+        found = [batch for size in self.sizes for batch in LENGTHS[size]]
+        if self.config.index_kpool == 1 or self.mode != "DRAFT_EXTEND_V2":
+            return found
+        return [([max(length, self.config.draft_tokens) for length in lengths], rows) for lengths, rows in found]
 
 
 def draft(num_steps: int, *covers: str, name: str = "", sizes: tuple[int, ...] = (4,), **fields: Any) -> SglangCase:
@@ -71,8 +83,8 @@ def draft(num_steps: int, *covers: str, name: str = "", sizes: tuple[int, ...] =
     rounds = sum(len(LENGTHS[size]) for size in sizes)
     return SglangCase(
         f"{num_steps} speculative steps{name}", "draft decode", rounds, frozenset({*DRAFT, *covers}),
-        SHIPPED_DEFECTS if num_steps > 3 else frozenset(), frozenset({"share", "copy"}), "DECODE", num_steps, sizes=sizes,
-        **fields,
+        frozenset() if num_steps < 4 or fields.get("config") is POOLED else SHIPPED_DEFECTS, frozenset({"share", "copy"}),
+        "DECODE", num_steps, sizes=sizes, **fields,
     )  # fmt: skip
 
 
@@ -101,6 +113,9 @@ CASES = (
     draft(4, "int32 lengths", name=", int32, longer buffers", lengths=torch.int32, captured=torch.int32, spare=3),
     draft(4, name=", captured with int32", captured=torch.int32),
     draft(4, name=", page size 1", config=SMALL_PAGES),
+    draft(4, name=POOLED_KEYS, config=POOLED),
+    single("TARGET_VERIFY", name=POOLED_KEYS, config=POOLED),
+    single("DRAFT_EXTEND_V2", name=POOLED_KEYS, config=POOLED),
     draft(
         4,
         name=", page size 1, int32, longer buffers",
@@ -175,6 +190,8 @@ class SglangSession(Session):
         static = self._static[self._batch.batch_size]
         static.seq_lens.copy_(self._batch.seq_lens[: self._batch.batch_size])
         static.req_pool_indices.copy_(self._batch.req_pool_indices[: self._batch.batch_size])
+        if self._batch.spec_info is not None:
+            static.spec_info.num_accept_tokens.copy_(self._batch.spec_info.num_accept_tokens)
         self._preparations[round]()
 
     def read(self) -> list[Values]:
@@ -192,7 +209,7 @@ class SglangSession(Session):
     def buffers(self) -> list[Values]:
         """All tensors of the metadata that was captured."""
         return [
-            {name: value for name, value in vars(metadata).items() if isinstance(value, torch.Tensor)}
+            {name: value for name, value in _members(metadata).items() if isinstance(value, torch.Tensor)}
             for captured in self._captured.values()
             for metadata in captured
         ]
@@ -208,13 +225,29 @@ def make_batch(case: SglangCase, lengths: list[int], rows: list[int], device: to
         size * (1 if case.mode == "DECODE" else case.config.draft_tokens),
     )
     batch.batch_size = size
+    if case.config.index_kpool > 1 and case.mode == "DRAFT_EXTEND_V2":
+        batch.spec_info = accepted(lengths, case.config, device)
     return batch
 
 
+def accepted(lengths: Sequence[int], config: backends.Config, device: torch.device) -> SimpleNamespace:
+    """The `spec_info` of a draft extend: of each request some of the drafts were accepted, one at least."""
+    counts = [1 + length * 7 % config.draft_tokens for length in lengths]
+    return SimpleNamespace(num_accept_tokens=torch.tensor(counts, dtype=torch.int32, device=device))
+
+
+def _members(metadata: Any) -> dict[str, Any]:
+    """The fields of a `DSAMetadata`, and those of its plan of writes with pooled index keys."""
+    return {**vars(metadata), **vars(getattr(metadata, "kpool_write_plan", None) or SimpleNamespace())}
+
+
 def read_values(case: SglangCase, metadata: Any, backend: Any, batch: Any) -> Values:
-    """What kernels read: in a draft not the wide page table (tests/sglang/test_wide_table.py), unless it is the only one."""
+    """What kernels read: in a draft not the wide page table (tests/sglang/test_wide_table.py), unless it is the only one.
+
+    With pooled index keys the top-k reads it.
+    """
     values = backends.defined_values(metadata, backend, batch, reports.MODES[case.mode])
-    if case.mode == "DECODE" and case.config.page_size > 1:
+    if case.mode == "DECODE" and case.config.page_size > 1 and case.config.index_kpool == 1:
         values.pop("page_table_1", None)
     return values
 
@@ -246,6 +279,10 @@ class SglangEngine(Engine):
         if problem := releases.lacking("draft extend"):  # before 0.5.15
             self._cases = [case for case in cases if case.mode != "DRAFT_EXTEND_V2"]
             self.never = {**self.never, "draft extend": problem}
+        self.left_out: dict[str, str] = {}
+        if problem := foreign_formulas(POOLED.index_kpool):  # before 0.5.22
+            self.left_out["pooled index keys"] = problem
+            self._cases = [case for case in self._cases if case.config.index_kpool == 1]
         forward_batch = pkgutil.resolve_name("sglang.srt.model_executor.forward_batch_info.ForwardBatch")
         self.batch_types = (forward_batch, SimpleNamespace)
 
@@ -271,6 +308,7 @@ class SglangEngine(Engine):
                 batch.req_pool_indices[: len(lengths)],
                 batch.input_ids.numel(),
             )
+            exact.spec_info = batch.spec_info
             metadata = backends.engine_metadata(backend, exact, case.mode)
             rounds.append([read_values(case, metadata, backend, exact)] * consumers)
         return rounds

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 
 from nsa_plugin.adapters.vllm.v2.updates import METHOD
+from nsa_plugin.rigs.models import TINY_DSV3, TINY_DSV32
 from nsa_plugin.rigs.vllm.drafts import ATTENTION, BLOCK_SIZE, INDEXER, tiny_config
 from nsa_plugin.rigs.vllm.stand_ins import without_compiled_flashmla
 
@@ -44,6 +46,19 @@ DRAFT = (ATTENTION, INDEXER)
 
 
 @dataclass(frozen=True)
+class Model:
+    """A tiny model with MTP: its configuration, and the attention layers of the target and of the draft model."""
+
+    config: Path
+    target: tuple[str, ...] = TARGET
+    draft: tuple[str, ...] = DRAFT
+
+
+DSA = Model(TINY_DSV32)
+DENSE = Model(TINY_DSV3, TARGET[:1], DRAFT[:1])
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Where a draft runs, and how large it may be."""
 
@@ -52,6 +67,7 @@ class Sizes:
     model_len: int = 1024
     requests: int = 16
     tokens: int = 256
+    block: int = BLOCK_SIZE
 
 
 class HostBuffer:
@@ -213,7 +229,12 @@ class Graphs:
 
 
 class Draft:
-    """A speculator over a tiny DeepSeek-V3.2 with MTP.
+    """A speculator over a tiny DeepSeek with MTP.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Attention layers of the draft model; where a class has none, those of `kind`.
 
     Parameters
     ----------
@@ -221,9 +242,13 @@ class Draft:
     tokens : speculative tokens
     sizes : Sizes
     model : stand-in for the draft model
-    attention : backend of the draft's attention layer; its tokens before the first draft step stay with FlashMLA-sparse
+    attention : backend of the draft's attention layer; with a DSA model the tokens before the first draft step stay with
+        FlashMLA-sparse. With None all layers keep the backends of `lay_out`
     graphs : stand-in for the decode CUDA-graph manager
+    kind : DSA or DENSE
     """
+
+    layers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -234,6 +259,7 @@ class Draft:
         model: type[DraftModel] = DraftModel,
         graphs: type[Graphs] = Graphs,
         attention: Any = flashmla_sparse.FlashMLASparseBackend,
+        kind: Model = DSA,
     ) -> None:
         on_cpu = sizes.device.type == "cpu"
         if on_cpu:
@@ -241,7 +267,7 @@ class Draft:
         if on_cpu and cache_dtype != "auto":
             without_compiled_flashmla()
         self.config = tiny_config(
-            cache_dtype, heads, tokens,
+            cache_dtype, heads, tokens, model=str(kind.config), block_size=sizes.block,
             max_model_len=sizes.model_len, max_num_seqs=sizes.requests, max_num_batched_tokens=sizes.tokens,
         )  # fmt: skip
         self.tokens, self.sizes, device = tokens, sizes, sizes.device
@@ -249,33 +275,48 @@ class Draft:
             if not model_parallel_is_initialized():
                 init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
                 ensure_model_parallel_initialized(1, 1)
-            specs = [
-                MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
-                MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=132, dtype=torch.uint8),
-            ]
-            backends = (flashmla_sparse.FlashMLASparseBackend, indexer.DeepseekV32IndexerBackend)
             layers = self.config.compilation_config.static_forward_context
-            for names in (TARGET, DRAFT):
-                for name, backend, spec in zip(names, backends, specs, strict=True):
-                    layers[name] = Layer(backend, spec)
-            every = [*TARGET, *DRAFT]
-            group = UniformTypeKVCacheSpecs(
-                block_size=BLOCK_SIZE, kv_cache_specs={name: layers[name]._spec for name in every}
-            )
-            self.cache = KVCacheConfig(
-                num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)]
-            )
+            self.kind, self.attention, self.layers = kind, attention, self.layers or kind.draft
+            self.cache = self.lay_out(layers)
             self.speculator = Speculator(self.config, device)
             self.speculator.model = self.model = model()
-            self.speculator.draft_attn_layer_names = set(DRAFT)
+            self.speculator.draft_attn_layer_names = set(self.layers)
             self.groups, _, _ = init_attn_backend(self.cache, self.config, device)
-            layers[DRAFT[0]]._backend = attention
-            self.tables = block_tables(BLOCK_SIZE, sizes.requests, sizes.tokens, sizes.model_len // BLOCK_SIZE, device)
+            if attention is not None:
+                layers[self.layers[0]]._backend = attention
+            self.tables = self.make_tables()
             self.buffers = InputBuffers(sizes.requests, sizes.tokens, device)
             self.speculator.set_attn(None, self.cache, self.tables, self.buffers, self.groups)
             self.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
             self.graphs: Any = graphs(self)
             self.speculator.decode_cudagraph_manager = self.graphs
+
+    def lay_out(self, layers: dict[str, Any]) -> KVCacheConfig:
+        """Put the attention layers of target and draft into `layers`; returns their KV cache: one group."""
+        kind, block = self.kind, self.sizes.block
+        specs = [
+            MLAAttentionSpec(block_size=block, num_kv_heads=1, head_size=576, dtype=torch.bfloat16),
+            MLAAttentionSpec(block_size=block, num_kv_heads=1, head_size=132, dtype=torch.uint8),
+        ]
+        first = flashmla_sparse.FlashMLASparseBackend if kind is DSA else self.attention
+        backends = (first, indexer.DeepseekV32IndexerBackend)
+        for names in (kind.target, kind.draft):
+            for name, backend, spec in zip(names, backends, specs, strict=False):
+                layers[name] = Layer(backend, spec)
+        every = [*kind.target, *kind.draft]
+        group = UniformTypeKVCacheSpecs(block_size=block, kv_cache_specs={name: layers[name]._spec for name in every})
+        return KVCacheConfig(num_blocks=512, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(every, group)])
+
+    def make_tables(self) -> BlockTables:
+        """vLLM's block tables for that cache."""
+        sizes = self.sizes
+        return block_tables(sizes.block, sizes.requests, sizes.tokens, sizes.model_len // sizes.block, sizes.device)
+
+    def block_ids(self, request: int, first_block: int) -> tuple[list[int], ...]:
+        """The blocks of a request, for each KV-cache group."""
+        blocks = 16 * BLOCK_SIZE // self.sizes.block
+        first = first_block + request * blocks
+        return ([*range(first, first + blocks)],)
 
     @property
     def fused(self) -> bool:
@@ -309,7 +350,7 @@ class Draft:
         """Draft for a batch whose target forward has run; what each draft decode step saw, real rows only."""
         size, width = len(lengths), self.tokens + 1
         for request in range(size):
-            self.tables.append_block_ids(request, ([first_block + request * 16 + block for block in range(16)],), True)
+            self.tables.append_block_ids(request, self.block_ids(request, first_block), True)
         self.tables.apply_staged_writes()
         batch = InputBatch.make_dummy(size, size * width, self.buffers, max_query_len=width)
         if hasattr(batch, "is_padding") and batch.is_padding is not None:
@@ -318,13 +359,13 @@ class Draft:
         self.buffers.seq_lens[:size] = seq_lens
         self.buffers.positions[: size * width] = torch.cat([torch.arange(length - width, length) for length in lengths])
         batch.seq_lens_cpu_upper_bound = seq_lens.clone()
-        blocks = self.tables.gather_block_tables(batch.idx_mapping, num_reqs_padded=size)
+        gathered = self.tables.gather_block_tables(batch.idx_mapping, num_reqs_padded=size)
         slots = self.tables.compute_slot_mappings(
             batch.idx_mapping, batch.query_start_loc, batch.positions, size * width
         )
         metadata = build_attn_metadata(
             self.groups, size, size * width, batch.query_start_loc, torch.from_numpy(batch.query_start_loc_np), width,
-            batch.seq_lens, max(lengths), blocks, slots, self.cache,
+            batch.seq_lens, max(lengths), gathered, slots, self.cache,
             seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound, positions=batch.positions,
             is_prefilling=torch.zeros(size, dtype=torch.bool),
         )  # fmt: skip

@@ -37,17 +37,28 @@ CASES = tuple(draft(layout, tokens) for tokens in (3, 2, 4, 8) for layout in LAY
 class V2Session(Session):
     """A speculator that has captured its draft."""
 
+    poisoned: tuple[str, ...] = ("req_id_per_token_buffer",)
+
     def __init__(self, case: VllmCase) -> None:
-        self.draft = Draft(*LAYOUTS[case.layout], case.tokens)
+        self.draft = self.make(case)
         self.draft.keep_methods(v2_step.GENERATE, v2_step.UPDATE_STEP)
         self._tokens = case.tokens
         self._seen: list[Values] = []
 
+    def make(self, case: VllmCase) -> Draft:
+        """The speculator of a case."""
+        return Draft(*LAYOUTS[case.layout], case.tokens)
+
+    def poison(self) -> None:
+        """Fill what nobody may read unwritten."""
+        for builder in self.draft.builders:
+            for name in self.poisoned:
+                if hasattr(builder, name):
+                    getattr(builder, name).fill_(POISON)
+
     def prepare(self, round: int) -> None:
         """Run the whole draft: vLLM has no place between preparing and replaying. What nobody updates is poison."""
-        for builder in self.draft.builders:
-            if hasattr(builder, "req_id_per_token_buffer"):
-                builder.req_id_per_token_buffer.fill_(POISON)
+        self.poison()
         lengths, rejected, first_block = BATCHES[round]
         self._seen = list(self.draft.propose(lengths, [min(count, self._tokens) for count in rejected], first_block))
 
@@ -72,6 +83,7 @@ class V2Engine(VllmEngine):
 
     strategies: tuple[Strategy, ...] = ("graph",)
     tried = CASES
+    session: ClassVar[type[V2Session]] = V2Session
     batch_types = (DraftBatch,)
     never_of_runner: ClassVar[Mapping[str, str]] = {
         "target verify": "the target has cases of its own: `v2_target_engine`",
@@ -85,17 +97,17 @@ class V2Engine(VllmEngine):
     def expected(self, case: Case) -> list[list[Values]]:
         """vLLM's own rebuild of every group's metadata at every step."""
         assert isinstance(case, VllmCase)
-        session, rounds = V2Session(case), []
+        session, rounds = self.start(case), []
         assert not session.draft.fused, "this vLLM does not rebuild: no reference"
         for round in range(case.rounds):
             session.prepare(round)
             rounds.append(session.read())
         return rounds
 
-    def start(self, case: Case) -> Session:
+    def start(self, case: Case) -> V2Session:
         """A speculator whose draft is captured."""
         assert isinstance(case, VllmCase)
-        return V2Session(case)
+        return self.session(case)
 
     @contextlib.contextmanager
     def plant(self, working: int) -> Iterator[Fault]:

@@ -131,7 +131,7 @@ class Target:
             self._captured_off = True
             return None
         try:
-            if problem := refusals.uncovered(manager.vllm_config, noted.state):
+            if problem := refusals.unverified(self._host) or refusals.uncovered(manager.vllm_config, noted.state):
                 raise Uncovered(problem)
             refresh = Refresh(self._host, self._report, noted.batch, noted.frozen)
         except Uncovered as reason:
@@ -192,10 +192,10 @@ class Target:
                 return metadata
             manager = self._managers.get(state)
             replays = None if manager is None else self._replays.get(manager())
-            if replays is None or cudagraph_mode.name != "FULL" or not self._host.on:
+            if replays is None or cudagraph_mode.name != "FULL":
                 return build()
-            if not replays.may_serve(input_batch, attn_groups):
-                return build()
+            if not self._host.on or not replays.may_serve(input_batch, attn_groups):
+                return replays.natively(input_batch, build)
             replays.late = LateBatch(build, input_batch, block_tables)
             return replays.late
 

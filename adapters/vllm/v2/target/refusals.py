@@ -5,7 +5,15 @@ from __future__ import annotations
 import pkgutil
 from typing import Any
 
+from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.verification import moment, refusal
+
 STATE = "vllm.v1.worker.gpu.model_states.default.DefaultModelState"
+
+
+def unverified(host: Host) -> str:
+    """Empty, or why no unverified value may be used here: what a graph computes can't be repaired before it is read."""
+    return refusal(host.verify_mode) if host.verify and moment(host.verify_mode, "graph") is None else ""
 
 
 def uncovered(config: Any, state: Any) -> str:

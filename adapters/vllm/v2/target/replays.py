@@ -42,6 +42,7 @@ class Replays:
 
     def __init__(self, report: PathReport) -> None:
         self._report = report
+        self._off = report.instrument(_call, "off", 1)
         self._sizes: set[tuple[int, int]] = set()
         self.refreshes: dict[Any, Refresh] = {}
         self.late: LateBatch | None = None
@@ -51,6 +52,15 @@ class Replays:
     def may_serve(self, batch: Any, groups: Any) -> bool:
         """Whether a graph of this size is refreshed; which of them it will be, `replay` knows."""
         return groups is self.groups and (batch.num_reqs_after_padding, batch.num_tokens_after_padding) in self._sizes
+
+    def natively(self, batch: Any, build: Callable[[], Any]) -> Any:
+        """What vLLM's own `build` gives; counted where a graph of the batch's size has a refresh that is not used now."""
+        sizes = {(desc.num_reqs, desc.num_tokens) for desc in self.refreshes}
+        if (batch.num_reqs_after_padding, batch.num_tokens_after_padding) not in sizes:
+            return build()
+        made: list[Any] = []
+        self._off(lambda: made.append(build()))
+        return made[0]
 
     def record(self, desc: Any, refresh: Refresh) -> None:
         """The graph of a descriptor has its refresh."""
@@ -66,7 +76,7 @@ class Replays:
         if late is None:
             return original()
         if refresh is None or not refresh.usable:
-            late.build()
+            self._off(late.build)
             return original()
         refresh.count(None)
         self.under_way = late
@@ -99,3 +109,7 @@ class Replays:
         for late in (self.under_way, self.late):
             if late is not None:
                 late.build()
+
+
+def _call(build: Callable[[], Any]) -> None:
+    build()

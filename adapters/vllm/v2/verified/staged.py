@@ -22,7 +22,7 @@ from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.vllm.builders import changes_of
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.rebuilds import live_blocks
-from nsa_plugin.adapters.vllm.releases import groups_of, table_block_size
+from nsa_plugin.adapters.vllm.releases import groups_of, table_block_size, tokens_per_state
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, slot_groups
 from nsa_plugin.adapters.vllm.v2.verified.rebuild import Draft, Rebuild
 from nsa_plugin.core.metadata import same_buffer
@@ -158,7 +158,11 @@ class Staged:
         request_maps, indexers = [], []
         for group in groups_of(speculator):
             builder, own = group.get_metadata_builder(), metadata[group.layer_names[0]]
-            kind = changes_of(builder, own, num_reqs, "update")
+            kind = changes_of(builder, own, num_reqs, "update", host)
+            if kind in ("tail slots", "request map and plan") or (
+                kind == "lengths and schedule" and tokens_per_state(builder) > 1
+            ):
+                raise Uncovered(f"{type(builder).__name__}: drafts with pooled index keys are not verified")
             if kind == "request map":
                 request_maps.append(self._stage_request_map(group, own))
             elif kind == "lengths and schedule":

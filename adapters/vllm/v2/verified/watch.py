@@ -16,7 +16,7 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.verification import Described, Verification
+from nsa_plugin.adapters.verification import Described, Verification, moment, refusal
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.describe import DraftBatch, describe_draft, positions_geometry
 from nsa_plugin.adapters.vllm.reports import logger, recorded, report
@@ -33,6 +33,11 @@ def watch(host: Host, live: Callable[[], bool]) -> Watch | None:
     if not host.verify and report(host, PATH).instrument(recorded, "graph", 1) is recorded:
         return None
     return Watch(host, live)
+
+
+def unverified(host: Host) -> str:
+    """Empty, or why fused drafts are not verified although the settings ask for it: only what is prepared before them is."""
+    return refusal(host.verify_mode) if host.verify and moment(host.verify_mode, "before") is None else ""
 
 
 class PreparedDraft:
@@ -122,7 +127,9 @@ class Watch:
 
     def __init__(self, host: Host, live: Callable[[], bool]) -> None:
         self._host, self._live, self._said = host, live, report(host, PATH)
-        self.verified = host.verify > 0
+        self.verified = host.verify > 0 and not unverified(host)
+        if problem := unverified(host):
+            logger.warning("nsa-plugin: %s: not verified: %s", PATH, problem)
         self._known: Attached[_Speculator] = Attached("watched")
         self._draft: Draft | None = None
         self._prepared = False
