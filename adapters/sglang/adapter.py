@@ -7,12 +7,13 @@ from types import MethodType
 from typing import Any
 
 from nsa_plugin.adapters.base import Host, PathPlan
-from nsa_plugin.adapters.probe import installed_version, untested, warn_if_untested, warn_of_untested
+from nsa_plugin.adapters.probe import Need, installed_version, untested, warn_if_untested, warn_of_untested
 from nsa_plugin.adapters.sglang import registry, releases
 from nsa_plugin.adapters.sglang.backends import MultiStepDraft, SingleBackend
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.ledger import HookRow, rows
+from nsa_plugin.adapters.sglang.recorded import ROWS, RecordedBySglang, RecordedRow
 from nsa_plugin.adapters.sglang.refusals import not_graph, repairs, usable
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 
@@ -24,7 +25,8 @@ class SglangAdapter:
     features = frozenset({"verify", "step_lengths"})
 
     def __init__(self) -> None:
-        self._backends: tuple[HookedBackend, ...] = ()
+        self._host: Host | None = None
+        self._backends: tuple[HookedBackend | RecordedBySglang, ...] = ()
         self._glue = GlueGraphs()
         self._hooks: dict[str, Callable[..., Any]] = {}
         self._left_alone = ""
@@ -35,7 +37,7 @@ class SglangAdapter:
 
     def untested(self) -> list[str]:
         """Hooked functions of the installed sglang with parameters that no tested release has."""
-        return untested(releases.every_need())
+        return untested(_every_need(None))
 
     def install(self, host: Host) -> list[str]:
         """Hook sglang, completely or not at all; returns the problems that kept it from doing so."""
@@ -45,12 +47,12 @@ class SglangAdapter:
             return problems
         self._left_alone = releases.lacking("draft extend")
         warn_if_untested(logger, "sglang", releases.TESTED)
-        warn_of_untested(logger, releases.every_need())
+        warn_of_untested(logger, _every_need(host))
         glue = GlueGraphs()
-        served = MultiStepDraft(host, glue), SingleBackend(host, glue)
+        served = MultiStepDraft(host, glue), SingleBackend(host, glue), RecordedBySglang(host)
         made: dict[type, object] = {type(one): one for one in (*served, glue)}
         hooks: dict[str, Callable[..., Any]] = {
-            row.target: MethodType(row.hook, made[row.hooked_by]) for row in self.ledger()
+            row.target: MethodType(row.hook, made[row.hooked_by]) for row in rows(host)
         }
         if covered := registry.covered(hooks):
             return [
@@ -58,7 +60,7 @@ class SglangAdapter:
                 "patches it"
                 for target in covered
             ]
-        self._backends, self._glue, self._hooks = served, glue, hooks
+        self._host, self._backends, self._glue, self._hooks = host, served, glue, hooks
         try:
             registry.put_on(hooks)
         except Exception:
@@ -84,11 +86,14 @@ class SglangAdapter:
             )
         for target in registry.take_off(self._hooks):
             logger.warning("nsa-plugin: another patch covers the hook of %s: it stays there, and does nothing", target)
-        self._backends, self._hooks = (), {}
+        self._host, self._backends, self._hooks = None, (), {}
 
     def ledger(self) -> tuple[HookRow, ...]:
-        """Every attribute that `install` replaces in the installed sglang, a row each, with its hook."""
-        return rows()
+        """Every attribute that `install` replaces in the installed sglang, a row each, with its hook.
+
+        Before, these are the rows of all settings; some are for settings that name a strategy.
+        """
+        return rows(self._host)
 
     def summary(self) -> str:
         """What is accelerated and what is left to the engine, for one log line."""
@@ -106,7 +111,8 @@ class SglangAdapter:
         problem = problems[0] if problems else ""
         extend = problem or releases.lacking("draft extend")
         needs = {"draft decode": problem, "target verify": problem, "draft extend": extend}
-        return [PathPlan(path, *_plan(host, lacking)) for path, lacking in needs.items()]
+        plans = [PathPlan(path, *_plan(host, lacking)) for path, lacking in needs.items()]
+        return [*plans, *(PathPlan(row.path, *_recorded_plan(host, row, problem), row.gpus) for row in ROWS)]
 
 
 def _plan(host: Host, problem: str) -> tuple[str, str]:
@@ -124,3 +130,16 @@ def _plan(host: Host, problem: str) -> tuple[str, str]:
     if repairs(host) and asked[0] == "graph":
         return strategies[0], "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
     return strategies[0], "NSA_PLUGIN_STRATEGY asks for it"
+
+
+def _recorded_plan(host: Host, row: RecordedRow, problem: str) -> tuple[str, str]:
+    """The same for what sglang records itself. What the settings leave out is not looked for."""
+    why = "" if host.strategies else "switched off"
+    why = problem or why or row.left_out(host) or releases.lacking(row.part)
+    return "off" if why else "graph", why
+
+
+def _every_need(host: Host | None) -> tuple[Need, ...]:
+    """Everything that hooks need. What the host's settings leave out, or all that `auto` leaves out, is not imported."""
+    left_out = (row.part for row in ROWS if (not row.proved if host is None else row.left_out(host)))
+    return releases.every_need(tuple(left_out))

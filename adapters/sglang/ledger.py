@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.sglang.backends import MultiStepDraft, SingleBackend
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
+from nsa_plugin.adapters.sglang.recorded import IN, OUT, ROWS, RecordedBySglang
 from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, Part, generation, lacking
 
 UPSTREAM = (
@@ -35,8 +37,11 @@ class HookRow(LedgerRow):
     hook: Callable[..., Any]
 
 
-def rows() -> tuple[HookRow, ...]:
-    """The rows of the installed sglang. A row that it has no use for is left out, by what is there."""
+def rows(host: Host | None = None) -> tuple[HookRow, ...]:
+    """The rows of the installed sglang. A row that it has no use for is left out, by what is there.
+
+    `host` says which rows its settings leave out; without it, the settings leave out none.
+    """
     found = generation()
     drafts = (
         HookRow(
@@ -101,4 +106,22 @@ def rows() -> tuple[HookRow, ...]:
             GlueGraphs.is_captured,
         ),
     }
-    return (*drafts, tables, *singles, *(row for part, row in optional.items() if not lacking(part)))
+    recorded = (
+        HookRow(
+            f"{row.backend}.{method}",
+            "sglang's draft extend graph computes its metadata, and its runner computes the same before each replay, over "
+            "the whole width of the page table. The second computation is left out.",
+            NOT_PROPOSED,
+            "sglang's runner asks draft_extend_metadata_captured_in_graph",
+            runs,
+            RecordedBySglang,
+            hook,
+        )
+        for row in ROWS
+        if (host is None or not row.left_out(host)) and not lacking(row.part)
+        for method, runs, hook in (
+            (OUT, "before each capture and each replay", RecordedBySglang.out_graph),
+            (IN, "inside each capture: it only notes that sglang has recorded its metadata", RecordedBySglang.in_graph),
+        )
+    )
+    return (*drafts, tables, *singles, *(row for part, row in optional.items() if not lacking(part)), *recorded)

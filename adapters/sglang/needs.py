@@ -17,6 +17,16 @@ REGISTRY: tuple[Need, ...] = (
 )
 """sglang's way to hook its functions."""
 
+FLASH_ATTENTION = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
+
+RECORDED_DRAFT_EXTEND: tuple[Need, ...] = (
+    Need(f"{FLASH_ATTENTION}.init_forward_metadata_out_graph", ("forward_batch", "in_capture"),
+         "leave out what a CUDA graph computes again", hooked=True),
+    Need(f"{FLASH_ATTENTION}.init_forward_metadata_in_graph", ("forward_batch",), "know what is recorded", hooked=True),
+    Need(f"{FLASH_ATTENTION}.draft_extend_metadata_captured_in_graph", (), "know that all of it is recorded"),
+)  # fmt: skip
+"""FlashAttention's draft extend, which sglang's own CUDA graphs compute."""
+
 SHARED: tuple[Need, ...] = (
     Need("{multi_step}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables", hooked=True),
     Need("{backend}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables"),

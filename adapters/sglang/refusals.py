@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nsa_plugin.adapters.base import UNPROVED, Host, Strategy
@@ -47,3 +47,22 @@ def unsupported(backend: Any, host: Host) -> str:
     if is_rocm():
         return "ROCm is not covered"
     return ""
+
+
+FLASH_ATTENTION: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("subclasses of FlashAttentionBackend", lambda backend: type(backend).__name__ != "FlashAttentionBackend"),
+    ("drafts that are trees (--speculative-eagle-topk above 1)", lambda backend: backend.topk > 1),
+    ("FlashAttention 4", lambda backend: backend.fa_impl_ver != 3),
+    ("the translated slots of unified memory", lambda backend: backend.kv_index_translator.is_translating),
+    ("KV caches in shards", lambda backend: backend._kv_shard_pool is not None),
+    ("encoder-decoder models", lambda backend: backend.is_encoder_decoder),
+    ("local attention", lambda backend: backend.local_attn_builder is not None),
+    ("prefill-aware sliding windows", lambda backend: backend.is_prefill_aware_swa),
+    ("what sglang does not record", lambda backend: not backend.draft_extend_metadata_captured_in_graph()),
+)
+"""What is not covered, and the question whether a backend has it."""
+
+
+def unsupported_by_flash_attention(backend: Any) -> str:
+    """Empty, or what about a FlashAttention backend is not covered."""
+    return next((f"not covered: {what}" for what, has in FLASH_ATTENTION if has(backend)), "")

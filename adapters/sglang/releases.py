@@ -9,7 +9,7 @@ and in `pools.py` for pooled index keys; `tests/plugin/test_releases.py` names w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ import torch
 
 from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.sglang import pools
-from nsa_plugin.adapters.sglang.needs import REGISTRY, SHARED
+from nsa_plugin.adapters.sglang.needs import RECORDED_DRAFT_EXTEND, REGISTRY, SHARED
 from nsa_plugin.core.metadata import same_buffer
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 TESTED = ("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
 """Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
-Part = Literal["all", "graph", "draft extend", "exact step lengths", "glue graph", "captured glue graph"]
+Part = Literal[
+    "all", "graph", "draft extend", "exact step lengths", "glue graph", "captured glue graph", "recorded draft extend"
+]  # fmt: skip
 """What something is needed for: everything, the strategy `graph`, one path, or a setting of ours or of sglang."""
 
 
@@ -126,6 +128,7 @@ PARTS: Mapping[Part, tuple[Need, ...]] = {
         Need(f"{GLUE_GRAPH}.is_captured", (), "prepare where sglang would replay what it has recorded", hooked=True,
              known=("key",)),
     ),
+    "recorded draft extend": RECORDED_DRAFT_EXTEND,
 }  # fmt: skip
 
 
@@ -260,10 +263,10 @@ def generation() -> Generation:
     return GENERATIONS[0]
 
 
-def every_need() -> tuple[Need, ...]:
-    """What all parts need, whether the installed sglang has it or not."""
-    found = generation()
-    return tuple(dict.fromkeys((*found.needs(), *(need for part in PARTS for need in found.needs(part)))))
+def every_need(but: Collection[Part] = ()) -> tuple[Need, ...]:
+    """What all parts need, but for those named, whether the installed sglang has it or not."""
+    found, parts = generation(), [part for part in PARTS if part not in but]
+    return tuple(dict.fromkeys((*found.needs(), *(need for part in parts for need in found.needs(part)))))
 
 
 def probe() -> list[str]:

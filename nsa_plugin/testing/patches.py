@@ -16,7 +16,10 @@ ABSENT = object()
 
 
 def ledger(kit: Conformance) -> list[str]:
-    """The ledger has a complete row for every attribute that an installation replaces, and no other."""
+    """The ledger has a complete row for every attribute that an installation replaces, and no other.
+
+    Before an installation it may have rows for other settings, too.
+    """
     engine = kit.engine
     host, adapter = make_host(engine)
     rows = adapter.ledger()
@@ -33,12 +36,14 @@ def ledger(kit: Conformance) -> list[str]:
             return [f"install() found {found}"]
         try:
             after = attributes(engine)
+            installed = {row.target for row in adapter.ledger()}
             for (target, owner, name), value in zip(targets, values, strict=True):
-                if vars(owner).get(name, ABSENT) is value:
+                if target in installed and vars(owner).get(name, ABSENT) is value:
                     problems.append(f"{target}: the ledger has a row for it, but install() does not replace it")
         finally:
             adapter.undo()
-    named, owners = {(id(owner), name) for _, owner, name in targets}, engine.patched()
+    named = {(id(owner), name) for target, owner, name in targets if target in installed}
+    owners = engine.patched()
     for index, name in sorted(before.keys() | after.keys()):
         replaced = before.get((index, name), ABSENT) is not after.get((index, name), ABSENT)
         if replaced and (id(owners[index]), name) not in named:

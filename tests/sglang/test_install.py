@@ -66,7 +66,7 @@ def test_a_release_without_the_static_draft_extend_keeps_it(
     before = methods()
     host, adapter = install("auto")
     assert "draft extend is left to sglang: looked for" in adapter.summary()
-    assert [plan.strategy for plan in adapter.paths(host)] == ["graph", "graph", "off"]
+    assert [plan.strategy for plan in adapter.paths(host)] == ["graph", "graph", "off", "off"]
     backend = kit.make_backend(CONFIG, TABLE)
     backend._refresh_topk_v2_plan = lambda metadata: None  # sglang's own code calls it here
     for mode in ("TARGET_VERIFY", "DRAFT_EXTEND_V2"):
