@@ -23,7 +23,7 @@ NOT_RELEASES = {
     ("v1/verified/watch.py", "_defined"): "an indexer has a schedule, other builders have none",
     ("v2/target/refusals.py", "uncovered"): "a feature that a release does not have is not on",
     ("v2/unfused.py", "places"): "metadata of some builders have a decode part",
-    ("v2/verified/watch.py", "_described"): "sparse attention has a top-k, dense attention has none",
+    ("v2/verified/staged.py", "described"): "sparse attention has a top-k, dense attention has none",
 }
 """Functions that ask an object of vLLM's what it has, whatever the release; and why."""
 MARK = re.compile(r"\bgoes with (\d+\.\d+)\b")

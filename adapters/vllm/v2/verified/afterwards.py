@@ -1,4 +1,4 @@
-"""Runs only where the graphs of drafts are verified themselves: what every step read is compared after the draft.
+"""Runs only where drafts are verified by their graphs: what every step read is compared after the draft.
 
 With NSA_PLUGIN_VERIFY_MODE=graph a draft computes its metadata as it does without verification, and at each step copies what
 the step reads into rows of `Staged`. Before a draft that is due, vLLM's own code builds all steps in spare buffers: a draft
