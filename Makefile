@@ -41,7 +41,7 @@ soak: $(CORE)/ready
 
 conformance-sglang: $(SGLANG)/ready
 	$(ONE_THREAD) PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/python -m pytest $(SIDE_BY_SIDE) tests/sglang tests/plugin/test_examples.py
-	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 40
+	PYTHONPATH=$(CURDIR)/tests/sglang/stubs $(SGLANG)/bin/nsa-plugin demo --engine sglang --rounds 10
 
 conformance-vllm: $(VLLM)/ready
 	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(SIDE_BY_SIDE) tests/vllm tests/plugin/test_examples.py
