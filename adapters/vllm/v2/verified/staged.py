@@ -177,6 +177,10 @@ class Staged:
         """Copy what a step reads from where it reads it. Capture-safe."""
         width = self._n if step else self._slots.shape[-1]
         self._slots[step][:, :width].copy_(self._slot_target[:, :width])
+        self._fill(step, metadata)
+
+    def _fill(self, step: int, metadata: Mapping[str, Any]) -> None:
+        """Copy the fields of all groups into the rows of a step."""
         for staged in self.groups:
             for field in staged.fields:
                 field.rows[step].copy_(field.read(staged.own(metadata)))
@@ -205,9 +209,7 @@ class Staged:
         """The same: vLLM's own."""
         for step, (metadata, slots, _) in enumerate(self._rebuild.steps(draft)):
             self._slots[step].copy_(slots)
-            for staged in self.groups:
-                for field in staged.fields:
-                    field.rows[step].copy_(field.read(staged.own(metadata)))
+            self._fill(step, metadata)
 
     def described(self, draft: Draft) -> Described:
         """The draft as `Mismatch` has it."""
