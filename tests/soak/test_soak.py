@@ -13,7 +13,7 @@ from nsa_plugin.trace import Round, Sizes
 SIZES = Sizes(width=128, max_requests=5, captured=(1, 2, 4))
 
 
-def test_some_thousand_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_thousand_replays() -> None:
     result = soak.soak(soak.core_subjects(SIZES), 4000, SIZES, seed=1, compared=200)
     assert result["ok"], result
     assert result["verified"] >= 230
