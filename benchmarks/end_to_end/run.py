@@ -45,6 +45,8 @@ RECORDING = "recording"
 TRACED = ((1, 300, 40), (3, 1500, 60), (6, 700, 60), (11, 2500, 40))
 """Number of requests, tokens of the longest prompt, and new tokens, of each batch that is recorded."""
 WARM_UP_TOKENS = 24
+SAME_KERNELS = {"TRITON_CACHE_AUTOTUNING": "1"}
+"""What one engine's autotuning finds is what the next one uses: else they might run kernels that round differently."""
 LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|Graph capturing finished|mem usage|Traceback|Error")
 
 
@@ -142,7 +144,7 @@ def start(
     path = [options.probe] + ([] if variant == NO_PLUGIN else [options.plugin])
     if settings is None:
         settings = {"NSA_PLUGIN_STRATEGY": variant} if variant in STRATEGIES else {}
-    environment = {**os.environ, **options.environment, **settings}
+    environment = {**os.environ, **SAME_KERNELS, **options.environment, **settings}
     if variant == RECORDING:
         path.append(options.recorder)
         environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")

@@ -168,7 +168,7 @@ def test_two_engines_side_by_side_are_compared_with_one_alone(tmp_path: Path, pl
 
 
 def test_a_model_brings_arguments_and_a_run_names_its_variants(tmp_path: Path) -> None:
-    told = 'print("nsa-plugin:", strategy, os.environ.get("GIVEN"), json.dumps(config["arguments"]), file=sys.stderr)'
+    told = 'print("nsa-plugin:", strategy, os.environ.get("GIVEN"), os.environ["TRITON_CACHE_AUTOTUNING"], json.dumps(config["arguments"]), file=sys.stderr)'
     example = example_with(
         f"WRONG = False\n{WORKER}".replace("scheduler = Scheduler()", f"scheduler = Scheduler()\n{told}"), tmp_path
     )
@@ -188,4 +188,4 @@ def test_a_model_brings_arguments_and_a_run_names_its_variants(tmp_path: Path) -
     for variant, strategy in (("no plugin", None), ("graph", "graph")):
         assert found["cells"][0]["variants"][variant]["same_tokens"]
         said = next(line for line in found["logs"][f"4 {variant}"] if "nsa-plugin:" in line and "this" in line)
-        assert said == f"nsa-plugin: {strategy} this {json.dumps(wanted)}"
+        assert said == f"nsa-plugin: {strategy} this 1 {json.dumps(wanted)}"
