@@ -1,8 +1,9 @@
 """Soak: very many replays over a random trace, watched for differences, growth of memory, and addresses that change.
 
     python -m benchmarks.soak --engine none|sglang --replays N [--json FILE]
+    python -m benchmarks.soak --engine sglang --strategy graph --index-kpool 4 16 --width 1048576 --replays 6000 --compared 6000
 
-The first thousand replays are verified, then every hundredth. On a CPU the core is compared with a loop over requests,
+The first thousand replays (`--compared`) are verified, then every hundredth. On a CPU the core is compared with a loop over requests,
 rows and tokens. On a GPU its work is recorded in CUDA graphs, and compared with the plain torch reference. sglang's backends
 are compared with sglang's own per-backend code.
 """
@@ -18,7 +19,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ from nsa_plugin.trace import Round, Sizes, generate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALL_BELOW, EVERY = 1000, 100
-"""Replays up to `ALL_BELOW` are all verified, then every `EVERY`-th."""
+"""Replays up to `ALL_BELOW`, or as many as are asked for, are all verified, then every `EVERY`-th."""
 WARM_UP = 0.2
 """Share of the replays after which memory must not grow any more."""
 SLACK_MIB, SLACK_OBJECTS = 8.0, 2000
@@ -132,7 +133,7 @@ class Sglang:
     """sglang's real backends with the adapter installed. On a GPU, what it records runs in CUDA graphs."""
 
     def __init__(self, native: str, sizes: Sizes, index_kpool: int = 1) -> None:
-        self.name, self._native = f"sglang {native}" + (", pooled index keys" if index_kpool > 1 else ""), native
+        self.name, self._native = f"sglang {native}" + (f", pools of {index_kpool}" if index_kpool > 1 else ""), native
         config = kit.Config(
             sizes.width, sizes.max_requests, max(sizes.captured), DRAFT_TOKENS, _index_topk(sizes), sizes.page_size,
             index_kpool=index_kpool,
@@ -199,7 +200,7 @@ class Sglang:
         return made
 
 
-def soak(subjects: list[Subject], replays: int, sizes: Sizes, seed: int) -> dict[str, Any]:
+def soak(subjects: list[Subject], replays: int, sizes: Sizes, seed: int, compared: int = ALL_BELOW) -> dict[str, Any]:
     """Replay; the subjects take turns. Returns what happened; "ok" says whether all is well."""
     every_size = (Round((1,) * size, (0,) * size, 0) for size in sizes.captured for _ in subjects)
     rounds = itertools.chain(every_size, rounds_of(sizes, seed))
@@ -211,7 +212,7 @@ def soak(subjects: list[Subject], replays: int, sizes: Sizes, seed: int) -> dict
     for index in range(replays):
         subject, entry = subjects[index % len(subjects)], next(rounds)
         subject.replay(entry)
-        if index < ALL_BELOW or index // len(subjects) % EVERY == 0:
+        if index < compared or index // len(subjects) % EVERY == 0:
             verified += 1
             for name in subject.differences(entry):
                 wrong[f"{subject.name}: {name}"] = wrong.get(f"{subject.name}: {name}", 0) + 1
@@ -246,12 +247,19 @@ def core_subjects(sizes: Sizes) -> list[Subject]:
     ]
 
 
-def sglang_subjects(sizes: Sizes, pooled: bool) -> list[Subject]:
-    """Subjects for the three paths of the adapter, which must be installed; with `pooled` also over pooled index keys."""
-    sizes_of_pools = (1, 4) if pooled and not foreign_formulas(4) else (1,)
-    return [
-        Sglang(native, sizes, k) for k in sizes_of_pools for native in ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
-    ]
+def sglang_subjects(sizes: Sizes, pools: Sequence[int]) -> list[Subject]:
+    """Subjects for the three paths of the adapter, which must be installed, at each number of tokens that share an index key."""
+    return [Sglang(native, sizes, k) for k in pools for native in ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")]
+
+
+def _pools(asked: Sequence[int] | None, strategy: str) -> Sequence[int]:
+    """Tokens that share an index key: what is asked for, or 1, and 4 if sglang has them and the strategy takes them."""
+    if asked is None:
+        return (1, 4) if strategy != "auto" and not foreign_formulas(4) else (1,)
+    for k in asked:
+        if problem := k > 1 and foreign_formulas(k):
+            raise SystemExit(f"--index-kpool {k}: {problem}")
+    return asked
 
 
 def _index_topk(sizes: Sizes) -> int:
@@ -288,12 +296,19 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512 if DEVICE.type == "cpu" else 16384)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--strategy", choices=("auto", "graph", "share", "copy"), default="auto", help="of sglang")
+    parser.add_argument(
+        "--index-kpool",
+        type=int,
+        nargs="+",
+        help="of sglang: tokens that share an index key (default: 1; also 4, unless auto)",
+    )
+    parser.add_argument("--compared", type=int, default=ALL_BELOW, help="so many replays at first are all compared")
     parser.add_argument("--verify", type=int, default=0, help="let the sglang adapter verify every so many replays too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sizes = Sizes(width=options.width)
     if options.engine == "none":
-        result = soak(core_subjects(sizes), options.replays, sizes, options.seed)
+        result = soak(core_subjects(sizes), options.replays, sizes, options.seed, options.compared)
     else:
         from nsa_plugin.host import Host
         from nsa_plugin.rigs.requirements import require
@@ -306,7 +321,8 @@ def main() -> int:
             adapter = host.manager.adapters()["sglang"]
             if problems := adapter.install(host):
                 raise SystemExit("; ".join(problems))
-            result = soak(sglang_subjects(sizes, options.strategy != "auto"), options.replays, sizes, options.seed)
+            subjects = sglang_subjects(sizes, _pools(options.index_kpool, options.strategy))
+            result = soak(subjects, options.replays, sizes, options.seed, options.compared)
             result["fallbacks"], result["mismatches"] = sum(host.fallbacks.values()), sum(host.mismatches.values())
             result["ok"] = result["ok"] and not host.fallbacks and not host.mismatches
             adapter.undo()

@@ -122,8 +122,8 @@ def _bench(bench: argparse.ArgumentParser) -> None:
         help=f"sglang's decode kernel: {', '.join(DECODE_KERNELS)} (default: %(default)s)",
     )  # fmt: skip
     bench.add_argument(
-        "--index-kpool", type=int, choices=(1, 2, 4, 8), default=1, metavar="K",
-        help="tokens that share an index key: 1, 2, 4 or 8 (sglang only; default: %(default)s)",
+        "--index-kpool", type=int, choices=(1, 2, 4, 8, 16), default=1, metavar="K",
+        help="tokens that share an index key: 1, 2, 4, 8 or 16 (sglang only; default: %(default)s)",
     )  # fmt: skip
     bench.add_argument(
         "--original-wheel", type=_path,

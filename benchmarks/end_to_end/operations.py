@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from report import machine
-from run import Engine, command, parse, parser_of, random_prompts, say, start
+from run import NO_PLUGIN, Engine, command, parse, parser_of, random_prompts, say, start
 
 REQUESTS = ((1, 900), (3, 2500), (8, 700), (5, 300))
 """Requests and longest prompt of each batch, in tokens."""
@@ -128,13 +128,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--verify", type=int, default=10, help="NSA_PLUGIN_VERIFY of the last engine")
-    parser.add_argument("--environment", nargs="*", default=[], metavar="NAME=VALUE", help="of every engine")
     options = parse(parser)
     options.batch, options.prompt = (
         [max(REQUESTS, key=lambda each: each[0])[0]],
         [max(longest for _, longest in REQUESTS)],
     )
-    environment = dict(pair.split("=", 1) for pair in options.environment)
     rng = random.Random(options.seed)
     batches = [
         random_prompts(options.model, rng, [longest, *(rng.randrange(1, longest) for _ in range(requests - 1))])
@@ -142,7 +140,7 @@ def main() -> int:
     ]
     results: dict[str, Any] = {
         "engine": options.engine, **machine(), "date": datetime.date.today().isoformat(), "command": command(),
-        "environment": environment, "batches": list(REQUESTS), "new_tokens": options.new_tokens,
+        "environment": options.environment, "batches": list(REQUESTS), "new_tokens": options.new_tokens,
     }  # fmt: skip
     file = (options.out / "switch-off").resolve()
     switched_metrics, switching = metrics(options, "switched")
@@ -150,8 +148,8 @@ def main() -> int:
     switching["NSA_PLUGIN_SWITCH_FILE"] = str(file)
     verifying |= {"NSA_PLUGIN_VERIFY": str(options.verify), "NSA_PLUGIN_REPRO_DIR": str(options.out.resolve())}
     alone, ours, verified = (
-        start(options, options.steps, name, number, environment | settings)
-        for number, (name, settings) in enumerate([("no plugin", {}), ("switched", switching), ("verified", verifying)])
+        start(options, options.steps, name, number, settings)
+        for number, (name, settings) in enumerate([(NO_PLUGIN, {}), ("switched", switching), ("verified", verifying)])
     )
     try:
         for engine in (alone, ours, verified):

@@ -7,8 +7,9 @@ others. Tokens and rounds (accept lengths) are compared. Measured are the wall t
 engine's process, the time from round to round and the host time of each part.
 
     python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
+        [--model model_glm5_next] [--variants "no plugin" graph]
 
-The first DIR has what `pip install --target DIR` made of the plugin's wheel, with its dependencies; the second has the same
+A model's folder may have arguments of each engine beside its config.json (`sglang.json`, `vllm.json`). The first DIR has what `pip install --target DIR` made of the plugin's wheel, with its dependencies; the second has the same
 of `probe/`. Both go on PYTHONPATH. The variants differ in that and in NSA_PLUGIN_STRATEGY, in nothing else. A run that is
 stopped (SIGTERM) writes what it has measured.
 """
@@ -35,11 +36,10 @@ from typing import Any
 from report import reduce
 
 HERE = Path(__file__).resolve().parent
-VARIANTS: dict[str, dict[str, str]] = {
-    "no plugin": {},
-    "off": {"NSA_PLUGIN_STRATEGY": "off"},
-    "auto": {"NSA_PLUGIN_STRATEGY": "auto"},
-}
+NO_PLUGIN = "no plugin"
+STRATEGIES = ("off", "auto", "graph", "share", "copy")
+VARIANTS = (NO_PLUGIN, "off", "auto")
+"""What a run compares if nothing else is said. `auto` leaves to the engine what has not run on a GPU; a named one takes it."""
 RECORDING = "recording"
 """Variant of a further engine, with the plugin and the recorder, that is not measured."""
 TRACED = ((1, 300, 40), (3, 1500, 60), (6, 700, 60), (11, 2500, 40))
@@ -139,8 +139,10 @@ def start(
     options: argparse.Namespace, steps: int, variant: str, number: int, settings: dict[str, str] | None = None
 ) -> Engine:
     """Start an engine, with the plugin settings of its variant or with others; returns before it is up."""
-    path = [options.probe] + ([] if variant == "no plugin" else [options.plugin])
-    environment = {**os.environ, **(VARIANTS.get(variant, {}) if settings is None else settings)}
+    path = [options.probe] + ([] if variant == NO_PLUGIN else [options.plugin])
+    if settings is None:
+        settings = {"NSA_PLUGIN_STRATEGY": variant} if variant in STRATEGIES else {}
+    environment = {**os.environ, **options.environment, **settings}
     if variant == RECORDING:
         path.append(options.recorder)
         environment["RECORD_TRACE"] = str(options.out / "trace.jsonl")
@@ -149,13 +151,21 @@ def start(
         "model": str(options.model), "steps": steps, "tp": options.tp, "dp_attention": options.dp_attention,
         "max_batch_size": max(options.batch), "port": options.first_port + 1000 * number,
         "max_tokens": max(options.batch) * (max(options.prompt) + options.new_tokens + 1024),
+        "arguments": arguments(options.model, options.engine) | options.arguments,
     }  # fmt: skip
     return Engine(f"{steps} {variant}", HERE / f"{options.engine}_worker.py", config, environment, options.out)
 
 
+def arguments(model: Path, engine: str) -> dict[str, Any]:
+    """Arguments of an engine that a model needs, over those of the worker: `ENGINE.json` in the model's folder, if it is there."""
+    file = model / f"{engine}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
 def start_all(options: argparse.Namespace) -> dict[str, Engine]:
     """Start every engine. The first starts alone: it compiles what the others then find in caches."""
-    wanted = [(steps, variant) for steps in options.steps for variant in reversed(VARIANTS)]
+    wanted = [(steps, variant) for steps in options.steps for variant in reversed(options.variants)]
     wanted += [(options.steps[0], RECORDING)] if options.recorder else []
     engines: dict[str, Engine] = {}
     waiting: list[Engine] = []
@@ -177,7 +187,8 @@ def start_all(options: argparse.Namespace) -> dict[str, Engine]:
 
 def random_prompts(model: Path, rng: random.Random, lengths: Sequence[int]) -> list[list[int]]:
     """Random prompts of the given lengths. The first and last ten tokens of the vocabulary are left out."""
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    config = json.loads((model / "config.json").read_text())
+    vocabulary = config.get("text_config", config)["vocab_size"]
     return [[rng.randrange(10, vocabulary - 10) for _ in range(length)] for length in lengths]
 
 
@@ -189,7 +200,7 @@ def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator
         if time.perf_counter() - begun > options.seconds:
             say(f"batch {batch}, prompt {length}, steps {steps}: left out, over {options.seconds:.0f} s")
             continue
-        present = [name for name in VARIANTS if (engine := engines.get(f"{steps} {name}")) and engine.alive()]
+        present = [name for name in options.variants if (engine := engines.get(f"{steps} {name}")) and engine.alive()]
         if not present:
             say(f"batch {batch}, prompt {length}, steps {steps}: left out, no engine for it is up")
             continue
@@ -256,6 +267,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--plugin", type=Path, required=True, help="folder with the installed plugin")
     parser.add_argument("--probe", type=Path, required=True, help="folder with the installed probe")
     parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument(
+        "--environment", type=_pair, nargs="*", default=[], metavar="NAME=VALUE", help="of every engine"
+    )
+    parser.add_argument(
+        "--arguments", type=json.loads, default={}, metavar="JSON", help="of every engine, over those of its model"
+    )
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel ranks, one GPU each")
     parser.add_argument("--dp-attention", action="store_true", help="sglang: the ranks share requests, not heads")
     parser.add_argument("--first-port", type=int, default=30000, help="the first engine's; each has a thousand")
@@ -266,9 +283,17 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse and check the options. Afterwards the plugin can be imported here too: `report` asks it for versions."""
     options = parser.parse_args()
+    options.environment = dict(options.environment)
     if options.dp_attention and options.engine != "sglang":
         parser.error(f"--dp-attention: for sglang only, not {options.engine}; leave it out")
     sys.path.append(str(options.plugin))
@@ -279,6 +304,13 @@ def main() -> None:
     """Run, and write one JSON file."""
     parser = parser_of(__doc__)
     parser.add_argument("--recorder", type=Path, help="folder with the installed recorder: record a trace too")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=VARIANTS,
+        choices=(NO_PLUGIN, *STRATEGIES),
+        help="default: no plugin, off, auto",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="+", default=[1024, 16384])

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from report import machine
-from run import Engine, command, parse, parser_of, random_prompts, say, start
+from run import NO_PLUGIN, Engine, command, parse, parser_of, random_prompts, say, start
 
 REQUESTS = ((1, 900), (3, 2500), (8, 700), (16, 400), (1, 6000), (5, 300))
 """Number of requests, and tokens of the longest prompt, of each batch."""
@@ -49,7 +49,7 @@ def main() -> int:
     ]
     expected: dict[int, Any] = {}
     order = range(len(batches))
-    alone = start(options, options.steps, "no plugin", 0)
+    alone = start(options, options.steps, NO_PLUGIN, 0)
     alone.wait(options.start_seconds)
     generate(alone, batches, order, options.new_tokens, expected)
     alone.quit()

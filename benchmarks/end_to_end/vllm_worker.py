@@ -1,7 +1,7 @@
 """One complete vLLM engine, served over JSON lines; see `run.py`, which starts it.
 
 `E2E_CONFIG` (environment, JSON): model (folder), steps (num_speculative_tokens), max_batch_size, max_tokens (KV cache),
-tp (tensor parallel ranks).
+tp (tensor parallel ranks), arguments (of the engine, over those given here).
 
 The engine core runs in this process: all requests of a batch are queued before the first step, so that every run
 schedules the same batches, and the profiler sees the work (not with tp above 1, which takes a process per rank). Ranks
@@ -63,7 +63,7 @@ def arguments(config: dict[str, Any]) -> dict[str, Any]:
             "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": capture_sizes(steps, config["max_batch_size"]),
         },
-        "disable_log_stats": True, "per_request_spec_decode_metrics": "summary",
+        "disable_log_stats": True, "per_request_spec_decode_metrics": "summary", **config["arguments"],
     }  # fmt: skip
 
 

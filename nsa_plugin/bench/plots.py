@@ -22,6 +22,7 @@ WORDS = {
     "graph": "graph: computed once, recorded in the CUDA graph",
     "sglang loop": "own path of sglang, once per draft backend",
     "sglang shipped": "own path of sglang, as shipped",
+    "sglang unfused": "own path of sglang, pooled metadata not fused",
     "vllm shipped": "own path of vLLM, as shipped",
     "vllm in place": "fused draft, an update per attention group",
     "no metadata": "fused draft without its metadata",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +25,14 @@ NATIVE = {
     ForwardMode.TARGET_VERIFY: "TARGET_VERIFY",
     ForwardMode.DRAFT_EXTEND: "DRAFT_EXTEND_V2",
 }
-LOOP, SHIPPED = "sglang loop", "sglang shipped"
+LOOP, SHIPPED, UNFUSED = "sglang loop", "sglang shipped", "sglang unfused"
 
 
 class Sglang:
     """The contenders of one cell: the original loop (if its wheel is at hand), sglang's own code, then this plugin.
+
+    sglang's own code is its per-backend code (`LOOP`), which outside DECODE is what it ships, what it ships for DECODE, and
+    with pooled index keys what it ships with its fused metadata switched off.
 
     Raises
     ------
@@ -63,6 +67,8 @@ class Sglang:
         self.contenders.append(self._loop())
         if cell.mode is ForwardMode.DECODE:
             self.contenders.append(self._prepared(SHIPPED))
+        if cell.index_kpool > 1:
+            self.contenders.append(self._prepared(UNFUSED))
         records = torch.cuda.is_available() and not refusals.not_graph()
         for strategy in ("copy", "share", "graph") if records else ("copy", "share"):
             host.settings = Settings(strategy=strategy)
@@ -90,11 +96,12 @@ class Sglang:
         return made
 
     def _owner(self, name: str) -> Any:
+        config = replace(self._config, fused=name != UNFUSED)
         if self._cell.mode is ForwardMode.DECODE:
-            owner = kit.make_multi_step(self._config, self._table, self._cell.steps)
+            owner = kit.make_multi_step(config, self._table, self._cell.steps)
             self._backends[name] = owner.attn_backends
         else:
-            owner = kit.make_backend(self._config, self._table)
+            owner = kit.make_backend(config, self._table)
             self._backends[name] = [owner]
         return owner
 

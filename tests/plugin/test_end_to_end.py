@@ -165,3 +165,27 @@ def test_two_engines_side_by_side_are_compared_with_one_alone(tmp_path: Path, pl
     assert found["ok"] is not bool(planted)
     assert len(found["trouble"]) == (2 if planted == "a line of the log" else 0)
     assert found["same_tokens"] == [[True] * 6, [planted != "a token"] * 6]
+
+
+def test_a_model_brings_arguments_and_a_run_names_its_variants(tmp_path: Path) -> None:
+    told = 'print("nsa-plugin:", strategy, os.environ.get("GIVEN"), json.dumps(config["arguments"]), file=sys.stderr)'
+    example = example_with(
+        f"WRONG = False\n{WORKER}".replace("scheduler = Scheduler()", f"scheduler = Scheduler()\n{told}"), tmp_path
+    )
+    model = example / "model_glm5_next"
+    line = command(
+        "run.py", tmp_path, *RUN, "--steps", "4", "--batch", "1", "--variants", "no plugin", "graph", "--model", str(model),
+        "--environment", "GIVEN=this", "--arguments", '{"page_size": 1}',
+    )  # fmt: skip
+    done = subprocess.run(line, cwd=example, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    wanted = json.loads((model / "sglang.json").read_text()) | {"page_size": 1}
+    assert (
+        wanted["context_length"]
+        == json.loads((model / "config.json").read_text())["text_config"]["max_position_embeddings"]
+    )
+    for variant, strategy in (("no plugin", None), ("graph", "graph")):
+        assert found["cells"][0]["variants"][variant]["same_tokens"]
+        said = next(line for line in found["logs"][f"4 {variant}"] if "nsa-plugin:" in line and "this" in line)
+        assert said == f"nsa-plugin: {strategy} this {json.dumps(wanted)}"

@@ -297,12 +297,19 @@ def test_the_topk_that_reads_the_plan_of_single_keys_runs_in_prefill_only() -> N
     assert prefill in source
 
 
-@pytest.mark.parametrize("mode", ["decode", "extend"])
-def test_the_benchmark_times_them(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "k"), [("decode", "2"), ("verify", "16"), ("extend", "2")])
+def test_the_benchmark_times_them(mode: str, k: str, tmp_path: Path) -> None:
     """On a CPU its copy and share are right; a graph takes a GPU."""
     file = tmp_path / "b.json"
     sizes = ["--bs", "1", "--ctx", "150", "--steps", "2", "--width", "256", "--decode-impl", "fa3", "--mode", mode]
-    assert main(["bench", "--engine", "sglang", "--index-kpool", "2", *sizes, "--json", str(file)]) == 0
+    assert main(["bench", "--engine", "sglang", "--index-kpool", k, *sizes, "--json", str(file)]) == 0
     (cell,) = json.loads(file.read_text())["cells"]
-    assert cell["index_kpool"] == 2 and {"copy", "share"} <= cell["contenders"].keys()
+    assert cell["index_kpool"] == int(k) and {"sglang unfused", "copy", "share"} <= cell["contenders"].keys()
     assert all(row["differs"] == [] for row in cell["contenders"].values())
+
+
+def test_a_backend_of_the_rig_fuses_unless_told_otherwise() -> None:
+    for fused in (True, False):
+        config = kit.Config(index_kpool=4, fused=fused)
+        made = kit.make_backend(config, kit.req_to_token(config, torch.device("cpu")))
+        assert made.experimental_kpool_metadata_fusion is fused

@@ -14,8 +14,7 @@ SIZES = Sizes(width=128, max_requests=5, captured=(1, 2, 4))
 
 
 def test_some_thousand_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "ALL_BELOW", 200)
-    result = soak.soak(soak.core_subjects(SIZES), 4000, SIZES, seed=1)
+    result = soak.soak(soak.core_subjects(SIZES), 4000, SIZES, seed=1, compared=200)
     assert result["ok"], result
     assert result["verified"] >= 230
 
@@ -51,8 +50,7 @@ FAULT = 1500
     [("objects", "python_objects"), ("bytes", "host_mib"), ("value", "differences"), ("address", "address_changes")],
 )
 def test_it_notices(fault: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "ALL_BELOW", 0)
     monkeypatch.setattr(soak, "EVERY", FAULT - 1)  # so that the faulty replay is looked at
-    result = soak.soak([Faulty(fault)], 3000, SIZES, seed=1)
+    result = soak.soak([Faulty(fault)], 3000, SIZES, seed=1, compared=0)
     assert not result["ok"]
     assert result.get(found) or result["growth_after_warm_up"].get(found, 0) > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pkgutil
 import sys
 import types
@@ -28,6 +29,8 @@ from nsa_plugin.adapters.sglang.pools import INDEX_MODULE, PLAN_MODULE
 from nsa_plugin.adapters.sglang.releases import GENERATIONS, NSA, generation
 from nsa_plugin.core.batch import ForwardMode
 
+FUSION = "SGLANG_EXPERIMENTAL_DSA_KPOOL_METADATA_FUSION"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,7 +40,7 @@ class Config:
     ----------
     width : columns of req_to_token; max_requests : its rows; max_batch_size : of CUDA-graph buffers;
     draft_tokens, index_topk, page_size, index_kpool : as in the model; decode_impl : sglang's decode kernel choice;
-    heads : of queries.
+    heads : of queries; fused : whether sglang fuses the metadata of pooled index keys, as it does by default.
     """
 
     width: int = 1024
@@ -49,6 +52,7 @@ class Config:
     decode_impl: str = "fa3"
     index_kpool: int = 1
     heads: int = 64
+    fused: bool = True
 
     @property
     def allocated(self) -> int:
@@ -113,7 +117,8 @@ def _bare_backend(config: Config, table: torch.Tensor, step: int, num_steps: int
     if (topk := _first_module((f"{ATTENTION}.dsa.dsa_topk_backend",))) is not None:
         backend.dsa_topk_backend = topk.DSATopKBackend.SGL_KERNEL
     if hasattr(backend, "_init_kpool_metadata_fusion"):
-        backend._init_kpool_metadata_fusion()
+        with mock.patch.dict(os.environ, {FUSION: str(int(config.fused))}):
+            backend._init_kpool_metadata_fusion()
     return backend
 
 
