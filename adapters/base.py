@@ -21,7 +21,7 @@ Strategy = Literal["graph", "share", "copy"]
 
 
 UNPROVED = "it has only run on CPU tensors; NSA_PLUGIN_STRATEGY=graph takes it, auto does not"
-"""Why `auto` leaves something to the engine that no GPU has run yet."""
+"""What `unproved` answers."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,11 @@ class Host(Protocol):
 
     def draft_steps(self, steps: Sequence[DraftStep], limits: DraftLimits) -> FillDraftSteps:
         """As `bind_draft_steps`, with the implementation that a plugin provides, else the built-in one."""
+
+
+def unproved(proved: bool, host: Host) -> str:
+    """Empty, or why a host leaves to the engine what no GPU has run yet. `proved`: whether one has; each row says so itself."""
+    return "" if proved or host.takes_unproved else UNPROVED
 
 
 class Adapter(Protocol):

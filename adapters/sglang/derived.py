@@ -6,22 +6,21 @@ those of pools.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from nsa_plugin.adapters.in_turn import in_turn
 from nsa_plugin.adapters.sglang import pools, releases
 from nsa_plugin.adapters.sglang.describe import vectors_and_tables
+from nsa_plugin.adapters.side_by_side import Refresh
 from nsa_plugin.core.metadata import same_buffer
 
 
-def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> Callable[[], None] | None:
-    """A function that refreshes the derived planes of `metadata` in place; None if it has none.
+def refreshers(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> list[Refresh]:
+    """What refreshes the derived planes of `metadata` in place. None depends on another.
 
-    The function does what a backend's own path (`Generation.own_path`) does once the lengths are written.
+    Together they do what a backend's own path (`Generation.own_path`) does once the lengths are written.
     """
     planes, derived = vectors_and_tables(metadata), releases.derived_planes(metadata)
-    steps: list[Callable[[], None]] = []
+    steps: list[Refresh] = []
     if pools.write_plan(metadata) is not None:
         steps += pools.pool_refreshers(backend, metadata)
     elif releases.backends().is_cuda():
@@ -33,10 +32,10 @@ def refresher(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -
         lengths = planes["nsa_cache_seqlens"]
         destination = metadata.flashmla_metadata.slice(slice(0, lengths.shape[0] + 1))
         steps.append(lambda: destination.copy_(backend._compute_flashmla_metadata(cache_seqlens=lengths, seq_len_q=1)))
-    return in_turn(steps)
+    return steps
 
 
-def _schedule(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> Callable[[], None]:
+def _schedule(backend: Any, metadata: Any, forward_mode: Any, batch_size: int) -> Refresh:
     planes = vectors_and_tables(metadata)
     vectors = planes["cache_seqlens"], planes["seqlens_expanded"]
     destination = releases.derived_planes(metadata).get("paged_mqa_ctx_lens_2d")

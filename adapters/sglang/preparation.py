@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
-from nsa_plugin.adapters.in_turn import in_turn
 from nsa_plugin.adapters.sglang import derived
 from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
@@ -18,6 +17,7 @@ from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.adapters.sglang.refusals import repairs
 from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
+from nsa_plugin.adapters.side_by_side import Refresh, side_by_side
 from nsa_plugin.adapters.verification import Afterwards, Verification, shadow, snapshot
 from nsa_plugin.core.batch import BatchDescriptor
 from nsa_plugin.core.metadata import planes_of
@@ -307,11 +307,11 @@ class Preparation:
         tables = {"page_table_1": first.page_table_1, "real_page_table": first.real_page_table}
         return (first, *(replace(metadata, **tables) for metadata in self._own[1:]))
 
-    def _refresher(self, exact: bool) -> Callable[[], None] | None:
+    def _refresher(self, exact: bool) -> Refresh | None:
         """A function that refreshes the derived planes of all buffers that the plan writes; None if there are none."""
         planes = list(zip(self._backends, self._used, strict=True))[: None if exact else 1]
-        made = [derived.refresher(*plane, self._native_mode, self._batch_size) for plane in planes]
-        return in_turn([refresh for refresh in made if refresh is not None])
+        made = [derived.refreshers(*plane, self._native_mode, self._batch_size) for plane in planes]
+        return side_by_side([refresh for refreshes in made for refresh in refreshes])
 
     def _point(self) -> None:
         """Leave the Python state that sglang's own replay leaves. Only eager code looks at it."""

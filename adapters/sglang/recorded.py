@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import UNPROVED, Host
+from nsa_plugin.adapters.base import Host, unproved
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.sglang import hooked
 from nsa_plugin.adapters.sglang.needs import FLASH_ATTENTION
@@ -50,7 +50,7 @@ class RecordedRow:
     unsupported : callable(backend)
         Empty, or what about a backend is not covered.
     proved : bool
-        Whether it has run on a GPU.
+        Whether it has run on a GPU, see `unproved`.
     gpus : frozenset of str
         As in `PathPlan`.
     """
@@ -75,7 +75,7 @@ class RecordedRow:
         """Empty, or why the settings leave it to sglang."""
         if "graph" not in host.configured:
             return "NSA_PLUGIN_STRATEGY asks for another strategy"
-        return "" if self.proved or host.takes_unproved else UNPROVED
+        return unproved(self.proved, host)
 
 
 ROWS = (

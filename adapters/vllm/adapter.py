@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsa_plugin.adapters.base import UNPROVED, Host, PathPlan
+from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.patches import PatchSet
 from nsa_plugin.adapters.probe import installed_version, missing, untested
@@ -17,6 +17,8 @@ from nsa_plugin.adapters.vllm.v2 import unfused as v2_unfused
 from nsa_plugin.adapters.vllm.v2.target import hooks as v2_target
 from nsa_plugin.adapters.vllm.v2.target import refusals as v2_refusals
 from nsa_plugin.adapters.vllm.v2.verified import watch as v2_watch
+
+LEFT_OUT = "it takes {}, which NSA_PLUGIN_STRATEGY leaves out"
 
 
 class VllmAdapter:
@@ -108,19 +110,13 @@ class VllmAdapter:
             (f"{v2_target.FIRST_PASS} ({ledger.V2})", "graph", "graph", v2_target.READS, target),
         ):
             if needs not in host.strategies:
-                plans.append(PathPlan(path, "off", f"it takes {needs}, which NSA_PLUGIN_STRATEGY leaves out"))
+                plans.append(PathPlan(path, "off", LEFT_OUT.format(needs)))
             elif problems:
                 plans.append(PathPlan(path, "off", problems[0]))
             else:
                 plans.append(PathPlan(path, strategy, better))
-        plans += [_plan_row(host, row) for row in builders.SCHEDULED_DENSE]
-        strategy = "graph" if host.takes_unproved and "graph" in host.strategies else "off"
-        pooled = [(row, strategy, "; ".join(filter(None, (row.stale, UNPROVED)))) for row in builders.POOLED]
-        return plans + [
-            PathPlan(f"draft decode with {name}", strategy, why, row.gpus)
-            for row, strategy, why in (*pooled, *((row, "off", row.left_alone) for row in builders.REBUILT))
-            for name in row.backends
-        ]
+        rows = (*builders.SCHEDULED_DENSE, *builders.POOLED, *builders.REBUILT)
+        return [*plans, *(plan for row in rows for plan in _plan_row(host, row))]
 
 
 def _plan_v2(host: Host) -> tuple[str, str]:
@@ -134,11 +130,14 @@ def _plan_v2(host: Host) -> tuple[str, str]:
     return "copy", "NSA_PLUGIN_VERIFY: what a CUDA graph computes can't be repaired before it is used"
 
 
-def _plan_row(host: Host, row: BuilderRow) -> PathPlan:
+def _plan_row(host: Host, row: BuilderRow) -> list[PathPlan]:
     """What the fused draft would do for a builder of a row. Settings of the builder itself are known at the choice only."""
-    why = "" if "graph" in host.strategies else "it takes graph, which NSA_PLUGIN_STRATEGY leaves out"
+    why = row.left_alone or ("" if "graph" in host.strategies else LEFT_OUT.format("graph"))
     why = why or row.left_by(host, None) or row.refused(None)
-    return PathPlan(f"draft decode with {row.backend}", "off" if why else "graph", why, row.gpus)
+    if why and row.stale:
+        why = f"{row.stale}; {why}"
+    strategy = "off" if why else "graph"
+    return [PathPlan(f"draft decode with {name}", strategy, why, row.gpus) for name in row.backends]
 
 
 def _plan_unfused(host: Host) -> list[str]:

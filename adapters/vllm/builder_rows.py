@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.base import Host, unproved
 from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm.v1.kept import Keeper
 
@@ -59,6 +59,30 @@ def above_one(*names: str) -> Callable[[Any], bool]:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A setting of a builder that is covered in the fused draft, and for itself proved or not.
+
+    Attributes
+    ----------
+    name : str
+        For the log.
+    holds : callable
+        As in `Refusal`.
+    proved : bool
+        Whether a GPU has run it, see `unproved`.
+    """
+
+    name: str
+    holds: Callable[[Any], bool]
+    proved: bool
+
+    def left_by(self, host: Host, builder: Any) -> str:
+        """Empty, or why a host's settings leave a builder with this setting to vLLM."""
+        why = unproved(self.proved, host)
+        return f"{self.name}: {why}" if why and self.holds(builder) else ""
+
+
+@dataclass(frozen=True)
 class BuilderRow:
     """What is known of one class of metadata builders.
 
@@ -79,8 +103,10 @@ class BuilderRow:
         What `changes` takes for granted.
     refusals : tuple of Refusal
         Settings that are not covered, by neither `changes` nor `keeper`.
-    unproved : tuple of Refusal
-        Settings that are covered in the fused draft, which no GPU has run yet: see `Host.takes_unproved`.
+    proved : bool
+        Whether a GPU has run it in the fused draft, see `unproved`.
+    settings : tuple of Setting
+        Those that are proved, or not, for themselves.
     stale : str
         What vLLM's own update in place leaves stale; empty if nothing is known. Where this adapter does not write it, it
         does not make a draft fused either: vLLM's rebuild is right.
@@ -105,7 +131,8 @@ class BuilderRow:
     fields: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
-    unproved: tuple[Refusal, ...] = ()
+    proved: bool = True
+    settings: tuple[Setting, ...] = ()
     stale: str = ""
     keeper: Keeper | None = None
     unverified: str = ""
@@ -134,8 +161,10 @@ class BuilderRow:
 
     def left_by(self, host: Host, builder: Any) -> str:
         """Empty, or why a host's settings leave a builder to vLLM: no GPU has run it yet, or no verification covers it."""
-        unproved = "" if host.takes_unproved else refusal(self.unproved, builder)
-        return unproved or (self.unverified if host.verify else "")
+        why = unproved(self.proved, host) or next(
+            filter(None, (setting.left_by(host, builder) for setting in self.settings)), ""
+        )
+        return why or (self.unverified if host.verify else "")
 
 
 def _unknown_fields(fields: Mapping[str, frozenset[str]]) -> str:

@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from nsa_plugin.adapters.base import UNPROVED, Host
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.vllm import builders_left_alone
 from nsa_plugin.adapters.vllm.builder_rows import (
@@ -22,6 +22,7 @@ from nsa_plugin.adapters.vllm.builder_rows import (
     Changes,
     Refusal,
     Replaced,
+    Setting,
     above_one,
     refusal,
 )
@@ -64,8 +65,7 @@ SCHEDULED = (
     Refusal("VLLM_BATCH_INVARIANT is not covered", _is_batch_invariant),
 )
 """Of builders of dense MLA whose schedules are made in place."""
-POOLED_KEYS = Refusal(f"pooled index keys: {UNPROVED}", above_one("compress_ratio"))
-ALL_UNPROVED = Refusal(UNPROVED, lambda builder: True)
+POOLED_KEYS = Setting("pooled index keys", above_one("compress_ratio"), proved=False)
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
     _is_non_causal,
@@ -147,7 +147,7 @@ INDEXER = BuilderRow(
           "what of the indexer follows from them"),
      SCHEDULE),
     (*PARALLELISM, COMPRESSED),
-    unproved=(POOLED_KEYS,),
+    settings=(POOLED_KEYS,),
     keeper=Keeper(
         (Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
               ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"), "lengths of a draft step"),
@@ -170,7 +170,7 @@ FLASHINFER_SPARSE_SM90 = BuilderRow(
      Need(f"{_SM90}._SM90State.plan", ("num_tokens", "kv_lens", "cam", "req_id_per_token"),
           "plan for the lengths of all steps before the draft"),
      FUSED_DRAFT),
-    (*PARALLELISM, HISPARSE), (ALL_UNPROVED,), gpus=frozenset({"9"}),
+    (*PARALLELISM, HISPARSE), proved=False, gpus=frozenset({"9"}),
 )  # fmt: skip
 """It plans on the host. One plan, made before each draft, serves all steps: each clamps it on the device to its lengths."""
 TAIL_SLOTS = Need(
@@ -181,9 +181,9 @@ TAIL_SLOTS = Need(
 KPOOL_TAIL = BuilderRow(
     ("KPOOL_TAIL",), f"{INDEXER_MODULE}.KpoolTailMetadataBuilder", "tail slots",
     {f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata": INDEXER.fields[f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata"]},
-    (TAIL_SLOTS,), PARALLELISM, (ALL_UNPROVED,),
-    "vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the null "
-    "block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
+    (TAIL_SLOTS,), PARALLELISM, proved=False,
+    stale="vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the "
+          "null block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
     gpus=frozenset({"9", "10"}), vllm_updates=True,
 )  # fmt: skip
 POOLED = (FLASHINFER_SPARSE_SM90, KPOOL_TAIL)
@@ -213,7 +213,7 @@ def _dense(
     return BuilderRow((backend,), f"{module}.{builder}", changes, fields, needs, refusals, **settings)
 
 
-_SCHEDULED = {"unproved": (ALL_UNPROVED,), "unverified": UNVERIFIED, "not_kept": NOT_KEPT}
+_SCHEDULED = {"unverified": UNVERIFIED, "not_kept": NOT_KEPT}
 FLASH_ATTN_MLA = _dense(
     "FLASH_ATTN_MLA", f"{MLA}.flashattn_mla", "FlashAttnMLAMetadataBuilder", "FlashAttnMLADecodeMetadata",
     "query_start_loc max_query_len max_seq_len scheduler_metadata max_num_splits", "FlashAttention schedule",
@@ -221,7 +221,7 @@ FLASH_ATTN_MLA = _dense(
      Need(f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder._schedule_decode",
           ("num_reqs", "cu_query_lens", "max_query_len", "seqlens", "max_seq_len", "causal", "max_num_splits"),
           "FlashAttention's schedule, which stays a call of its own")),
-    **_SCHEDULED, gpus=frozenset({"9"}),
+    **_SCHEDULED, proved=False, gpus=frozenset({"9"}),
 )  # fmt: skip
 FLASHMLA_DENSE = _dense(
     "FLASHMLA", FLASHMLA, "FlashMLAMetadataBuilder", "FlashMLADecodeMetadata", "scheduler_metadata", "FlashMLA schedule",
@@ -229,7 +229,7 @@ FLASHMLA_DENSE = _dense(
      Need(f"{FLASHMLA}.FlashMLASchedMeta", (), "what the first layer of a step fills, for a bf16 cache"),
      Need(f"{FLASHMLA}.get_mla_metadata_dense_fp8", ("cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k"),
           "FlashMLA's schedule for an fp8 cache, which stays a call of its own")),
-    **_SCHEDULED, gpus=frozenset({"9", "10"}),
+    **_SCHEDULED, proved=False, gpus=frozenset({"9", "10"}),
 )  # fmt: skip
 """Dense MLA of Hopper: DeepSeek V3, R1 and their like with MTP. From vLLM 0.32 on."""
 
@@ -259,6 +259,11 @@ REBUILT = tuple(row for row in LEFT_ALONE if not row.vllm_updates)
 """Those whose metadata vLLM itself rebuilds for each step of Model Runner V2's drafts, which it then does not fuse."""
 NOT_EXAMINED = "not examined"
 ROWS = {row.builder: row for row in (*ESSENTIAL, *MORE, *POOLED, *LEFT_ALONE)}
+
+
+FUSED_ALONE = frozenset({*SCHEDULES, "request map and plan", "tail slots"})
+"""Changes that are written in the fused draft alone. A rebuild may put a new schedule or plan elsewhere, and `tail slots`
+go with pooled index keys, whose indexer has slots of its own."""
 
 
 def row_of(builder: Any) -> BuilderRow:
@@ -318,9 +323,8 @@ def _is_vllms(update: Any, builder: Any, row: BuilderRow) -> bool:
 
 
 def _by_row(builder: Any) -> Changes:
-    row = row_of(builder)  # a schedule may be a new object in every rebuild: vLLM rebuilds it
-    left = row.changes in SCHEDULES or row.refused(builder) or refusal(row.unproved, builder)
-    return "other" if left else row.changes
+    row = row_of(builder)
+    return "other" if row.changes in FUSED_ALONE or row.refused(builder) else row.changes
 
 
 def _is_plain_indexer(builder: Any, metadata: Any, num_reqs: int) -> bool:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-TESTS = "tests/gpu/test_gpu.py"
+TESTS = "tests/gpu"
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 PASSED = re.compile(r"(\d+) passed")
 

@@ -15,12 +15,13 @@ from nsa_plugin.testing.contract import LINES
 from nsa_plugin.testing.engine import Skipped
 
 FIXTURES = {
-    "sglang": ("nsa_plugin.rigs.sglang.engine.SglangEngine",),
+    "sglang": ("nsa_plugin.rigs.sglang.engine:SglangEngine",),
     "vllm": (
-        "nsa_plugin.rigs.vllm.v2_engine.V2Engine",
-        "nsa_plugin.rigs.vllm.v1_engine.V1Engine",
-        "nsa_plugin.rigs.vllm.v2_target_engine.TargetEngine",
-        "nsa_plugin.rigs.vllm.v2_pooled_engine.PooledEngine",
+        "nsa_plugin.rigs.vllm.v2_engine:V2Engine",
+        "nsa_plugin.rigs.vllm.v1_engine:V1Engine",
+        "nsa_plugin.rigs.vllm.v2_target_engine:TargetEngine",
+        "nsa_plugin.rigs.vllm.v2_pooled_engine:PooledEngine",
+        "nsa_plugin.rigs.vllm.dense_engine:DenseEngine",
     ),
 }
 """What the kit runs on, for each engine: vLLM has two model runners. All but the first may need more than an old release has."""
@@ -39,7 +40,7 @@ def main(name: str) -> dict[str, Any]:
         except (ImportError, AttributeError) as error:
             if not number:
                 raise
-            skipped[fixture.rpartition(".")[2]] = str(error)
+            skipped[fixture.rpartition(":")[2]] = str(error)
             continue
         logging.getLogger(engine.logger).propagate = False
         kit = Conformance(engine)

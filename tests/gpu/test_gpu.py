@@ -178,15 +178,30 @@ def test_one_captured_graph_serves_changing_batches() -> None:
 
 
 @pytest.mark.parametrize("mode", list(ForwardMode))
-def test_a_captured_graph_is_switched_on_the_device(mode: ForwardMode) -> None:
-    """Off, a replay leaves every byte as it is; on again, it is right again. No new capture, nothing for the host."""
+@pytest.mark.parametrize(
+    ("index_kpool", "width", "size", "rounds"), [(1, 8192, 16, 60), (4, 1 << 20, 32, 5)], ids=["plain", "pooled"]
+)
+def test_a_captured_graph_is_switched_on_the_device(
+    mode: ForwardMode, index_kpool: int, width: int, size: int, rounds: int
+) -> None:
+    """Off, a replay leaves every byte as it is; on again, it is right again. No new capture, nothing for the host.
+
+    Pooled index keys have tables of 1,048,576 columns, where offsets of elements pass 2**31.
+    """
     rng = random.Random(13)
-    width, size, draft_tokens = 8192, 16, 4
-    seq_lens = torch.ones(size, dtype=torch.int64, device=DEVICE)
+    draft_tokens = 4
+    shortest = 1 if index_kpool == 1 else draft_tokens
+    seq_lens = torch.full((size,), draft_tokens, dtype=torch.int64, device=DEVICE)
     requests = torch.zeros(size, dtype=torch.int64, device=DEVICE)
-    table = torch.randint(0, 1 << 30, (size + 1, width), dtype=torch.int32, device=DEVICE)
-    batch = BatchDescriptor(mode, size, seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens)
-    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)))
+    accepted = None
+    if index_kpool > 1 and mode is ForwardMode.DRAFT_EXTEND:
+        accepted = torch.ones(size, dtype=torch.int32, device=DEVICE)
+    table = torch.arange(width, dtype=torch.int32, device=DEVICE).repeat(size + 1, 1)
+    table += 256 * torch.arange(size + 1, dtype=torch.int32, device=DEVICE)[:, None]
+    batch = BatchDescriptor(
+        mode, size, seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens, accepted=accepted
+    )
+    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)), index_kpool=index_kpool)
     consumer = poisoned(batch, geometry)[0].steps[0]
     enabled = torch.ones(1, dtype=torch.int32, device=DEVICE)
     plan = ReplayPlan(batch, geometry, [consumer], strategy="share", enabled=enabled)
@@ -194,20 +209,21 @@ def test_a_captured_graph_is_switched_on_the_device(mode: ForwardMode) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan.run(batch)
-    for _ in range(60):
-        on = rng.random() < 0.5
+    for round in range(rounds):
+        on = round % 5 not in (1, 2)
         enabled.fill_(on)
-        seq_lens.copy_(torch.tensor([rng.randint(1, width - draft_tokens) for _ in range(size)]))
+        seq_lens.copy_(torch.tensor([rng.randint(shortest, width - draft_tokens) for _ in range(size)]))
         requests.copy_(torch.randint(0, size + 1, (size,)))
-        buffers = {name: getattr(consumer, name) for name in (*VECTORS, *TABLES)}
-        for buffer in () if on else buffers.values():
-            buffer.fill_(rng.randint(-1000, -1))
-        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        if accepted is not None:
+            accepted.copy_(torch.randint(1, draft_tokens + 1, (size,)))
+        for plane in () if on else planes_of(consumer):
+            plane.fill_(rng.randint(-1000, -1))
+        before = [plane.clone() for plane in planes_of(consumer)]
         graph.replay()
         if on:
             assert_equals(reference(batch, geometry), consumer)
         else:
-            assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
+            assert all(map(torch.equal, before, planes_of(consumer)))
 
 
 def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
@@ -233,38 +249,3 @@ def test_a_batch_of_another_size_or_length_compiles_nothing() -> None:
     for size, width in ((1, 4096), (2, 4096), (17, 8192), (128, 2048), (500, 4096)):
         run(size, width)
     assert compiled() == before
-
-
-@pytest.mark.parametrize("mode", list(ForwardMode))
-def test_pooled_index_keys_in_a_captured_graph(mode: ForwardMode) -> None:
-    """Tables of 1,048,576 columns, where offsets of elements pass 2**31; switched on and off on the device."""
-    rng = random.Random(29)
-    width, size, draft_tokens = 1 << 20, 32, 4
-    seq_lens = torch.full((size,), draft_tokens, dtype=torch.int64, device=DEVICE)
-    requests = torch.zeros(size, dtype=torch.int64, device=DEVICE)
-    accepted = torch.ones(size, dtype=torch.int32, device=DEVICE) if mode is ForwardMode.DRAFT_EXTEND else None
-    table = torch.arange(width, dtype=torch.int32, device=DEVICE).repeat(size + 1, 1)
-    table += 256 * torch.arange(size + 1, dtype=torch.int32, device=DEVICE)[:, None]
-    batch = BatchDescriptor(
-        mode, size, seq_lens, TokenTable(table, requests), draft_tokens=draft_tokens, accepted=accepted
-    )
-    geometry = Geometry(2048, 64, width, num_sms=multiprocessors(torch.device(DEVICE)), index_kpool=4)
-    consumer = poisoned(batch, geometry)[0].steps[0]
-    enabled = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    plan = ReplayPlan(batch, geometry, [consumer], strategy="share", enabled=enabled)
-    plan.run(batch)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plan.run(batch)
-    for on in (True, False, True):
-        enabled.fill_(on)
-        seq_lens.copy_(torch.tensor([rng.randint(draft_tokens, width - draft_tokens) for _ in range(size)]))
-        requests.copy_(torch.randint(0, size + 1, (size,)))
-        if accepted is not None:
-            accepted.copy_(torch.randint(1, draft_tokens + 1, (size,)))
-        before = None if on else [plane.clone() for plane in planes_of(consumer)]
-        graph.replay()
-        if before is None:
-            assert_equals(reference(batch, geometry), consumer)
-        else:
-            assert all(map(torch.equal, before, planes_of(consumer)))

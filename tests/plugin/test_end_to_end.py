@@ -189,3 +189,37 @@ def test_a_model_brings_arguments_and_a_run_names_its_variants(tmp_path: Path) -
         assert found["cells"][0]["variants"][variant]["same_tokens"]
         said = next(line for line in found["logs"][f"4 {variant}"] if "nsa-plugin:" in line and "this" in line)
         assert said == f"nsa-plugin: {strategy} this 1 {json.dumps(wanted)}"
+
+
+def test_accepted_lengths_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    faster = (
+        'max(1, len(one) - 1 - 20 * (os.environ.get("NSA_PLUGIN_STEP_LENGTHS") == "exact") - one[0] % 3) for one in'
+    )
+    worker = WORKER.replace('"rounds": [len(one) for one in', f'"rounds": [{faster}')
+    example = example_with(f"WRONG = False\n{worker}", tmp_path)
+    (tmp_path / "prompts.json").write_text(json.dumps({"prompts": [[number] * 9 for number in range(10, 22)]}))
+    options = (
+        "--prompts",
+        str(tmp_path / "prompts.json"),
+        "--steps",
+        "2",
+        "8",
+        "--variants",
+        "no plugin",
+        "auto",
+        "exact",
+    )
+    line = command("acceptance.py", tmp_path, *options, "--new-tokens", "60")
+    done = subprocess.run(line, cwd=example, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for found in json.loads((tmp_path / "r.json").read_text())["steps"].values():
+        assert found["no plugin"]["accepted"] == pytest.approx(59 / 58)
+        same, exact = (found[variant]["against no plugin"] for variant in ("auto", "exact"))
+        assert same["ratio"] == 1 and same["interval"] == [1, 1] and same["prompts in fewer rounds"] == 0
+        assert exact["ratio"] == pytest.approx(58 / 38)
+        assert exact["interval"][0] < exact["ratio"] < exact["interval"][1]
+        assert (exact["prompts in fewer rounds"], exact["prompts with the same tokens"], exact["prompts"]) == (
+            12,
+            12,
+            12,
+        )

@@ -202,7 +202,7 @@ def test_auto_leaves_them_to_sglang_until_a_gpu_has_run_them(
     host, _ = install("auto")
     owner, _ = captured("DECODE")
     tables = [backend.decode_cuda_graph_metadata[4].pooled_real_page_table for backend in owner.attn_backends]
-    assert not pools.PROVED_ON_GPU and len({table.data_ptr() for table in tables}) == 3
+    assert not pools.PROVED and len({table.data_ptr() for table in tables}) == 3
     assert [line for line in caplog.messages if "pooled" in line] == [
         "nsa-plugin: draft decode: strategy off (pooled index keys (index_kpool > 1): it has only run on CPU tensors; "
         "NSA_PLUGIN_STRATEGY=graph takes it, auto does not)"

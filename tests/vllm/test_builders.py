@@ -13,6 +13,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from vllm.v1.attention.backends.mla import indexer
 
 from benchmarks.matrix.builders import BACKENDS, bases, classes, metadata_builders, unexamined
+from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.probe import installed_version, missing
 from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
@@ -33,6 +35,7 @@ from nsa_plugin.adapters.vllm.v2.updates import METHOD
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.v2_draft import DRAFT, Draft
+from nsa_plugin.settings import Settings
 from tests.vllm.drafts import POISONED, unequal_steps
 
 Install = Callable[..., tuple[Host, VllmAdapter]]
@@ -228,6 +231,20 @@ def test_every_row_is_served_or_left_alone_for_a_reason() -> None:
     for row in builders.ROWS.values():
         served = (row.changes != "other", row.fields, row.needs, row.refusals)
         assert all(served) != bool(row.left_alone) and (not row.left_alone or not any((*served, row.keeper))), row
+
+
+@pytest.mark.parametrize("row", [row for row in builders.ROWS.values() if not row.proved], ids=lambda row: row.backend)
+def test_one_word_of_a_row_says_that_a_gpu_has_run_it(row: BuilderRow) -> None:
+    auto, named = Host(), Host(Settings(strategy="graph"))
+    assert (row.left_by(auto, None), row.left_by(named, None)) == (UNPROVED, "")
+    assert replace(row, proved=True).left_by(auto, None) == ""
+
+
+def test_one_word_of_a_setting_says_so_for_itself() -> None:
+    (setting,) = builders.INDEXER.settings
+    pooled, proved = SimpleNamespace(compress_ratio=4), replace(setting, proved=True)
+    assert builders.INDEXER.left_by(Host(), pooled) == f"pooled index keys: {UNPROVED}"
+    assert replace(builders.INDEXER, settings=(proved,)).left_by(Host(), pooled) == ""
 
 
 def test_doctor_names_each_backend_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from nsa_plugin.adapters.vllm.releases import FUSED_UPDATE
 from nsa_plugin.rigs.vllm import dense
 from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.engine import VllmCase, draft_steps
@@ -13,11 +14,18 @@ from nsa_plugin.rigs.vllm.v2_engine import V2Engine, V2Session
 from nsa_plugin.testing.engine import Case, Values
 
 
-def draft(layout: str, tokens: int) -> VllmCase:
+class DenseCase(VllmCase):
+    """A draft with dense MLA."""
+
+    column = "dense MLA drafts"
+    """What the release matrix has it under."""
+
+
+def draft(layout: str, tokens: int) -> DenseCase:
     """A draft of `tokens` tokens with a layout of `dense.LAYOUTS`."""
     covers = frozenset({"decode", "padded rows", "int32 lengths", draft_steps(tokens)})
     path = f"draft decode, {layout.partition(',')[0]}"
-    return VllmCase(f"{tokens} draft tokens, {layout}", path, len(BATCHES), covers, layout=layout, tokens=tokens)
+    return DenseCase(f"{tokens} draft tokens, {layout}", path, len(BATCHES), covers, layout=layout, tokens=tokens)
 
 
 CASES = (
@@ -54,9 +62,10 @@ class DenseSession(V2Session):
 
 
 class DenseEngine(V2Engine):
-    """The installed vLLM's Model Runner V2 with dense MLA."""
+    """The installed vLLM's Model Runner V2 with dense MLA, from 0.32 on."""
 
     tried = CASES
+    needs = (FUSED_UPDATE,)
 
     def patched(self) -> Sequence[object]:
         """The builders of dense MLA, too."""

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from nsa_plugin.adapters.probe import missing
+from nsa_plugin.adapters.probe import Need, missing
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.ledger import v2_essential
 from nsa_plugin.adapters.vllm.v2 import choice as v2_choice
@@ -43,11 +43,18 @@ class VllmEngine(Engine):
         What to try with this runner.
     never_of_runner : mapping of situation to reason
         What only this runner does not have.
+    needs : tuple of Need
+        What of vLLM this runner is tried for.
 
     Parameters
     ----------
     cases : sequence of Case
         Which of `tried` to try; all by default.
+
+    Raises
+    ------
+    ImportError
+        The installed vLLM lacks one of `needs`: there is nothing to try.
     """
 
     name = "vllm"
@@ -56,8 +63,11 @@ class VllmEngine(Engine):
     entry_point = "nsa_plugin.entry:register_vllm"
     tried: ClassVar[tuple[Case, ...]]
     never_of_runner: ClassVar[Mapping[str, str]]
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def __init__(self, cases: Sequence[Case] = ()) -> None:
+        if problems := missing(self.needs):
+            raise ImportError(problems[0])
         self._cases = cases or self.tried
         self.never = {
             "int64 lengths": "the runner's lengths are int32",

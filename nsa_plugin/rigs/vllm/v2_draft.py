@@ -94,10 +94,12 @@ class Prefill:
         return self
 
 
-def block_tables(block_size: int, requests: int, tokens: int, blocks: int, device: torch.device) -> BlockTables:
-    """vLLM's tables of one KV-cache group, which until 0.31 ask for the kernels' block size too."""
+def block_tables(
+    block_size: int, requests: int, tokens: int, blocks: int, device: torch.device, kernel_block: int = 0
+) -> BlockTables:
+    """vLLM's tables of one KV-cache group, which until 0.31 ask for the kernels' block size too; by default the same."""
     asked = (
-        {"kernel_block_sizes": [block_size]}
+        {"kernel_block_sizes": [kernel_block or block_size]}
         if "kernel_block_sizes" in inspect.signature(BlockTables).parameters
         else {}
     )

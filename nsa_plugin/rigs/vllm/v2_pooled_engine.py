@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nsa_plugin.adapters.vllm import builders
 from nsa_plugin.adapters.vllm.v2.updates import PATH as DECODE
 from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.engine import VllmCase, draft_steps
@@ -45,17 +46,12 @@ class PooledSession(V2Session):
 
 
 class PooledEngine(V2Engine):
-    """The installed vLLM's Model Runner V2, from 0.32 on.
-
-    Raises
-    ------
-    ImportError
-        This vLLM lacks the backend.
-    """
+    """The installed vLLM's Model Runner V2, from 0.32 on."""
 
     tried = CASES
     session = PooledSession
+    needs = tuple(need for row in builders.POOLED for need in row.needs)
 
     def __init__(self, cases: Sequence[Case] = ()) -> None:
-        sm90()
+        sm90()  # before anything else imports it
         super().__init__(cases)

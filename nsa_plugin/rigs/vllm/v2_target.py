@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import pkgutil
 import random
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -33,9 +35,9 @@ from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 from vllm.v1.worker.gpu.states import RequestState
 
+from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.rigs.vllm.drafts import LAYOUTS, tiny_config
 from nsa_plugin.rigs.vllm.stand_ins import emulated_cuda, without_compiled_flashmla
 from nsa_plugin.rigs.vllm.v2_draft import CPU, DRAFT, TARGET, Layer, Prefill, block_tables, without_pinned_memory
@@ -87,11 +89,16 @@ def _capturing(graph: _Graph, *_: Any, **__: Any) -> Iterator[None]:
 def emulated_graphs() -> Iterator[None]:
     """Within it vLLM's managers capture emulated graphs."""
     platform = type(cudagraph_utils.current_platform)
+    pools: dict[str, Any] = (
+        {"capture_pool": lambda pool, config: contextlib.nullcontext(pool)}
+        if hasattr(cudagraph_utils, "capture_pool")
+        else {"set_graph_pool_id": lambda pool: None}  # until 0.31
+    )
     with (
         mock.patch.object(cudagraph_utils, "graph_capture", lambda device=None: contextlib.nullcontext()),
-        mock.patch.object(cudagraph_utils, "capture_pool", lambda pool, config: contextlib.nullcontext(pool)),
+        mock.patch.multiple(cudagraph_utils, **pools),
         mock.patch.object(cudagraph_utils, "current_stream", lambda: None),
-        mock.patch.object(platform, "get_global_graph_pool", lambda self=None: None),
+        mock.patch.object(platform, "get_global_graph_pool", lambda self=None: (0, 0)),
         mock.patch.object(torch.cuda, "CUDAGraph", _Graph),
         mock.patch.object(torch.cuda, "graph", _capturing),
     ):
@@ -183,6 +190,18 @@ class Batch:
     slots: Any
 
 
+def _speculators_manager() -> Any:
+    """The class that manages the CUDA graphs of a draft, beside the installed vLLM's speculator."""
+    package = releases.speculator().rsplit(".", 2)[0]
+    return pkgutil.resolve_name(f"{package}.cudagraph_utils:SpeculatorCudaGraphManager")
+
+
+def _known(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Those of the arguments that the installed vLLM's function has: 0.30 has fewer."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
 class TargetRunner:
     """The parts of a runner that verify tokens, over a tiny DeepSeek-V3.2 with MTP.
 
@@ -215,8 +234,9 @@ class TargetRunner:
                 init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
                 ensure_model_parallel_initialized(1, 1)
             self.cache = self._cache(heads)
-            self.groups, _, _ = init_attn_backend(self.cache, self.config, CPU)
-            self.tables = block_tables(shape.block_size, REQUESTS, self._most, MODEL_LEN // shape.block_size, CPU)
+            self.groups, _, kernel_blocks = init_attn_backend(self.cache, self.config, CPU)
+            blocks = MODEL_LEN // shape.block_size
+            self.tables = block_tables(shape.block_size, REQUESTS, self._most, blocks, CPU, kernel_blocks[0])
             self.buffers = InputBuffers(REQUESTS, self._most, CPU)
             self._runner()
         self.capture()
@@ -263,7 +283,7 @@ class TargetRunner:
         mode = CUDAGraphMode.FULL_DECODE_ONLY
         with self.inference(), emulated_graphs():
             self.manager = cudagraph_utils.ModelCudaGraphManager(self.config, CPU, mode, self.width)
-            self.speculator = SpeculatorCudaGraphManager(self.config, CPU, mode, self.width)
+            self.speculator = _speculators_manager()(self.config, CPU, mode, self.width)
             self.manager.capture(
                 self.model, self.state, self.buffers, None, self.tables, self.groups, self.cache
             )  # fmt: skip
@@ -301,14 +321,16 @@ class TargetRunner:
             scheduled_spec_decode_tokens={name: [0] * (width - 1) for name in names},
             has_structured_output_requests=False,
         )
-        state = model_runner.BatchReqState(
-            req_ids=names, num_scheduled_tokens=np.full(count, width, np.int32), num_tokens=count * width,
-            num_draft_tokens_np=np.full(count, width - 1, np.int32), idx_mapping_np=rows,
-            prefill_len_np=np.zeros(count, np.int32), num_computed_prefill_tokens_np=np.zeros(count, np.int32),
-            is_prefilling_np=np.zeros(count, bool), max_seq_len_np=None, has_prefill=False,
-            prefill_runs_as_decode_np=None, decode_graph_eligible=True,
-        )  # fmt: skip
-        made = model_runner.GPUModelRunner.prepare_inputs(self._self, scheduled, state, descriptor, 0)
+        fields: dict[str, Any] = {
+            "req_ids": names, "num_scheduled_tokens": np.full(count, width, np.int32), "num_tokens": count * width,
+            "num_draft_tokens_np": np.full(count, width - 1, np.int32), "idx_mapping_np": rows,
+            "prefill_len_np": np.zeros(count, np.int32), "num_computed_prefill_tokens_np": np.zeros(count, np.int32),
+            "is_prefilling_np": np.zeros(count, bool), "max_seq_len_np": None, "has_prefill": False,
+            "prefill_runs_as_decode_np": None, "decode_graph_eligible": True,
+        }  # fmt: skip
+        state = model_runner.BatchReqState(**_known(fields, model_runner.BatchReqState))
+        prepare = model_runner.GPUModelRunner.prepare_inputs
+        made = prepare(self._self, scheduled, state, descriptor, **_known({"num_active_loras": 0}, prepare))
         return Batch(descriptor, requests, made, *model_runner.GPUModelRunner.prepare_attn(self._self, made))
 
     def prepare(self, batch: Batch, for_capture: bool = False) -> Any:
@@ -330,7 +352,7 @@ class TargetRunner:
     def poison(self, value: int) -> None:
         """Fill everything that builders keep from one batch to the next."""
         for group in (group for same_cache in self.groups for group in same_cache):
-            kept = vars(group.get_metadata_builder()) | {"kernel_block_table": group.kernel_block_table}
+            kept = vars(group.get_metadata_builder()) | {"kernel_block_table": releases.mapped_table(group)}
             for name, buffer in kept.items():
                 if isinstance(buffer, torch.Tensor) and not buffer.is_floating_point() and name not in KEPT:
                     buffer.fill_(value)

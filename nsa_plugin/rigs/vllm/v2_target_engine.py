@@ -120,6 +120,7 @@ class TargetEngine(VllmEngine):
     tried = CASES
     """Lengths by request and by row, both paths, pages as large as blocks and smaller ones."""
     batch_types = (TargetBatch,)
+    needs = hooks.needs()
     never_of_runner: ClassVar[Mapping[str, str]] = {
         "decode": "the draft's steps have cases of their own",
         "one step": "a batch is verified in one pass",

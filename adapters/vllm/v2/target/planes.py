@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nsa_plugin.adapters.in_turn import in_turn
+from nsa_plugin.adapters.side_by_side import side_by_side
 from nsa_plugin.adapters.vllm import builders, releases
 from nsa_plugin.adapters.vllm.deep_gemm import scheduler
 from nsa_plugin.adapters.vllm.v2.step import Uncovered, as_captured
@@ -105,7 +105,7 @@ class Planes:
     @property
     def derive(self) -> Callable[[], None] | None:
         """What computes DeepGEMM's schedules from the lengths that are there; None if there are none."""
-        return in_turn([call for _, call in self._schedules])
+        return side_by_side([call for _, call in self._schedules])
 
     def written(self, batch: BatchDescriptor) -> dict[str, torch.Tensor]:
         """All that a refresh writes, by name: views of vLLM's buffers."""
