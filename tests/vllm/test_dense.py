@@ -6,6 +6,7 @@ captured metadata and a tighter one in a rebuild, so that real schedules may dif
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -61,6 +62,14 @@ def unequal(want: list[dict[str, torch.Tensor]], have: list[dict[str, torch.Tens
     return unequal_steps(want, have)
 
 
+@functools.cache
+def rebuilt(layout: str) -> list[dict[str, torch.Tensor]]:
+    """What the steps of a draft of 4 tokens see in vLLM alone; to be asked for before anything is installed."""
+    draft = DenseDraft(LAYOUTS[layout], 4)
+    assert not draft.fused
+    return proposals(draft)
+
+
 class TestDenseDraft(AdapterConformance):
     @pytest.fixture(scope="class")
     @classmethod
@@ -69,30 +78,28 @@ class TestDenseDraft(AdapterConformance):
 
 
 TRIED = [
-    ("FLASH_ATTN_MLA", 2, 64), ("FLASH_ATTN_MLA", 4, 16), ("FLASH_ATTN_MLA", 5, 128), ("FLASH_ATTN_MLA", 8, 64),
-    ("FLASHMLA, bf16", 2, 64), ("FLASHMLA, bf16", 8, 64), ("FLASHMLA, fp8", 3, 128), ("FLASHMLA, fp8", 6, 64),
+    ("FLASH_ATTN_MLA", 2, 64), ("FLASH_ATTN_MLA", 3, 16), ("FLASH_ATTN_MLA", 5, 128), ("FLASHMLA, bf16", 2, 64),
+    ("FLASHMLA, bf16", 6, 64), ("FLASHMLA, fp8", 3, 128),
 ]  # fmt: skip
+"""Layout, tokens and block size. The kit tries a draft of 8 tokens. Interpreted kernels take most of the time."""
 
 
 @pytest.mark.parametrize(("layout", "tokens", "block"), TRIED)
 def test_every_step_equals_a_full_rebuild_and_none_is_built(
     install: Install, layout: str, tokens: int, block: int
 ) -> None:
-    rebuilt = DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block))
-    expected = proposals(rebuilt)
-    host, adapter = install("graph")
+    vllms = DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block))
+    expected = proposals(vllms)
+    host, _ = install("graph")
     draft = DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block))
-    assert draft.fused and not rebuilt.fused
+    assert draft.fused and not vllms.fused
     assert unequal(expected, proposals(draft)) == set() and len(expected) == (len(BATCHES) + 1) * (tokens - 1)
     assert not host.fallbacks and v2_switch.of(host, draft.speculator).recorded  # one kernel wrote the slots
-    for own, builds in ((rebuilt, tokens - 1), (draft, 0)):
+    for own, builds in ((vllms, tokens - 1), (draft, 0)):
         (builder,) = own.builders
         with mock.patch.object(type(builder), "_build_decode", autospec=True, side_effect=_build(builder)) as build:
             own.propose(*BATCHES[2])
         assert sum(call.args[0] is builder for call in build.call_args_list) == builds
-    adapter.undo()
-    assert not DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block)).fused
-    assert unequal(expected, proposals(draft)) == set()  # drafted unfused
 
 
 def _build(builder: Any) -> Callable[..., Any]:
@@ -101,8 +108,18 @@ def _build(builder: Any) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_an_undo_vllm_drafts_unfused(install: Install, layout: str) -> None:
+    expected = rebuilt(layout)
+    _, adapter = install("graph")
+    draft = DenseDraft(LAYOUTS[layout], 4)
+    adapter.undo()
+    assert draft.fused and not DenseDraft(LAYOUTS[layout], 4).fused
+    assert unequal(expected, proposals(draft)) == set()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_comparison_can_fail(install: Install, layout: str) -> None:
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     with mock.patch.dict(schedules.SCHEDULES, dict.fromkeys(schedules.SCHEDULES, lambda builder, decode: None)):
         install("graph")
         assert {"schedule", DUE} <= unequal_steps(expected, proposals(DenseDraft(LAYOUTS[layout], 4)))
@@ -173,7 +190,7 @@ def test_model_runner_v1_rebuilds_and_says_why() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_switching_off_and_on(install: Install, layout: str) -> None:
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     host, _ = install("graph")
     draft = DenseDraft(LAYOUTS[layout], 4)
     for on in (False, True, False):
@@ -187,7 +204,7 @@ def test_switching_off_and_on(install: Install, layout: str) -> None:
 def test_an_error_in_the_step_leaves_vllms_results_right(
     install: Install, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     host, _ = install("graph")
     monkeypatch.setattr(step_update.StepUpdate, "run", mock.Mock(side_effect=RuntimeError("planted")))
     draft = DenseDraft(LAYOUTS[layout], 4)
@@ -198,7 +215,7 @@ def test_an_error_in_the_step_leaves_vllms_results_right(
 @pytest.mark.parametrize("layout", ["FLASH_ATTN_MLA", "FLASHMLA, fp8"])
 def test_after_an_error_in_a_schedule_vllm_drafts_unfused(install: Install, layout: str, alone: bool) -> None:
     """The graph holds a schedule of other lengths: it is left alone, unless other ranks share it."""
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     host, _ = install("graph")
     draft = DenseDraft(LAYOUTS[layout], 4)
     wrong = torch.zeros(1, dtype=torch.int32)
