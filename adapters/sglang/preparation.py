@@ -51,6 +51,8 @@ class Preparation:
     Attributes
     ----------
     strategy : str
+    bound_as : str
+        The strategy before any step down: its buffers are counted under that.
     recorded : bool
         Whether a captured graph does the work.
     replay : callable(batch)

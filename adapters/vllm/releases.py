@@ -76,8 +76,8 @@ def asks_groups(owner: type) -> bool:
 class EveryGroup:
     """Stands for all attention groups of a speculator whose loop asks each of them itself. It goes with 0.31."""
 
-    def __init__(self, update: Callable[..., None]) -> None:
-        self.update_draft_decode_metadata = update
+    def __init__(self, groups: Any, update: Callable[..., None]) -> None:
+        self.groups, self.update_draft_decode_metadata = groups, update
 
 
 def update_groups(speculator: Any, attn_metadata: Any, num_reqs: int, groups: Any, *args: Any, **kwargs: Any) -> None:
@@ -209,8 +209,11 @@ WATCH_NEEDS: tuple[Need, ...] = (
 
 
 def groups_of(speculator: Any) -> list[Any]:
-    """The attention groups of a draft, of all its KV-cache groups."""
-    return [group for same_cache in speculator.attn_groups for group in same_cache]
+    """The attention groups of a draft, of all its KV-cache groups, whether or not `EveryGroup` stands for them now."""
+    found = [group for same_cache in speculator.attn_groups for group in same_cache]
+    if found and isinstance(found[0], EveryGroup):
+        return [group for same_cache in found[0].groups for group in same_cache]
+    return found
 
 
 def uncovered_speculator(speculator: Any) -> str:

@@ -6,13 +6,14 @@ import json
 import logging
 import pkgutil
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nsa_plugin.rigs.interpreter import spare_overflow_checks
 from nsa_plugin.testing.conformance import Conformance
 from nsa_plugin.testing.contract import LINES
-from nsa_plugin.testing.engine import Skipped
+from nsa_plugin.testing.engine import Case, Skipped
 
 FIXTURES = {
     "sglang": ("nsa_plugin.rigs.sglang.engine:SglangEngine",),
@@ -35,12 +36,16 @@ def main(name: str) -> dict[str, Any]:
     values: dict[str, dict[str, list[str]]] = {}
     left_out: dict[str, str] = {}
     for number, fixture in enumerate(FIXTURES[name]):
+        tried: Iterable[Case] = ()
         try:
-            engine = pkgutil.resolve_name(fixture)()
+            made = pkgutil.resolve_name(fixture)
+            tried = getattr(made, "tried", ())
+            engine = made()
         except (ImportError, AttributeError) as error:
             if not number:
                 raise
             skipped[fixture.rpartition(":")[2]] = str(error)
+            left_out |= dict.fromkeys(map(_column, tried), str(error))
             continue
         logging.getLogger(engine.logger).propagate = False
         kit = Conformance(engine)
@@ -55,11 +60,16 @@ def main(name: str) -> dict[str, Any]:
             covered &= line != "coverage" or not problems
         left_out |= getattr(engine, "left_out", {})
         for run in kit.runs if covered else ():
-            column = getattr(run.case, "column", run.case.path)
-            cell = values.setdefault(column, {}).setdefault(run.strategy, [])
+            cell = values.setdefault(_column(run.case), {}).setdefault(run.strategy, [])
             cell += [f"{run.case.name}: {problem}" for problem in (*run.wrong, *run.moved)]
     found = {"lines": lines, "skipped": skipped, "values": values, "left out": left_out}
     return found | {"environment": _environment(name)}
+
+
+def _column(case: Case) -> str:
+    """What the table has a case under."""
+    column: str = getattr(case, "column", case.path)
+    return column
 
 
 def _environment(name: str) -> dict[str, str]:

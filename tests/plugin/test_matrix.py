@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.matrix import render, run
+from benchmarks.matrix import check, render, run
 from benchmarks.matrix.engines import ENGINES
 from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
 from nsa_plugin.adapters.vllm import releases as vllm
 from nsa_plugin.adapters.vllm.v1 import proposer as v1_proposer
+from nsa_plugin.testing.engine import Case
 
 SOURCE = {
     "toy/__init__.py": "",
@@ -213,3 +215,23 @@ def test_committed_results_are_those_of_the_adapters() -> None:
             )
         ]
         assert tuple(faithful) == tested, name
+
+
+def test_what_a_release_lacks_is_unsupported_in_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pooled(Case):
+        column = "pooled index keys"
+
+    class Absent:
+        tried = (Pooled("1", "draft decode, X", 1, frozenset()), Case("2", "target verify", 1, frozenset()))
+
+        def __init__(self) -> None:
+            raise ImportError("looked for a.b, found none")
+
+    made = {"There": lambda: SimpleNamespace(logger="toy"), "Absent": Absent}
+    monkeypatch.setattr(check, "FIXTURES", {"torch": tuple(made)})
+    monkeypatch.setattr(check, "LINES", ())
+    monkeypatch.setattr(check, "Conformance", lambda engine: SimpleNamespace(runs=()))
+    monkeypatch.setattr("pkgutil.resolve_name", made.__getitem__)
+    found = check.main("torch")
+    assert found["left out"] == dict.fromkeys(("pooled index keys", "target verify"), "looked for a.b, found none")
+    assert found["skipped"] == {"Absent": "looked for a.b, found none"} and not found["values"]

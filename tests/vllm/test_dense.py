@@ -6,6 +6,7 @@ captured metadata and a tighter one in a rebuild, so that real schedules may dif
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -37,6 +38,8 @@ Install = Callable[..., tuple[Host, VllmAdapter]]
 pytestmark = pytest.mark.skipif(
     not releases.has_update(releases.speculator()), reason="dense MLA joins the fused draft from vLLM 0.32 on"
 )
+FEW = (*BATCHES[:2], LARGE)
+"""For tests of what happens, not of values: the last one is larger than any captured one."""
 ROWS = (builders.FLASH_ATTN_MLA, builders.FLASHMLA_DENSE)
 
 
@@ -61,6 +64,14 @@ def unequal(want: list[dict[str, torch.Tensor]], have: list[dict[str, torch.Tens
     return unequal_steps(want, have)
 
 
+@functools.cache
+def rebuilt(layout: str) -> list[dict[str, torch.Tensor]]:
+    """What the steps of a draft of 4 tokens see in vLLM alone; to be asked for before anything is installed."""
+    draft = DenseDraft(LAYOUTS[layout], 4)
+    assert not draft.fused
+    return proposals(draft, FEW)
+
+
 class TestDenseDraft(AdapterConformance):
     @pytest.fixture(scope="class")
     @classmethod
@@ -69,30 +80,28 @@ class TestDenseDraft(AdapterConformance):
 
 
 TRIED = [
-    ("FLASH_ATTN_MLA", 2, 64), ("FLASH_ATTN_MLA", 4, 16), ("FLASH_ATTN_MLA", 5, 128), ("FLASH_ATTN_MLA", 8, 64),
-    ("FLASHMLA, bf16", 2, 64), ("FLASHMLA, bf16", 8, 64), ("FLASHMLA, fp8", 3, 128), ("FLASHMLA, fp8", 6, 64),
+    ("FLASH_ATTN_MLA", 2, 64), ("FLASH_ATTN_MLA", 3, 16), ("FLASH_ATTN_MLA", 5, 128), ("FLASHMLA, bf16", 2, 64),
+    ("FLASHMLA, bf16", 6, 64), ("FLASHMLA, fp8", 3, 128),
 ]  # fmt: skip
+"""Layout, tokens and block size. The kit tries a draft of 8 tokens. Interpreted kernels take most of the time."""
 
 
 @pytest.mark.parametrize(("layout", "tokens", "block"), TRIED)
 def test_every_step_equals_a_full_rebuild_and_none_is_built(
     install: Install, layout: str, tokens: int, block: int
 ) -> None:
-    rebuilt = DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block))
-    expected = proposals(rebuilt)
-    host, adapter = install("graph")
+    vllms = DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block))
+    expected = proposals(vllms)
+    host, _ = install("graph")
     draft = DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block))
-    assert draft.fused and not rebuilt.fused
+    assert draft.fused and not vllms.fused
     assert unequal(expected, proposals(draft)) == set() and len(expected) == (len(BATCHES) + 1) * (tokens - 1)
     assert not host.fallbacks and v2_switch.of(host, draft.speculator).recorded  # one kernel wrote the slots
-    for own, builds in ((rebuilt, tokens - 1), (draft, 0)):
+    for own, builds in ((vllms, tokens - 1), (draft, 0)):
         (builder,) = own.builders
         with mock.patch.object(type(builder), "_build_decode", autospec=True, side_effect=_build(builder)) as build:
             own.propose(*BATCHES[2])
         assert sum(call.args[0] is builder for call in build.call_args_list) == builds
-    adapter.undo()
-    assert not DenseDraft(LAYOUTS[layout], tokens, Sizes(block=block)).fused
-    assert unequal(expected, proposals(draft)) == set()  # drafted unfused
 
 
 def _build(builder: Any) -> Callable[..., Any]:
@@ -101,11 +110,21 @@ def _build(builder: Any) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_an_undo_vllm_drafts_unfused(install: Install, layout: str) -> None:
+    expected = rebuilt(layout)
+    _, adapter = install("graph")
+    draft = DenseDraft(LAYOUTS[layout], 4)
+    adapter.undo()
+    assert draft.fused and not DenseDraft(LAYOUTS[layout], 4).fused
+    assert unequal(expected, proposals(draft, FEW)) == set()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_comparison_can_fail(install: Install, layout: str) -> None:
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     with mock.patch.dict(schedules.SCHEDULES, dict.fromkeys(schedules.SCHEDULES, lambda builder, decode: None)):
         install("graph")
-        assert {"schedule", DUE} <= unequal_steps(expected, proposals(DenseDraft(LAYOUTS[layout], 4)))
+        assert {"schedule", DUE} <= unequal_steps(expected, proposals(DenseDraft(LAYOUTS[layout], 4), FEW))
 
 
 def test_what_a_larger_schedule_has_left_is_zero(install: Install) -> None:
@@ -173,13 +192,13 @@ def test_model_runner_v1_rebuilds_and_says_why() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_switching_off_and_on(install: Install, layout: str) -> None:
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     host, _ = install("graph")
     draft = DenseDraft(LAYOUTS[layout], 4)
     for on in (False, True, False):
         host.switch(on, "test")
         with mock.patch.object(v2_step.Step, "run", autospec=True, side_effect=v2_step.Step.run) as run:
-            assert unequal(expected, proposals(draft)) == set()
+            assert unequal(expected, proposals(draft, FEW)) == set()
         assert run.called == on
 
 
@@ -187,18 +206,18 @@ def test_switching_off_and_on(install: Install, layout: str) -> None:
 def test_an_error_in_the_step_leaves_vllms_results_right(
     install: Install, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     host, _ = install("graph")
     monkeypatch.setattr(step_update.StepUpdate, "run", mock.Mock(side_effect=RuntimeError("planted")))
     draft = DenseDraft(LAYOUTS[layout], 4)
-    assert draft.fused and unequal(expected, proposals(draft)) == set() and sum(host.fallbacks.values()) == 1
+    assert draft.fused and unequal(expected, proposals(draft, FEW)) == set() and sum(host.fallbacks.values()) == 1
 
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("layout", ["FLASH_ATTN_MLA", "FLASHMLA, fp8"])
 def test_after_an_error_in_a_schedule_vllm_drafts_unfused(install: Install, layout: str, alone: bool) -> None:
     """The graph holds a schedule of other lengths: it is left alone, unless other ranks share it."""
-    expected = proposals(DenseDraft(LAYOUTS[layout], 4))
+    expected = rebuilt(layout)
     host, _ = install("graph")
     draft = DenseDraft(LAYOUTS[layout], 4)
     wrong = torch.zeros(1, dtype=torch.int32)
@@ -210,5 +229,5 @@ def test_after_an_error_in_a_schedule_vllm_drafts_unfused(install: Install, layo
     v2_switch.of(host, draft.speculator).alone = alone
     unfused = draft.speculator._multi_step_decode
     with mock.patch.object(draft.speculator, v2_switch.UNFUSED, side_effect=unfused) as called:
-        assert unequal(expected, proposals(draft)) == set()
-    assert called.call_count == (len(BATCHES) + 1 if alone else 1)  # a batch that no graph holds may always be
+        assert unequal(expected, proposals(draft, FEW)) == set()
+    assert called.call_count == (len(FEW) if alone else 1)  # a batch that no graph holds may always be

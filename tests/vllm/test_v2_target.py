@@ -242,6 +242,21 @@ def test_captured_while_off_nothing_is_recorded_and_switching_on_says_so(install
     assert any("target verify was captured while switched off" in line for line in adapter.switch(True))
 
 
+def test_an_earlier_manager_that_is_still_there_does_not_answer_for_graphs_captured_while_off(
+    stock: Callable[[Shape], TargetRunner], install: Install
+) -> None:
+    theirs = stock(FLAT)
+    host, _ = install("graph")
+    ours = TargetRunner(FLAT)
+    earlier = ours.manager
+    host.switch(False, "test")
+    ours.capture()
+    host.switch(True, "test")
+    want = shipped(theirs, 1, 3)
+    metadata, *seen = refreshed(ours, 1, 3)
+    assert type(metadata) is dict and unequal(want, *seen) == [] and earlier is not ours.manager
+
+
 def test_an_undo_leaves_the_engine_as_it_was(stock: Callable[[Shape], TargetRunner], install: Install) -> None:
     theirs = stock(NATIVE)
     _, adapter = install("graph")

@@ -247,9 +247,10 @@ def hooks(
         speculator.block_tables = DeferredSlots(tables, step)
         if asks_groups:
             ask = releases.EveryGroup(
+                groups,
                 lambda metadata, *more, **named: update_draft_decode_metadata(
                     speculator, metadata, num_reqs, groups, *more, **named
-                )
+                ),
             )
             speculator.attn_groups = [[ask]]
         try:

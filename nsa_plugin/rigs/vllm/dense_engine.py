@@ -11,7 +11,7 @@ from nsa_plugin.rigs.vllm.drafts import BATCHES
 from nsa_plugin.rigs.vllm.engine import VllmCase, draft_steps
 from nsa_plugin.rigs.vllm.v2_draft import CAPTURED
 from nsa_plugin.rigs.vllm.v2_engine import V2Engine, V2Session
-from nsa_plugin.testing.engine import Case, Values
+from nsa_plugin.testing.engine import Values
 
 
 class DenseCase(VllmCase):
@@ -65,6 +65,7 @@ class DenseEngine(V2Engine):
     """The installed vLLM's Model Runner V2 with dense MLA, from 0.32 on."""
 
     tried = CASES
+    session = DenseSession
     needs = (FUSED_UPDATE,)
 
     def patched(self) -> Sequence[object]:
@@ -76,8 +77,3 @@ class DenseEngine(V2Engine):
         """With stand-ins for the compiled schedulers."""
         with super().running(), dense.emulated_schedulers():
             yield
-
-    def start(self, case: Case) -> DenseSession:
-        """A speculator whose draft is captured."""
-        assert isinstance(case, VllmCase)
-        return DenseSession(case)

@@ -264,6 +264,8 @@ class TargetRunner:
         self.state: Any = object.__new__(DefaultModelState)
         self.state.supports_mm_inputs, self.state.encoder_cache, self.state.vllm_config = False, None, self.config
         self.state.model_config = self.config.model_config
+        if not hasattr(DefaultModelState, "max_model_len"):  # until 0.30
+            self.state.max_model_len = MODEL_LEN
         self.state.prompt_embeds_state = self.state.rope_state = None
         self._requests = RequestState(REQUESTS, MODEL_LEN, 1024, self.shape.tokens, BLOCKS, CPU)
         self._self = types.SimpleNamespace(

@@ -125,6 +125,8 @@ class Target:
         """What refreshes the batch that was noted; None where vLLM goes on as ever."""
         replays.refreshes.pop(desc, None)
         noted, self._noted = self._noted, None
+        if noted is not None:  # refreshed or not: an earlier manager's graphs are not asked any more
+            self._managers.set(noted.state, weakref.ref(manager))
         if noted is None or self._failed or desc.cg_mode.name != "FULL" or not desc.uniform_token_count:
             return None
         if not self._host.on:
@@ -144,7 +146,6 @@ class Target:
         self._captured_off = False
         replays.groups = noted.frozen.groups
         replays.refreshes[desc] = refresh
-        self._managers.set(noted.state, weakref.ref(manager))
         return refresh
 
     def _refreshed(
