@@ -152,7 +152,7 @@ class HookedBackend:
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
         said = report(self._host, native_mode)
-        if problem := unsupported(backends[0], self._host):
+        if problem := unsupported(backends[0]):
             said.left_alone(problem)
             return
         asked = self._host.strategies

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nsa_plugin.adapters.base import Host, Strategy, unproved
-from nsa_plugin.adapters.sglang.pools import PROVED, foreign_formulas, keys_per_index_key
+from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.sglang.pools import foreign_formulas, keys_per_index_key
 from nsa_plugin.adapters.sglang.releases import is_rocm, lacking, overlaps_plans
 from nsa_plugin.adapters.verification import Moment, moment
 
@@ -37,9 +37,9 @@ def not_graph() -> str:
     return ""
 
 
-def unsupported(backend: Any, host: Host) -> str:
-    """Empty, or what about the backend is not covered, or not with the host's settings."""
-    if (k := keys_per_index_key(backend)) > 1 and (problem := foreign_formulas(k) or unproved(PROVED, host)):
+def unsupported(backend: Any) -> str:
+    """Empty, or what about the backend is not covered."""
+    if (k := keys_per_index_key(backend)) > 1 and (problem := foreign_formulas(k)):
         return f"pooled index keys (index_kpool > 1): {problem}"
     if is_rocm():
         return "ROCm is not covered"

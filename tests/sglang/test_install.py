@@ -85,13 +85,6 @@ def test_what_is_not_covered_is_left_alone_by_name(install: Install, caplog: pyt
     multi.init_forward_metadata_out_graph(capture_batch("DECODE", 2), in_capture=True)
     served = [line for line in caplog.messages if "strategy" in line]
     assert served == ["nsa-plugin: draft decode: strategy graph, without the wide page table, which nothing reads"]
-    from nsa_plugin.adapters.sglang.refusals import unsupported
-
-    assert unsupported(backend, host) == ""
-    backend.dsa_index_kpool = 4
-    assert unsupported(backend, host) == (
-        "pooled index keys (index_kpool > 1): it has only run on CPU tensors; NSA_PLUGIN_STRATEGY=graph takes it, auto does not"
-    )
     assert not host.fallbacks
 
 
