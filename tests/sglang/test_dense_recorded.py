@@ -284,7 +284,7 @@ REFUSALS: dict[str, dict[str, Any]] = {
 def test_what_is_not_covered_is_left_to_sglang_by_name(
     install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: Any, what: str
 ) -> None:
-    assert REFUSALS.keys() == {name for name, _ in refusals.FLASH_ATTENTION}
+    assert REFUSALS.keys() == {name for name, _ in (*refusals.FLASH_ATTENTION, refusals.UNRECORDED)}
     caplog.set_level(logging.INFO, "sglang.srt.plugins.nsa_plugin")
     host, _ = install("graph")
     kind = module.FlashAttentionBackend
