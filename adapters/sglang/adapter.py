@@ -11,7 +11,7 @@ from nsa_plugin.adapters.probe import Need, installed_version, untested, warn_if
 from nsa_plugin.adapters.sglang import registry, releases
 from nsa_plugin.adapters.sglang.backends import MultiStepDraft, SingleBackend
 from nsa_plugin.adapters.sglang.dense import ROWS as DENSE
-from nsa_plugin.adapters.sglang.dense import DenseDraft, DenseSingle
+from nsa_plugin.adapters.sglang.dense import DenseDraft, DenseRow, DenseSingle
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.ledger import HookRow, rows
@@ -143,8 +143,9 @@ def _plan(host: Host, problem: str) -> tuple[str, str]:
 def _dense_plan(host: Host, row: BackendRow, problem: str) -> tuple[str, str]:
     """The same for dense backends. What the settings leave out is not looked for."""
     why = "" if host.strategies else "switched off"
-    why = problem or why or row.left_out(host) or releases.lacking(row.part)
-    return "off" if why else "graph", why
+    if why := problem or why or row.left_out(host) or releases.lacking(row.part):
+        return "off", why
+    return _plan(host, "") if isinstance(row, DenseRow) else ("graph", "")
 
 
 def _every_need(host: Host | None) -> tuple[Need, ...]:
