@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -47,6 +47,8 @@ class DenseRow(BackendRow):
     draft : bool
         Whether the class has the backends of all draft steps in `attn_backends`, and prepares them as `mode`.
     """
+
+    least: ClassVar[Strategy] = "share"
 
     layout: Layout
     draft: bool = False

@@ -72,7 +72,7 @@ class RecordedBySglang:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode as NativeMode
 
         self._host = host
-        self._rows = {NativeMode[row.mode]: row for row in ROWS if row.mode in NativeMode.__members__}
+        self._rows = {NativeMode[row.mode]: row for row in ROWS if row.is_taken(host)}
         self._graphs: Attached[dict[Any, RecordedGraph]] = Attached("recorded_by_sglang")
         self._spares = SpareBuffers()
         self._undone = False

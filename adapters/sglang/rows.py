@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from nsa_plugin.adapters.base import UNPROVED, Host
+from nsa_plugin.adapters.base import UNPROVED, Host, Strategy
 from nsa_plugin.adapters.sglang.releases import Part, lacking
 
 
@@ -32,6 +32,9 @@ class BackendRow:
         As in `PathPlan`.
     """
 
+    least: ClassVar[Strategy] = "graph"
+    """The last strategy that serves it: `share` also means work before the replay."""
+
     path: str
     backend: str
     mode: str
@@ -46,7 +49,7 @@ class BackendRow:
 
     def left_out(self, host: Host) -> str:
         """Empty, or why the settings leave it to sglang."""
-        if "graph" not in host.configured:
+        if self.least not in host.configured:
             return "NSA_PLUGIN_STRATEGY asks for another strategy"
         return "" if self.proved or host.takes_unproved else UNPROVED
 

@@ -14,8 +14,11 @@ from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.sglang import dense, hooked, refusals, releases
 from nsa_plugin.adapters.sglang.dense import ROWS, DensePreparation
 from nsa_plugin.adapters.sglang.registry import beneath_hooks
-from nsa_plugin.rigs.sglang.dense import Dense, stand_ins
+from nsa_plugin.rigs.sglang.dense import Dense, pages, stand_ins
+from nsa_plugin.rigs.sglang.dense_engine import CASES as CASES_OF_THE_KIT
+from nsa_plugin.rigs.sglang.dense_engine import DenseEngine
 from nsa_plugin.rigs.sglang.flash_attention import Sizes
+from nsa_plugin.testing.conformance import assert_conforms
 from tests.sglang.batches import TritonPrecompute
 from tests.sglang.conftest import Install
 
@@ -71,7 +74,7 @@ class Captured:
         return self.values()
 
     def values(self) -> list[dict[str, torch.Tensor]]:
-        return [values(self.rig, metadata, index) for index, metadata in enumerate(self.seen)]
+        return [self.rig.values(metadata, index, self.size) for index, metadata in enumerate(self.seen)]
 
     def spoil(self) -> None:
         for metadata in self.seen:
@@ -86,26 +89,10 @@ class Captured:
         return bool(pages(self.seen[0]).eq(-7).all())
 
 
-def pages(metadata: Any) -> torch.Tensor:
-    table: torch.Tensor = metadata.page_table if hasattr(metadata, "page_table") else metadata.block_kv_indices
-    return table
-
-
-def values(rig: Dense, metadata: Any, index: int) -> dict[str, torch.Tensor]:
-    """What captured kernels read of live requests' tokens."""
-    fields = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q", "num_splits", "seq_lens_k")
-    found = {name: value.clone() for name in fields if (value := getattr(metadata, name, None)) is not None}
-    more = {"fa3": index + 1, "flashmla": 0}[rig.name] if rig.mode == "DECODE" else rig.sizes.draft_tokens
-    lengths = rig._lens[:4] + (0 if rig.mode == "DRAFT_EXTEND_V2" else more)
-    table = pages(metadata)
-    unread = torch.arange(table.shape[1]) * rig.sizes.page_size >= lengths[:, None]
-    return found | {"table": table.masked_fill(unread, -1)}
-
-
 def expected(rig: Dense, live: Any) -> list[dict[str, torch.Tensor]]:
     """What sglang's own code gives, in a rig of its own."""
     beneath_hooks(type(rig.owner).init_forward_metadata_out_graph)(rig.owner, live)
-    return [values(rig, backend.forward_metadata, index) for index, backend in enumerate(rig.backends)]
+    return [rig.values(backend.forward_metadata, index, 4) for index, backend in enumerate(rig.backends)]
 
 
 def own(row: Any, page_size: int = 64, steps: int = 4) -> Dense:
@@ -127,8 +114,6 @@ def wrong(row: Any, monkeypatch: pytest.MonkeyPatch, page_size: int, steps: int,
         assert len(got) == len(want) == (steps - 1 if row.mode == "DECODE" else 1)
         for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
             assert ours.keys() == theirs.keys()
-            width = min(ours["table"].shape[1], theirs["table"].shape[1])
-            ours["table"], theirs["table"] = ours["table"][:, :width], theirs["table"][:, :width]
             found += [
                 f"{numbers[0]}, step {step}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])
             ]
@@ -217,8 +202,9 @@ def test_an_error_at_the_capture_leaves_sglangs_own(
 def test_verification_finds_what_is_wrong(
     install: Install, monkeypatch: pytest.MonkeyPatch, row: Any, mode: str
 ) -> None:
-    host, _ = install("graph", verify=1, verify_mode=mode)
+    host, adapter = install("graph", verify=1, verify_mode=mode)
     strategy = "share" if mode == "before" else "graph"
+    assert {plan.strategy for plan in adapter.paths(host) if plan.path == row.path} == {strategy}
     captured, reference = Captured(made(row, steps=3), monkeypatch), own(row, steps=3)
 
     def replay(numbers: Any) -> None:
@@ -362,3 +348,9 @@ def test_a_ragged_batch_takes_a_captured_size_from_the_graph(install: Install, m
     captured.spoil()
     captured.replay()
     assert bool(captured.seen[0].page_table.eq(-7).all())
+
+
+def test_the_kit() -> None:
+    """A case of each path; `make matrix` checks all cases and all lines."""
+    engine = DenseEngine([CASES_OF_THE_KIT[0], CASES_OF_THE_KIT[1], CASES_OF_THE_KIT[4]])
+    assert_conforms(engine, ["faithful", "addresses", "errors"])

@@ -54,6 +54,12 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[None]:
         yield
 
 
+def pages(metadata: Any) -> torch.Tensor:
+    """The page table of a metadata of either backend."""
+    table: torch.Tensor = metadata.page_table if "page_table" in vars(metadata) else metadata.block_kv_indices
+    return table
+
+
 class Dense:
     """A backend, or all backends of a draft, with CUDA-graph buffers, and the static buffers of its runner.
 
@@ -85,9 +91,7 @@ class Dense:
         self.owner: Any = make(runner)
         self.backends: list[Any] = self.owner.attn_backends if mode == "DECODE" else [self.owner]
         self._width = steps if mode == "DECODE" else sizes.draft_tokens
-        self.owner.init_cuda_graph_state(
-            sizes.max_batch_size, sizes.max_batch_size * (1 if mode == "DECODE" else self._width)
-        )
+        self.allocate()
         self._lens = torch.ones(sizes.max_batch_size, dtype=torch.int64)
         self._requests = torch.zeros(sizes.max_batch_size, dtype=torch.int64)
         self._slots = torch.zeros(sizes.max_batch_size * self._width, dtype=torch.int64)
@@ -119,6 +123,25 @@ class Dense:
             topk=1, speculative_num_steps=self.steps, attn_backends=[bare() for _ in range(self.steps - 1)]
         )
         return draft
+
+    def allocate(self) -> None:
+        """Make CUDA-graph buffers, as a runner does before its captures."""
+        size = self.sizes.max_batch_size
+        self.owner.init_cuda_graph_state(size, size * (1 if self.mode == "DECODE" else self._width))
+
+    def values(self, metadata: Any, index: int, size: int) -> dict[str, torch.Tensor]:
+        """What captured kernels read of a metadata of the backend of that index, for the batch that `live` has made."""
+        fields = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q", "num_splits", "seq_lens_k")
+        found = {name: value.clone() for name in fields if (value := vars(metadata).get(name)) is not None}
+        more = {"DRAFT_EXTEND_V2": 0, "TARGET_VERIFY": self._width}.get(self.mode, index + 1)
+        lengths = self._lens[:size] + (0 if self.name == "flashmla" and self.mode == "DECODE" else more)
+        table = pages(metadata)
+        columns = torch.arange(self.sizes.width // self.sizes.page_size)
+        live = columns * self.sizes.page_size < lengths[:, None]
+        whole = torch.full((size, len(columns)), -1, dtype=torch.int32)
+        width = min(table.shape[1], len(columns))
+        whole[:, :width] = table[:, :width].masked_fill(~live[:, :width], -1)
+        return found | {"table": whole}
 
     def static(self, size: int) -> Any:
         """The batch that the runner captures: views of its static buffers, every request at the fill length 1, row 0."""
