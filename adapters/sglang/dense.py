@@ -23,8 +23,7 @@ from nsa_plugin.adapters.sglang.layouts import FlashAttention, FlashMLA, Layout,
 from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.adapters.sglang.recorded import RecordedBySglang
 from nsa_plugin.adapters.sglang.refusals import FLASH_ATTENTION, FLASHMLA, SLIDING_WINDOWS, uncovered
-from nsa_plugin.adapters.sglang.registry import beneath_hooks
-from nsa_plugin.adapters.sglang.releases import OUT, in_graph, is_ragged, out_graph
+from nsa_plugin.adapters.sglang.releases import in_graph, is_ragged, out_graph
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 from nsa_plugin.adapters.sglang.rows import BackendRow
 from nsa_plugin.adapters.verification import SpareBuffers, shadow
@@ -215,7 +214,7 @@ def by_sglang(backends: Sequence[Any], batch: Any, row: DenseRow) -> None:
 
     seen = build_inner_fb_view(batch, bs=batch.batch_size, forward_mode=native(row))
     for backend in backends:
-        beneath_hooks(getattr(type(backend), OUT))(backend, seen)
+        row.layout.compute(backend, seen)
 
 
 class DenseBackends(HookedBackend):

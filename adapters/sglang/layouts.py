@@ -36,6 +36,9 @@ class Layout(Protocol):
     def captured(self, backend: Any, mode: str, size: int) -> None:
         """Keep the metadata that sglang has just made for a capture, if sglang does not."""
 
+    def compute(self, backend: Any, batch: Any) -> None:
+        """Let sglang's own code compute the metadata of a batch, by a method that is not hooked."""
+
     def page_size(self, backend: Any) -> int:
         """Tokens per page of the page table."""
 
@@ -74,6 +77,10 @@ class FlashAttention:
 
     def captured(self, backend: Any, mode: str, size: int) -> None:
         """Nothing: sglang keeps it."""
+
+    def compute(self, backend: Any, batch: Any) -> None:
+        """As its `init_forward_metadata_out_graph` does."""
+        backend._init_full_cg_decode_metadata(batch, in_capture=False)
 
     def page_size(self, backend: Any) -> int:
         """That of the cache."""
@@ -136,6 +143,17 @@ class FlashMLA:
     def captured(self, backend: Any, mode: str, size: int) -> None:
         """Keep it, in place of that of an earlier capture."""
         self.store(backend, mode)[size] = backend.forward_metadata
+
+    def compute(self, backend: Any, batch: Any) -> None:
+        """As its `init_forward_metadata_out_graph` does."""
+        backend._apply_decode_target_verify_metadata(
+            plan=batch.kv_loc_plan,
+            bs=batch.batch_size,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            forward_mode=batch.forward_mode,
+        )
 
     def page_size(self, backend: Any) -> int:
         """That of the kernel."""

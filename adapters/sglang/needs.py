@@ -56,12 +56,17 @@ DENSE_FLASH_ATTENTION: tuple[Need, ...] = (
     *_dense(FLASH_ATTENTION_DRAFT, FLASH_ATTENTION,
             FLASH_ATTENTION.replace("Backend", "Metadata"),
             ("cache_seqlens_int32", "cu_seqlens_k", "page_table", "swa_page_table", "swa_out_cache_loc")),
+    Need(f"{FLASH_ATTENTION}._init_full_cg_decode_metadata", ("forward_batch", "in_capture"),
+         "sglang's own values, to fall back on"),
     Need(f"{FLASH_ATTENTION}._spec_read_seq_len_delta", ("forward_mode", "spec_info"), "know how far steps see"),
 )  # fmt: skip
 """FlashAttention's draft steps and target verify."""
 DENSE_FLASHMLA: tuple[Need, ...] = (
     *_dense(FLASHMLA_DRAFT, FLASHMLA, FLASHMLA.replace("Backend", "DecodeMetadata"),
             ("flashmla_metadata", "num_splits", "block_kv_indices", "seq_lens_k")),
+    Need(f"{FLASHMLA}._apply_decode_target_verify_metadata",
+         ("plan", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode"),
+         "sglang's own values, to fall back on"),
     Need(f"{FLASHMLA.rpartition('.')[0]}.get_mla_metadata", (), "FlashMLA's schedule"),
 )  # fmt: skip
 """FlashMLA's draft steps, target verify and draft extend."""

@@ -17,13 +17,23 @@ from unittest import mock
 import torch
 
 from nsa_plugin.rigs.sglang import flash_attention
-from nsa_plugin.rigs.sglang.backends import flash_mla
 from nsa_plugin.rigs.sglang.flash_attention import Sizes, model_runner, slots
 
 FLASHMLA = "sglang.srt.layers.attention.flashmla_backend"
 INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
 Name = Literal["fa3", "flashmla"]
 """As sglang's `--attention-backend` names it."""
+CPU = torch.device("cpu")
+
+
+def flash_mla(lengths: torch.Tensor, heads: int, kv_heads: int, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-in for FlashMLA's `get_mla_metadata`: int32 [132, 8] and the running sum of blocks [requests + 1].
+
+    It depends on lengths and heads, and can be recorded in a CUDA graph.
+    """
+    schedule = lengths.new_zeros(132, 8)
+    schedule[:, 0], schedule[:, 1] = lengths.sum(), heads
+    return schedule, torch.nn.functional.pad(torch.cumsum((lengths + 63) // 64, 0, dtype=torch.int32), (1, 0))
 
 
 class _OnTheCpu:
@@ -74,6 +84,7 @@ class Dense:
         FlashMLA's pages have 64 tokens.
     steps : int
         Speculative steps: a draft has one backend fewer.
+    device : torch.device
 
     Attributes
     ----------
@@ -82,9 +93,9 @@ class Dense:
     table : int32 tensor [max_requests, width]
     """
 
-    def __init__(self, name: Name, mode: str, sizes: Sizes, steps: int = 4) -> None:
+    def __init__(self, name: Name, mode: str, sizes: Sizes, steps: int = 4, device: torch.device = CPU) -> None:
         self.name, self.mode, self.sizes, self.steps = name, mode, sizes, steps
-        self.table = slots(sizes)
+        self.table = slots(sizes).to(device)
         runner = model_runner(sizes, self.table, draft_worker=mode != "TARGET_VERIFY")
         self._translator = runner.kv_index_translator
         make = {"fa3": self._flash_attention, "flashmla": self._flashmla}[name]
@@ -92,9 +103,9 @@ class Dense:
         self.backends: list[Any] = self.owner.attn_backends if mode == "DECODE" else [self.owner]
         self._width = steps if mode == "DECODE" else sizes.draft_tokens
         self.allocate()
-        self._lens = torch.ones(sizes.max_batch_size, dtype=torch.int64)
-        self._requests = torch.zeros(sizes.max_batch_size, dtype=torch.int64)
-        self._slots = torch.zeros(sizes.max_batch_size * self._width, dtype=torch.int64)
+        self._lens = torch.ones(sizes.max_batch_size, dtype=torch.int64, device=device)
+        self._requests = torch.zeros(sizes.max_batch_size, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(sizes.max_batch_size * self._width, dtype=torch.int64, device=device)
 
     def _flash_attention(self, runner: Any) -> Any:
         module = importlib.import_module(flash_attention.BACKEND)
@@ -109,7 +120,7 @@ class Dense:
             backend: Any = object.__new__(module.FlashMLABackend)
             vars(backend).update(
                 max_context_len=self.sizes.width - 8, req_to_token=self.table, num_draft_tokens=self.sizes.draft_tokens,
-                num_q_heads=128, is_fp8_kvcache=False, page_size=64, device="cpu", is_draft_runner=True,
+                num_q_heads=128, is_fp8_kvcache=False, page_size=64, device=str(self.table.device), is_draft_runner=True,
                 skip_prefill=True, kv_index_translator=runner.kv_index_translator, cuda_graph_mla_metadata_view=None,
                 cuda_graph_num_splits_view=None, cuda_graph_draft_extend_seq_lens_k=None, forward_metadata=None,
                 dcp_world_size=1,
@@ -131,14 +142,21 @@ class Dense:
 
     def values(self, metadata: Any, index: int, size: int) -> dict[str, torch.Tensor]:
         """What captured kernels read of a metadata of the backend of that index, for the batch that `live` has made."""
-        fields = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q", "num_splits", "seq_lens_k")
+        fields = (
+            "cache_seqlens_int32",
+            "cu_seqlens_k",
+            "cu_seqlens_q",
+            "flashmla_metadata",
+            "num_splits",
+            "seq_lens_k",
+        )
         found = {name: value.clone() for name in fields if (value := vars(metadata).get(name)) is not None}
         more = {"DRAFT_EXTEND_V2": 0, "TARGET_VERIFY": self._width}.get(self.mode, index + 1)
         lengths = self._lens[:size] + (0 if self.name == "flashmla" and self.mode == "DECODE" else more)
         table = pages(metadata)
-        columns = torch.arange(self.sizes.width // self.sizes.page_size)
+        columns = torch.arange(self.sizes.width // self.sizes.page_size, device=lengths.device)
         live = columns * self.sizes.page_size < lengths[:, None]
-        whole = torch.full((size, len(columns)), -1, dtype=torch.int32)
+        whole = table.new_full((size, len(columns)), -1)
         width = min(table.shape[1], len(columns))
         whole[:, :width] = table[:, :width].masked_fill(~live[:, :width], -1)
         return found | {"table": whole}
@@ -150,10 +168,10 @@ class Dense:
         self._lens.fill_(1), self._requests.zero_(), self._slots.zero_()
         tokens = size * (1 if self.mode == "DECODE" else self._width)
         batch = ForwardBatch(
-            forward_mode=ForwardMode[self.mode], batch_size=size, input_ids=torch.zeros(tokens, dtype=torch.int64),
+            forward_mode=ForwardMode[self.mode], batch_size=size, input_ids=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
             req_pool_indices=self._requests[:size], seq_lens=self._lens[:size],
             out_cache_loc=self._slots[: size * self._width], seq_lens_sum=size, seq_lens_cpu=None,
-            spec_info=self._spec(), positions=torch.zeros(tokens, dtype=torch.int64),
+            spec_info=self._spec(), positions=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
         )  # fmt: skip
         self._translator.bind_runner_slots(batch)
         return batch

@@ -99,7 +99,7 @@ def model_runner(sizes: Sizes, table: torch.Tensor, draft_worker: bool = True) -
         pool.swa_layer_nums, pool.full_to_swa_index_mapping = 2, moved.flatten()
     translator = KVIndexTranslator(
         req_to_token=table, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-        token_to_kv_pool=pool, page_size=sizes.page_size, device="cpu", is_draft_worker=draft_worker,
+        token_to_kv_pool=pool, page_size=sizes.page_size, device=str(table.device), is_draft_worker=draft_worker,
     )  # fmt: skip
     model = SimpleNamespace(
         is_encoder_decoder=False, context_len=sizes.width - 8, attention_arch=AttentionArch.MLA,
@@ -107,7 +107,7 @@ def model_runner(sizes: Sizes, table: torch.Tensor, draft_worker: bool = True) -
         get_num_kv_heads=lambda ranks: 8,
     )  # fmt: skip
     return SimpleNamespace(
-        sliding_window_size=128 if sizes.sliding_window else None, model_config=model, device="cpu",
+        sliding_window_size=128 if sizes.sliding_window else None, model_config=model, device=str(table.device),
         req_to_token_pool=SimpleNamespace(req_to_token=table, size=sizes.max_requests - 1), token_to_kv_pool=pool,
         kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto", page_size=sizes.page_size,
         kv_index_translator=translator, is_draft_worker=draft_worker, attention_chunk_size=None,
