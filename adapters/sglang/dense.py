@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
-from nsa_plugin.adapters.in_turn import in_turn
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.sglang import needs
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
@@ -27,7 +26,7 @@ from nsa_plugin.adapters.sglang.releases import in_graph, is_ragged, out_graph
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 from nsa_plugin.adapters.sglang.rows import BackendRow
 from nsa_plugin.adapters.verification import SpareBuffers, shadow
-from nsa_plugin.core.batch import BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
+from nsa_plugin.core.batch import NO_LIMIT, BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata
 
 ALLOCATION = "init_cuda_graph_state"
@@ -83,10 +82,9 @@ class DensePreparation(Preparation):
     """How the metadata of one captured batch size of some dense backends is prepared at each replay."""
 
     _native_mode: DenseRow
-    _seq_lens: torch.Tensor
+    _lengths: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
-        self._steps: list[StepMetadata] = []
         self._expected: dict[int, Any] = {}
         super().__init__(*arguments)
 
@@ -111,12 +109,14 @@ class DensePreparation(Preparation):
         table, steps = self._backends[0].req_to_token, len(self._backends)
         offsets = self._offsets if any(self._offsets) else ()
 
-        def describe(batch: Any) -> BatchDescriptor:
-            self._seq_lens = batch.seq_lens
-            slots = TokenTable(table, batch.req_pool_indices)
-            return BatchDescriptor(ForwardMode.DECODE, batch.batch_size, batch.seq_lens, slots, steps, offsets)
-
-        return describe
+        return lambda batch: BatchDescriptor(
+            ForwardMode.DECODE,
+            batch.batch_size,
+            batch.seq_lens,
+            TokenTable(table, batch.req_pool_indices),
+            steps,
+            offsets,
+        )
 
     def _sizes(self) -> Geometry:
         first, row = self._backends[0], self._native_mode
@@ -127,39 +127,22 @@ class DensePreparation(Preparation):
             table_width=min(table.shape[1] * page, first.req_to_token.shape[1]),
             num_sms=multiprocessors(table.device),
             wide_page_table=page == 1,
+            max_length=NO_LIMIT,
         )
 
     def _consumer(self, index: int) -> StepMetadata:
-        if index and self._used[index] is self._used[0]:
-            return self._steps[0]
         row, size = self._native_mode, self._batch_size
         table = row.layout.planes(self._backends[0], row.mode, size)[2]
         lengths, running, _ = row.layout.planes(self._backends[index], row.mode, size)
-
-        def scratch(more: int) -> torch.Tensor:
-            return torch.zeros(size + more, dtype=torch.int32, device=table.device)
-
-        lengths = scratch(0) if lengths is None else lengths
-        running = scratch(1) if running is None else running
+        if not index:
+            self._lengths = table.new_zeros(size) if lengths is None else lengths
+        lengths = self._lengths if lengths is None else lengths
         wide = table if self._geometry.page_size == 1 else None
-        self._steps.append(StepMetadata(lengths, running, lengths, scratch(0), scratch(1), wide, table))
-        return self._steps[-1]
+        return StepMetadata(lengths, running, None, None, None, wide, table)
 
     def _refresher(self, exact: bool) -> Callable[[], None] | None:
         row = self._native_mode
-        made = row.layout.refresher(self._backends[0], row.mode, self._batch_size, self._steps[0].cache_seqlens)
-        return in_turn(
-            [call for call in (self._past_the_table if any(self._offsets) else None, made) if call is not None]
-        )
-
-    def _past_the_table(self) -> None:
-        """Write lengths anew that the plan has stopped at the table's width.
-
-        sglang's own go on: in the last tokens of a context, rows to verify would see too few tokens with shorter ones.
-        """
-        for step, offset in zip(self._steps, self._offsets, strict=True):
-            torch.add(self._seq_lens[: self._batch_size], offset, out=step.cache_seqlens)
-            torch.cumsum(step.cache_seqlens, 0, dtype=torch.int32, out=step.cu_seqlens_k[1:])
+        return row.layout.refresher(self._backends[0], row.mode, self._batch_size, self._lengths)
 
     def _point(self) -> None:
         for backend, metadata in zip(self._backends, self._used, strict=True):
