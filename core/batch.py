@@ -84,6 +84,22 @@ class BlockTable:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotMap:
+    """Where a second cache has the tokens of a batch, and what the batch writes there (layers with a sliding window).
+
+    Parameters
+    ----------
+    mapping : int32 or int64 tensor [number of slots], contiguous
+        Entry s is the slot in the second cache of the token that has slot s in the first one.
+    written : int32 or int64 tensor [>= number of distinct step offsets, number of slots that a step writes], any strides
+        Entry [i, j] is the slot in the first cache of the j-th token that step i writes; negative for none.
+    """
+
+    mapping: torch.Tensor
+    written: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class BatchDescriptor:
     """One batch, as the core sees it. It holds tensors by reference and copies nothing.
 
@@ -112,6 +128,8 @@ class BatchDescriptor:
     accepted : int32 or int64 tensor [>= batch_size], any stride, or None
         DRAFT_EXTEND only: of each request's rows the number of first ones whose tokens were accepted. Only these complete
         pools of index keys (`PoolMetadata`). None means all rows.
+    slot_map : SlotMap, or None
+        What `mapped_page_table` and `mapped_slots` are computed from.
     """
 
     mode: ForwardMode
@@ -124,6 +142,7 @@ class BatchDescriptor:
     extend_lens: torch.Tensor | None = None
     query_start_loc: torch.Tensor | None = None
     accepted: torch.Tensor | None = None
+    slot_map: SlotMap | None = None
 
     @property
     def rows_per_request(self) -> int:

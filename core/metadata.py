@@ -56,6 +56,11 @@ class StepMetadata:
         DECODE only: position of each request's newest token, `cache_seqlens` - 1 and at least 0.
     slot_mapping : int64 [>= bs] or None
         DECODE only: KV slot of that token; -1 for a request without tokens.
+    mapped_page_table : [>= R, >= ceil(table_width / page_size)] or None
+        Page in the second cache of each page of tokens: that of the slot which `SlotMap.mapping` gives its first token.
+        A consumer has this plane and the next, or neither. A copy takes neither.
+    mapped_slots : int64 [>= number of slots that a step writes] or None
+        Slot in the second cache of each token that the step writes (`SlotMap.written`); -1 where that is negative.
     pools : PoolMetadata or None
         What pooled index keys need besides (`Geometry.index_kpool` above 1, and a `TokenTable`).
     """
@@ -71,6 +76,8 @@ class StepMetadata:
     positions: torch.Tensor | None = None
     slot_mapping: torch.Tensor | None = None
     pools: PoolMetadata | None = None
+    mapped_page_table: torch.Tensor | None = None
+    mapped_slots: torch.Tensor | None = None
 
 
 VECTORS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
@@ -81,9 +88,11 @@ TOKENS = ("positions", "slot_mapping")
 """The optional fields of `StepMetadata` that say where each request's newest token is."""
 TABLES = ("page_table_1", "real_page_table")
 """The page tables of `StepMetadata`, without that of pooled index keys."""
-PAGE_TABLES = (*TABLES, POOL_TABLE)
+MAPPED_TABLE, MAPPED_SLOTS = "mapped_page_table", "mapped_slots"
+"""The optional fields of `StepMetadata` that name slots of a second cache."""
+PAGE_TABLES = (*TABLES, MAPPED_TABLE, POOL_TABLE)
 """All page tables; `plane` finds them by these names."""
-PLANES = (*VECTORS, *TOKENS, *TABLES, *POOL_PLANES, POOL_TABLE)
+PLANES = (*VECTORS, *TOKENS, MAPPED_SLOTS, *TABLES, MAPPED_TABLE, *POOL_PLANES, POOL_TABLE)
 """Names of all planes but the derived ones."""
 
 
@@ -116,7 +125,8 @@ class PrecomputedMetadata:
     def allocate(cls, batch: BatchDescriptor, geometry: Geometry, *, tokens: bool = False) -> PrecomputedMetadata:
         """Make fresh buffers of zeros on the batch's device; with `tokens` also `positions` and `slot_mapping`.
 
-        They have `pools` where index keys are pooled and the slots are a `TokenTable`.
+        They have `pools` where index keys are pooled and the slots are a `TokenTable`, and `mapped_page_table` and
+        `mapped_slots` where the batch has a `slot_map`.
 
         Raises
         ------
@@ -135,6 +145,8 @@ class PrecomputedMetadata:
         wide = new(rows, geometry.table_width) if geometry.wide_page_table or geometry.page_size == 1 else None
         real = wide if wide is not None and geometry.page_size == 1 else new(rows, geometry.real_width)
         pooled = geometry.index_kpool > 1 and isinstance(batch.slots, TokenTable)
+        written = None if batch.slot_map is None else batch.slot_map.written.shape[1]
+        mapped = None if written is None else new(rows, geometry.real_width)
         steps: list[StepMetadata] = []
         for _ in batch.offsets:
             pools = allocate_pools(batch, geometry) if pooled else None
@@ -154,6 +166,8 @@ class PrecomputedMetadata:
                     positions=new(bs, dtype=torch.int64) if tokens else None,
                     slot_mapping=new(bs, dtype=torch.int64) if tokens else None,
                     pools=pools,
+                    mapped_page_table=mapped,
+                    mapped_slots=None if written is None else new(written, dtype=torch.int64),
                 )
             )
         return cls(tuple(steps), batch, geometry)
@@ -164,7 +178,7 @@ class PrecomputedMetadata:
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
         """The fields of step 0 under their own names."""
-        if name in VECTORS or name in TOKENS or name in TABLES:
+        if name in VECTORS or name in TOKENS or name in TABLES or name in (MAPPED_TABLE, MAPPED_SLOTS):
             value: torch.Tensor | None = getattr(self.steps[0], name)
             return value
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
@@ -293,12 +307,18 @@ def _tables_are_equal(left: torch.Tensor, right: torch.Tensor, ends: torch.Tenso
 def table_sizes(geometry: Geometry) -> dict[str, tuple[int, int]]:
     """Columns of each page table, and tokens per column."""
     page, pooled = geometry.page_size, geometry.page_size * geometry.index_kpool
-    widths = ((geometry.table_width, 1), (geometry.real_width, page), (geometry.pooled_width, pooled))
-    return dict(zip(PAGE_TABLES, widths, strict=True))
+    real = (geometry.real_width, page)
+    return dict(zip(PAGE_TABLES, ((geometry.table_width, 1), real, real, (geometry.pooled_width, pooled)), strict=True))
+
+
+def mapped_sizes(batch: BatchDescriptor) -> dict[str, int]:
+    """Entries that the vector of mapped slots needs; nothing for a batch without a slot map."""
+    return {} if batch.slot_map is None else {MAPPED_SLOTS: batch.slot_map.written.shape[1]}
 
 
 def _vector_shapes(batch: BatchDescriptor, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Live part of each plane that is no page table."""
-    vectors: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vector_sizes(batch).items()}
+    sizes = vector_sizes(batch) | mapped_sizes(batch)
+    vectors: dict[str, tuple[int, ...]] = {name: (size,) for name, size in sizes.items()}
     pools = {name: shape for name, shape in pool_shapes(batch, geometry).items() if name != POOL_TABLE}
     return vectors | dict.fromkeys(TOKENS, (batch.batch_size,)) | pools

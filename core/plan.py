@@ -143,7 +143,7 @@ class ReplayPlan:
         InvalidTypeError, InvalidValueError
             The batch has another mode, size or layout (`LAYOUT`) than the planned one. Nothing was written.
         """
-        size, mode, draft_tokens, step_offsets, static, all_exist, all_accepted, slots = self._bound
+        size, mode, draft_tokens, step_offsets, static, all_exist, all_accepted, one_cache, slots = self._bound
         try:
             other = (
                 batch.batch_size != size
@@ -153,6 +153,7 @@ class ReplayPlan:
                 or (batch.extend_lens is None) is not static
                 or (batch.query_start_loc is None) is not all_exist
                 or (batch.accepted is None) is not all_accepted
+                or (batch.slot_map is None) is not one_cache
                 or batch.slots.__class__ is not slots
             )
         except AttributeError:
@@ -177,7 +178,8 @@ class ReplayPlan:
         raise AssertionError("the batch is what the plan was made for")
 
 
-LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "accepted is None", "slots")
+LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "accepted is None", "slot_map is None",
+          "slots")  # fmt: skip
 """What must be equal in every batch of a plan, besides mode and size. Of `slots` the class counts, no value."""
 
 
@@ -207,5 +209,6 @@ def _of_steps(
 def _shape(batch: BatchDescriptor) -> tuple[Any, ...]:
     return (
         batch.batch_size, batch.mode, batch.draft_tokens, batch.step_offsets, batch.extend_lens is None,
-        batch.query_start_loc is None, batch.accepted is None, type(batch.slots),
+        batch.query_start_loc is None, batch.accepted is None, batch.slot_map is None,
+        type(batch.slots),
     )  # fmt: skip

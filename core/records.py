@@ -12,11 +12,11 @@ from itertools import accumulate
 
 import torch
 
-from nsa_plugin.core.metadata import TABLES, TOKENS, VECTORS, StepMetadata, plane
+from nsa_plugin.core.metadata import MAPPED_SLOTS, MAPPED_TABLE, TABLES, TOKENS, VECTORS, StepMetadata, plane
 from nsa_plugin.core.pools import POOL_PLANES, POOL_TABLE
 
-MATRICES = (*TABLES, POOL_TABLE, "pools.write_loc")
-PLANES = (*VECTORS, *TABLES, *TOKENS, *POOL_PLANES, POOL_TABLE)
+MATRICES = (*TABLES, MAPPED_TABLE, POOL_TABLE, "pools.write_loc")
+PLANES = (*VECTORS, *TABLES, *TOKENS, *POOL_PLANES, POOL_TABLE, MAPPED_TABLE, MAPPED_SLOTS)
 """Planes of a record, in the order of their words. A kernel names a plane by its first word, see `WORD`."""
 _SIZES = tuple(3 if name in MATRICES else 2 for name in PLANES)
 _STARTS = tuple(accumulate((1, *_SIZES)))

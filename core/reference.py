@@ -8,6 +8,8 @@ o = length offset of the step:
 - positions = cache_seqlens - 1; slot_mapping = the slot of that token. Only buffers that have these planes get them.
 - With pooled index keys, k = index_kpool: nsa_cache_seqlens = min(whole, index_topk) + seqlens_expanded - whole, where
   whole = seqlens_expanded // k * k; `PoolMetadata` says what its planes are. Divisions round down.
+- mapped_slots of step i = mapping[written[i]], mapped_page_table = mapping[slot of a page's first token] // page_size, with
+  the `SlotMap` of the batch. Only buffers that have these planes get them.
 - Page tables: the columns below the longest step's cache_seqlens, the same for every row of a request.
 
 Only live entries are defined. Other entries may be written, with any value. On a GPU nothing here syncs with the host,
@@ -46,7 +48,7 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
     on = None if enabled is None else enabled != 0
     request, position, count, exists = live_rows(batch)
     lengths = batch.seq_lens[:bs].long() + batch.added_tokens
-    for offset, step in zip(batch.offsets, out.steps, strict=True):
+    for index, (offset, step) in enumerate(zip(batch.offsets, out.steps, strict=True)):
         cache_seqlens = (lengths + offset).clamp(max=out.geometry.length_limit(batch))
         expanded = (cache_seqlens[request] - count + position + 1).clamp(min=0)
         whole = expanded // out.geometry.index_kpool * out.geometry.index_kpool
@@ -61,6 +63,10 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
             _write(step.positions, positions, on)
             slot_mapping = torch.where(cache_seqlens > 0, batch.slots.at(positions).long(), PAD_SLOT)
             _write(step.slot_mapping, slot_mapping, on)
+        if step.mapped_slots is not None and batch.slot_map is not None:
+            written = batch.slot_map.written[index].long()
+            mapped = batch.slot_map.mapping[written.clamp(min=0)].long()
+            _write(step.mapped_slots, torch.where(written < 0, PAD_SLOT, mapped), on)
         if step.pools is not None:
             _write_pools(step.pools, batch, out.geometry, cache_seqlens, expanded, on)
 
@@ -74,6 +80,10 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
         pages = batch.slots.lookup(bs, width, geometry.page_size)
     if geometry.page_size > 1:
         _write_rows(table.real_page_table, _expand(pages // geometry.page_size, batch, request), on)
+    if table.mapped_page_table is not None and batch.slot_map is not None:
+        firsts = batch.slots.lookup(bs, width, geometry.page_size).long()  # any value where they are not live
+        mapped = batch.slot_map.mapping[firsts.clamp(0, batch.slot_map.mapping.shape[0] - 1)]
+        _write_rows(table.mapped_page_table, _expand(mapped // geometry.page_size, batch, request), on)
     pooled = plane(table, POOL_TABLE)
     if pooled is not None:
         size = geometry.page_size * geometry.index_kpool

@@ -81,8 +81,8 @@ def bind_precompute(
         "SUMS": out.steps[0].cu_seqlens_k is not None, "ROWS": out.steps[0].seqlens_expanded is not None,
         "TOKENS": any(step.positions is not None for step in destinations), "KPOOL": geometry.index_kpool,
         "POOLS": out.steps[0].pools is not None, "POOLED": plane(out.steps[0], POOL_TABLE) is not None,
-        "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None, "SWITCHED": enabled is not None, "TILE": tile,
-        "BLOCK": BLOCK, "num_warps": NUM_WARPS,
+        "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None,
+        "MAPPED": out.steps[0].mapped_slots is not None, "SWITCHED": enabled is not None, "TILE": tile, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)
@@ -96,13 +96,17 @@ def bind_precompute(
             table, pool, block_size = slots.req_to_token, slots.req_pool_indices, 1
         else:
             table, pool, block_size = slots.block_table, seq_lens, slots.block_size
+        mapping, written_slots, sizes = seq_lens, seq_lens, (0, 0, 0)
+        if batch.slot_map is not None:
+            mapping, written_slots = batch.slot_map.mapping, batch.slot_map.written
+            sizes = (written_slots.stride(0), written_slots.stride(1), written_slots.shape[1])
         row_stride, column_stride = table.stride()
         words = row_stride % 4 == 0 and column_stride == 1 and table.data_ptr() % 16 == 0
         metadata.metadata_kernel[grid](
-            seq_lens, extend_lens, accepted, pool, table, written, seq_lens if enabled is None else enabled,
+            seq_lens, extend_lens, accepted, pool, table, written, seq_lens if enabled is None else enabled, mapping, written_slots,
             seq_lens.stride(0), extend_lens.stride(0), accepted.stride(0), pool.stride(0), row_stride, column_stride,
             len(destinations), num_tables, written.shape[1], batch_size, added, longest, limit, geometry.table_width, geometry.index_topk,
-            rows_per_request, block_size, ALIGNED=aligned and words, **fixed,
+            rows_per_request, block_size, *sizes, ALIGNED=aligned and words, **fixed,
         )  # fmt: skip
 
     return launch

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nsa_plugin.core.batch import NO_LIMIT, BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.batch import NO_LIMIT, BatchDescriptor, BlockTable, ForwardMode, Geometry, SlotMap, TokenTable
 from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, instance, instances, overlap
 from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import (
+    MAPPED_SLOTS,
+    MAPPED_TABLE,
     PAGE_TABLES,
     ROW_VECTORS,
     TABLES,
@@ -18,6 +20,7 @@ from nsa_plugin.core.metadata import (
     VECTORS,
     PrecomputedMetadata,
     StepMetadata,
+    mapped_sizes,
     plane,
     same_buffer,
     table_sizes,
@@ -73,6 +76,13 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
         if batch.mode is not ForwardMode.DRAFT_EXTEND:
             reject("accepted", "None outside DRAFT_EXTEND", f"a tensor in {batch.mode.name}")
         checks.vector("accepted", batch.accepted, batch.batch_size, INTEGERS)
+    if batch.slot_map is not None:
+        instance("slot_map", batch.slot_map, SlotMap)
+        checks.vector("slot_map.mapping", batch.slot_map.mapping, 1, INTEGERS, contiguous=True)
+        written = checks.tensor("slot_map.written", batch.slot_map.written, 2, INTEGERS)
+        if written.shape[0] < len(batch.offsets):
+            wanted = f"at least {len(batch.offsets)} rows (one per distinct step offset)"
+            reject("slot_map.written", wanted, written.shape[0])
 
 
 def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
@@ -107,6 +117,20 @@ def check_values(batch: BatchDescriptor, geometry: Geometry) -> None:
     if (wrong := ((slots < 0) & (columns < live[:, None])).nonzero()).numel():
         request, column = wrong[0].tolist()
         reject(f"{name}, request {request}, column {column}", "0 or more", int(slots[request, column]) // unit)
+    if batch.slot_map is not None:
+        _check_mapped(batch, geometry, live)
+
+
+def _check_mapped(batch: BatchDescriptor, geometry: Geometry, live: torch.Tensor) -> None:
+    """Raise unless the slot map has an entry for every slot that is mapped."""
+    assert batch.slot_map is not None
+    size, unit = batch.slot_map.mapping.shape[0], geometry.page_size
+    firsts = batch.slots.lookup(batch.batch_size, geometry.table_width, unit)
+    columns = torch.arange(firsts.shape[1], device=firsts.device) * unit
+    read = firsts.masked_fill(columns >= live[:, None], -1)
+    highest = max(int(values.max()) for values in (read, batch.slot_map.written) if values.numel())
+    if highest >= size:
+        reject("slot_map.mapping", f"an entry for every slot, so at least {highest + 1}", size)
 
 
 def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Geometry) -> None:
@@ -119,7 +143,7 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
         check_step(f"out.steps[{index}]", step, batch, geometry)
         for other in range(index):
             _check_apart(f"out.steps[{index}]", step, f"out.steps[{other}]", out.steps[other], batch, geometry)
-        for name in (*VECTORS, "pools"):
+        for name in (*VECTORS, MAPPED_SLOTS, "pools"):
             if (getattr(step, name) is None) is not (getattr(out.steps[0], name) is None):
                 reject(f"out.steps[{index}].{name}", "those of all steps, or of none", "others than in step 0")
         for name in PAGE_TABLES if batch.num_rows else ():
@@ -150,7 +174,7 @@ def check_shared(consumers: Sequence[StepMetadata]) -> None:
     """Raise unless all consumers have the buffers of the first one."""
     instances("consumers", consumers, StepMetadata)
     for index, step in enumerate(consumers):
-        for name in (*VECTORS, *TOKENS, *POOL_PLANES):
+        for name in (*VECTORS, *TOKENS, MAPPED_SLOTS, *POOL_PLANES):
             ours, theirs = plane(step, name), plane(consumers[0], name)
             if ours is not theirs and (ours is None or theirs is None or not same_buffer(ours, theirs)):
                 reject(f"consumers[{index}].{name}", "the buffer of consumers[0]", "another one", fix="use 'copy'")
@@ -182,6 +206,13 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
         )
     for vector in tokens:
         checks.vector(f"{name}.{vector}", getattr(step, vector), batch.batch_size, (torch.int64,))
+    mapped = [field for field in (MAPPED_TABLE, MAPPED_SLOTS) if getattr(step, field) is not None]
+    if mapped and (len(mapped) == 1 or batch.slot_map is None):
+        wanted = f"both {MAPPED_TABLE} and {MAPPED_SLOTS} with a batch that has a slot_map, else neither"
+        reject(f"{name}.{mapped[0]}", wanted, "a tensor")
+    if mapped:
+        checks.table(f"{name}.{MAPPED_TABLE}", step.mapped_page_table, batch.num_rows, geometry.real_width)
+        checks.vector(f"{name}.{MAPPED_SLOTS}", step.mapped_slots, mapped_sizes(batch)[MAPPED_SLOTS], (torch.int64,))
     if step.pools is not None:
         _check_pools(name, step.pools, batch, geometry, checks)
     for table, width in zip(TABLES, (geometry.table_width, geometry.real_width), strict=True):
@@ -223,6 +254,8 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
             )
         if destination.positions is not None and step.positions is None:
             reject(f"{name}.positions", "None, as in the source", "a buffer", fix="allocate the source with tokens")
+        if destination.mapped_slots is not None:
+            reject(f"{name}.{MAPPED_SLOTS}", "None: a copy takes no mapped planes", "a buffer", fix="use 'share'")
         for field in (*VECTORS, *POOL_PLANES, POOL_TABLE):
             if plane(destination, field) is not None and plane(step, field) is None:
                 reject(f"{name}.{field}", "None, as in the source", "a buffer", fix="give the source the same plane")
@@ -242,6 +275,7 @@ def _planes(step: StepMetadata, batch: BatchDescriptor, geometry: Geometry, *, t
     """The planes of a step by name, each with the shape that a precompute writes; with `tables` also page tables."""
     shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vector_sizes(batch).items()}
     shapes |= dict.fromkeys(TOKENS, (batch.batch_size,))
+    shapes |= {name: (size,) for name, size in mapped_sizes(batch).items()}
     shapes |= pool_shapes(batch, geometry) if step.pools is not None else {}
     if tables:
         shapes |= {name: (batch.num_rows, width) for name, (width, _) in table_sizes(geometry).items()}

@@ -217,7 +217,14 @@ class DenseBackends(HookedBackend):
         """As the row says; and batches whose requests have different numbers of tokens to verify."""
         if is_ragged(batch):
             return "not covered: ragged verification"
-        return native_mode.unsupported(self.backends(owner)[0])
+        return self.refusal(owner, native_mode)
+
+    def refusal(self, owner: Any, row: DenseRow) -> str:
+        """Empty, or what about `owner` is not covered. What can't be asked is not covered either."""
+        try:
+            return row.unsupported(self.backends(owner)[0])
+        except Exception as error:
+            return f"not covered: a backend that could not be asked ({type(error).__name__}: {error})"
 
     def strategies(self) -> tuple[Strategy, ...]:
         """All but copies: what steps can share, they share."""
@@ -243,8 +250,12 @@ class DenseBackends(HookedBackend):
         """As in the base class, once the metadata is kept."""
         row = self.native_mode(owner, batch)
         if row is not None and not self._undone:
-            for backend in self.backends(owner):
-                row.layout.captured(backend, row.mode, batch.batch_size)
+            try:
+                for backend in self.backends(owner):
+                    row.layout.captured(backend, row.mode, batch.batch_size)
+            except Exception as error:
+                self._fell_back(row, "capture", "graph", error)
+                return
         super().captured(owner, batch)
 
     def out_graph(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
@@ -282,12 +293,12 @@ class DenseDraft(DenseBackends):
         if row is None or self._undone or "share" not in self._host.strategies or not backends:
             original(owner, *arguments, **keywords)
             return
-        if row.unsupported(backends[0]):
+        if self.refusal(owner, row):
             original(owner, *arguments, **keywords)
             return
         given_back = [0]
         for index, backend in enumerate(backends):
-            vars(backend)[ALLOCATION] = _allocation(row.layout, backends[: index + 1], given_back)
+            vars(backend)[ALLOCATION] = self._allocation(row, backends[: index + 1], given_back)
         try:
             original(owner, *arguments, **keywords)
         finally:
@@ -300,6 +311,20 @@ class DenseDraft(DenseBackends):
                 len(backends),
                 given_back[0] / 2**20,
             )
+
+    def _allocation(self, row: DenseRow, backends: Sequence[Any], given_back: list[int]) -> Callable[..., None]:
+        """The last backend's `init_cuda_graph_state`, which then drops its page tables for that of the first."""
+        first, last = backends[0], backends[-1]
+        own = getattr(last, ALLOCATION)
+
+        def allocate(*arguments: Any, **keywords: Any) -> None:
+            own(*arguments, **keywords)
+            try:
+                share_tables(row.layout, (first, last) if last is not first else (first,), given_back)
+            except Exception as error:
+                self._fell_back(row, "capture", "share", error)
+
+        return allocate
 
     def _row(self, owner: Any) -> DenseRow | None:
         return next((row for row in self._rows if row.has(owner)), None)
@@ -328,14 +353,3 @@ class DenseSingle(DenseBackends):
     def in_graph(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
         """As in the base class; what no row serves may be recorded by sglang."""
         super().in_graph(partial(self._recorded.in_graph, original), owner, *arguments, **keywords)
-
-
-def _allocation(layout: Layout, backends: Sequence[Any], given_back: list[int]) -> Callable[..., None]:
-    """The last backend's `init_cuda_graph_state`, which then drops its page tables for that of the first."""
-    own = getattr(backends[-1], ALLOCATION)
-
-    def allocate(*arguments: Any, **keywords: Any) -> None:
-        own(*arguments, **keywords)
-        share_tables(layout, (backends[0], backends[-1]) if len(backends) > 1 else backends, given_back)
-
-    return allocate

@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_plugin.core.kernels.pools import wide_vector_at
 from nsa_plugin.core.kernels.tiles import (
     CACHE_SEQLENS,
     CU_SEQLENS_K,
@@ -33,6 +32,7 @@ from nsa_plugin.core.kernels.tiles import (
     table_at,
     tiles_of_request,
     vector_at,
+    wide_vector_at,
 )
 
 # fmt: off

@@ -9,10 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nsa_plugin.core.kernels.mapped import mapped_pages, write_mapped_slots
 from nsa_plugin.core.kernels.pools import clip_to_pools, write_pools
 from nsa_plugin.core.kernels.tiles import (
     CACHE_SEQLENS,
     CU_SEQLENS_K,
+    MAPPED_PAGE_TABLE,
     NSA_CACHE_SEQLENS,
     NSA_CU_SEQLENS_K,
     OFFSET,
@@ -151,23 +153,25 @@ def _write_row_vectors(
         "seq_stride", "extend_stride", "pool_stride", "table_row_stride", "table_column_stride", "num_destinations",
         "num_tables", "record_words", "batch_size", "added", "longest_added", "limit", "table_width", "index_topk",
         "rows_per_request", "block_size", "accepted_stride",
+        "written_row_stride", "written_column_stride", "num_written",
     ],
-    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled", "accepted"],
+    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled", "accepted", "mapping", "written"],
 )
 def metadata_kernel(
-    seq_lens, extend_lens, accepted, req_pool_indices, table, destinations, enabled,
+    seq_lens, extend_lens, accepted, req_pool_indices, table, destinations, enabled, mapping, written,
     seq_stride, extend_stride, accepted_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
     record_words, batch_size, added, longest_added, limit, table_width, index_topk, rows_per_request, block_size,
+    written_row_stride, written_column_stride, num_written,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
     SUMS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLS: tl.constexpr,
-    POOLED: tl.constexpr, ACCEPTED: tl.constexpr, SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    POOLED: tl.constexpr, ACCEPTED: tl.constexpr, MAPPED: tl.constexpr, SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Metadata of one batch.
 
     Programs 2 * d and 2 * d + 1 write the vectors of destination d: those of requests, then those of rows. All further
     programs share the page tables of the first `num_tables` destinations. They read each tile once and write it to all.
     SUMS and ROWS say whether destinations have cu_seqlens_k and the vectors of sparse attention. POOLS and POOLED say whether destinations have vectors and page tables of pooled index keys; without KPOOL above 1
-    they have none.
+    they have none. MAPPED says whether they have slots and pages of a second cache.
 
     With SWITCHED nothing is written where the int32 at `enabled` is 0. The flag is loaded first and used last, so that
     no load of lengths waits for it.
@@ -194,11 +198,17 @@ def metadata_kernel(
                     req_pool_indices, pool_stride, table, table_row_stride, column_stride, record, batch_size, added, limit,
                     table_width, rows_per_request, on, RAGGED, ACCEPTED, KPOOL, BLOCK,
                 )
-        elif ROWS:
-            _write_row_vectors(
-                seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
-                rows_per_request, on, RAGGED, KPOOL, POOLS, BLOCK,
-            )
+        else:
+            if ROWS:
+                _write_row_vectors(
+                    seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
+                    rows_per_request, on, RAGGED, KPOOL, POOLS, BLOCK,
+                )
+            if MAPPED:
+                write_mapped_slots(
+                    mapping, written, written_row_stride.to(tl.int64), written_column_stride.to(tl.int64), num_written,
+                    program // 2, record, on, BLOCK,
+                )
         return
     # Without the wide page table only the first column of each page is read.
     unit: tl.constexpr = 1 if WIDE else page_size
@@ -216,6 +226,8 @@ def metadata_kernel(
     real, real_row, real_column = table_at(destinations, REAL_PAGE_TABLE, False)
     if POOLED:
         pooled, pooled_row, pooled_column = table_at(destinations, POOL_PAGE_TABLE, False)
+    if MAPPED:  # one set of tables, as nothing is copied
+        mapped, mapped_row, mapped_column = table_at(destinations, MAPPED_PAGE_TABLE, False)
     while remaining > 0:
         length, rows, stop = tiles_of_request(
             request, tile, remaining, seq_lens, seq_stride, extend_lens, extend_stride, longest_added, table_width, unit,
@@ -240,6 +252,11 @@ def metadata_kernel(
                 spans = pages_of_tile(tile, TILE, pooled_page // unit)
                 start_here = spans * pooled_page < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
                 firsts = _slots(source, spans * pooled_page, start_here, column_stride, block_size, TOKEN_TABLE)
+            if MAPPED:
+                places = pages_of_tile(tile, TILE, page_size // unit)
+                begin = places * page_size < tl.minimum(length, (tile + 1).to(tl.int32) * TILE * unit)
+                origins = _slots(source, places * page_size, begin, column_stride, block_size, TOKEN_TABLE)
+                elsewhere = mapped_pages(mapping, origins, begin, page_size)
             t = 0
             while t < num_tables:
                 k = 0
@@ -254,6 +271,8 @@ def metadata_kernel(
                         tl.store(real + row * real_row + pages * real_column, numbers, mask=exist)
                     if POOLED:
                         tl.store(pooled + row * pooled_row + spans * pooled_column, firsts // pooled_page, mask=start_here)
+                    if MAPPED:
+                        tl.store(mapped + row * mapped_row + places * mapped_column, elsewhere, mask=begin)
                     k += 1
                 t += 1
                 if num_tables > 1:  # the next destination; after the last one the first

@@ -17,15 +17,10 @@ from nsa_plugin.core.kernels.tiles import (
     POOL_WRITE_LOC,
     POOL_WRITE_START,
     vector_at,
+    wide_vector_at,
 )
 
 # fmt: off
-
-
-@triton.jit
-def wide_vector_at(record, field):
-    """Address and stride of an int64 vector."""
-    return tl.load(record + field).to(tl.pointer_type(tl.int64)), tl.load(record + field + 1)
 
 
 @triton.jit

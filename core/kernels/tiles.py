@@ -31,6 +31,8 @@ POOL_REQUESTS: tl.constexpr = tl.constexpr(WORD["pools.requests"])
 POOL_WRITE_LOC: tl.constexpr = tl.constexpr(WORD["pools.write_loc"])
 POOL_ACCEPTED: tl.constexpr = tl.constexpr(WORD["pools.accepted"])
 POOL_PAGE_TABLE: tl.constexpr = tl.constexpr(WORD["pools.page_table"])
+MAPPED_PAGE_TABLE: tl.constexpr = tl.constexpr(WORD["mapped_page_table"])
+MAPPED_SLOTS: tl.constexpr = tl.constexpr(WORD["mapped_slots"])
 DERIVED: tl.constexpr = tl.constexpr(FIRST_DERIVED)
 
 # fmt: off
@@ -40,6 +42,12 @@ DERIVED: tl.constexpr = tl.constexpr(FIRST_DERIVED)
 def vector_at(record, field):
     """Address and stride of a vector."""
     return tl.load(record + field).to(tl.pointer_type(tl.int32)), tl.load(record + field + 1)
+
+
+@triton.jit
+def wide_vector_at(record, field):
+    """Address and stride of an int64 vector."""
+    return tl.load(record + field).to(tl.pointer_type(tl.int64)), tl.load(record + field + 1)
 
 
 @triton.jit

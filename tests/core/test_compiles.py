@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 from nsa_plugin.core.kernels.fast_copy import copy_kernel
 from nsa_plugin.core.kernels.metadata import metadata_kernel
 
-LONGS = dict.fromkeys(("seq_lens", "extend_lens", "accepted", "req_pool_indices", "destinations", "sources"), "*i64")
+LONGS = dict.fromkeys(("seq_lens", "extend_lens", "accepted", "req_pool_indices", "destinations", "sources",
+                        "mapping", "written"), "*i64")
 TYPES = LONGS | dict.fromkeys(("table", "enabled", "live_lengths"), "*i32")
 
 def compiled(kernel, **constants):
@@ -36,10 +37,11 @@ shared = dict(page_size=64, REAL=True, TOKENS=False, BLOCK=256)
 sparse, dense = dict(WIDE=True, SUMS=True, ROWS=True), dict(WIDE=False, ROWS=False, KPOOL=1, POOLS=False, POOLED=False)
 for k, pools, ragged in ((1, False, False), (4, True, False), (8, True, True)):
     compiled(metadata_kernel, TOKEN_TABLE=True, RAGGED=ragged, KPOOL=k, POOLS=pools, POOLED=pools, ACCEPTED=pools,
-             SWITCHED=True, ALIGNED=True, TILE=512, **sparse, **shared)
-for sums in (True, False):
-    compiled(metadata_kernel, TOKEN_TABLE=True, RAGGED=False, ACCEPTED=False, SUMS=sums, SWITCHED=True, ALIGNED=False,
-             TILE=2048, **dense, **shared)
+             MAPPED=False, SWITCHED=True, ALIGNED=True, TILE=512, **sparse, **shared)
+for sums, mapped, page in ((True, False, 64), (False, False, 64), (True, True, 64), (True, True, 1)):
+    layout = shared | dense | dict(page_size=page, WIDE=page == 1, REAL=page > 1)
+    compiled(metadata_kernel, TOKEN_TABLE=True, RAGGED=False, ACCEPTED=False, SUMS=sums, MAPPED=mapped, SWITCHED=True,
+             ALIGNED=page == 1, TILE=2048, **layout)
 for lacking in (True, False):
     compiled(copy_kernel, RAGGED=False, WIDE=True, LACKING=lacking, KPOOL=4, POOLED=True, ALIGNED=True, TILE=2048, **shared)
 print("compiled")

@@ -21,6 +21,7 @@ from nsa_plugin import (
     UnavailableError,
 )
 from nsa_plugin.core import api, draft_steps, plan, step_update
+from nsa_plugin.core.batch import SlotMap
 from nsa_plugin.core.step_update import StepUpdate
 from tests.batches import poisoned
 from tests.core.test_group_rows import grouped
@@ -65,6 +66,13 @@ def blocks() -> dict[str, Any]:
     return {"batch": batch("blocks"), "geometry": GEOMETRY}
 
 
+def mapped() -> dict[str, Any]:
+    planned = batch("tokens")
+    written = torch.zeros(len(planned.offsets), planned.batch_size, dtype=torch.int64)
+    slot_map = SlotMap(torch.zeros(1 << 12, dtype=torch.int64), written)
+    return {**core(), "batch": replace(planned, slot_map=slot_map), "out": None}
+
+
 def running(**arguments: Any) -> None:
     ReplayPlan(batch("tokens"), GEOMETRY, [made().steps[0]], strategy="share").run(**arguments)
 
@@ -83,6 +91,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
 """Each public function, and arguments that it takes."""
 MORE: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "precompute ragged": (api.precompute, ragged), "precompute blocks": (api.precompute, blocks),
+    "precompute mapped": (api.precompute, mapped),
     "PrecomputedMetadata.allocate": (PrecomputedMetadata.allocate, lambda: {**core(), "tokens": True}),
     "ReplayPlan of groups": (ReplayPlan, lambda: {**core(), **grouped()}),
 }  # fmt: skip

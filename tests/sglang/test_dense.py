@@ -248,6 +248,21 @@ def test_draft_backends_share_one_page_table(install: Install, caplog: pytest.Lo
     assert f"{row.path}: 3 draft backends share one page table" in caplog.text and "MiB given back" in caplog.text
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.draft], ids=lambda row: row.path)
+def test_page_tables_that_can_not_be_shared_are_sglangs_own(
+    install: Install, monkeypatch: pytest.MonkeyPatch, row: Any
+) -> None:
+    host, _ = install("graph")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(row.layout), "tables", lambda self, backend: 1 / 0)
+        rig = made(row, steps=3)
+    assert len({table.data_ptr() for table in page_tables(rig)}) == len(list(page_tables(rig)))
+    assert list(host.fallbacks) == [("sglang", row.path, "capture", "share", "ZeroDivisionError")]
+    monkeypatch.setattr(type(row.layout), "captured", lambda self, backend, mode, size: 1 / 0)
+    assert not Captured(rig, monkeypatch).is_spoiled()
+    assert ("sglang", row.path, "capture", "graph", "ZeroDivisionError") in host.fallbacks
+
+
 def page_tables(rig: Dense) -> Iterator[torch.Tensor]:
     for backend in rig.backends:
         if rig.name == "flashmla":
