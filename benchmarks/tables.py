@@ -1,4 +1,4 @@
-"""Writes the tables of the documents from the committed results.
+"""Writes the tables of the documents, and what `nsa-plugin estimate` reads, from the committed results.
 
     python -m benchmarks.tables
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.end_to_end.report import markdown as end_to_end
 from benchmarks.matrix.render import table as releases
+from benchmarks.measured import FILE, measured
 from nsa_plugin.bench.report import number, title
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +171,8 @@ def replaced(document: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write every table into its document."""
+    """Write every table into its document, and the file of `nsa-plugin estimate`."""
+    FILE.write_text(measured())
     for table in TABLES:
         path = ROOT / table.document
         path.write_text(replaced(path.read_text(), table.name, table.text()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     launch = commands.add_parser("launch", help="print the line that starts an engine with a draft")
     launch.add_argument("engine", choices=launch_lines.ENGINES)
     launch.add_argument("--model", default=launch_lines.MODEL, help="its name or folder (default: %(default)s)")
+    _estimate(commands.add_parser("estimate", help="say what gain to expect of an engine, from what was measured"))
     doctor = commands.add_parser(
         "doctor", help="say what is installed, what each path would get, and what is in the way"
     )
@@ -137,6 +139,31 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--plot", type=_path, help="draw the results here (PNG, SVG, PDF)")
 
 
+def _estimate(estimate: argparse.ArgumentParser) -> None:
+    estimate.add_argument("--engine", choices=launch_lines.ENGINES, required=True)
+    how = estimate.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--round-ms", type=_milliseconds, help="from one decode round to the next, in ms, without the plugin"
+    )
+    how.add_argument(
+        "--metrics",
+        metavar="URL-OR-FILE",
+        help="the engine's /metrics, or a file with its text, in place of --round-ms",
+    )
+    estimate.add_argument(
+        "--host-ms", type=_milliseconds,
+        help="for which the scheduler's process is busy in a round, in ms (default: unknown)",
+    )  # fmt: skip
+    estimate.add_argument(
+        "--steps", type=_steps, default=4, help="draft steps; vllm: draft tokens (default: %(default)s)"
+    )
+    estimate.add_argument("--context", type=_positive, default=4096, help="tokens of a sequence (default: %(default)s)")
+    estimate.add_argument("--batch", type=_positive, default=1, help="sequences (default: %(default)s)")
+    estimate.add_argument(
+        "--width", type=_positive, default=163840, help="columns of the page table (default: %(default)s)"
+    )
+
+
 class _Version(argparse.Action):
     """Prints the build, whose sources are hashed only then, and exits."""
 
@@ -190,6 +217,12 @@ def _steps(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _whole(text, 0, 1 << 30)
+
+
+def _milliseconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a time in ms, above 0 and below a million, got {text[:40]!r}")
+    return float(text)
 
 
 def _whole(text: str, least: int, most: int) -> int:

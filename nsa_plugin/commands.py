@@ -111,6 +111,21 @@ def launch(options: argparse.Namespace) -> int:
     return 0
 
 
+def estimate(options: argparse.Namespace) -> int:
+    """Say what gain to expect."""
+    from nsa_plugin.estimate import metrics
+    from nsa_plugin.estimate.model import Measured, Round
+    from nsa_plugin.estimate.report import show
+
+    round_ms = options.round_ms
+    if round_ms is None:
+        round_ms = metrics.round_ms(metrics.read(options.metrics), options.engine)
+    of = Round(options.engine, round_ms, options.host_ms, options.steps, options.context, options.batch, options.width)
+    measured = Measured.load()
+    show(measured, of, measured.estimate(of), Console())
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Report what is installed and what each path would get."""
     from nsa_plugin.doctor import run

@@ -37,6 +37,8 @@ for key in (("sglang.srt.plugins", "nsa_plugin"), ("vllm.general_plugins", "nsa_
 import nsa_plugin
 from nsa_plugin.rigs.models import TINY_DSV32
 assert (TINY_DSV32 / "config.json").is_file()
+from nsa_plugin.estimate.model import Measured
+assert Measured.load().cells
 assert nsa_plugin.__version__ == m.version("nsa-plugin")
 print(nsa_plugin.__file__)
 """
