@@ -69,6 +69,48 @@ def accepted(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def accepted_in_engine(results: dict[str, Any]) -> str:
+    """Accepted length in a complete engine, and the change against no plugin, by number of steps."""
+    cells = sorted(results["steps"].items(), key=lambda item: int(item[0]))
+    variants = list(dict.fromkeys(name for _, cell in cells for name in cell))
+    lines = [
+        f"{results['engine']}, {results['machine']}, {results['date']}; change as a ratio with its 95 % interval, over "
+        f"prompts; prompts with the same tokens as without the plugin:",
+        "",
+        f"| steps | {' | '.join(variants)} |",
+        "|---|" + "---|" * len(variants),
+    ]
+    lines += [f"| {steps} | {' | '.join(_accepted(cell[name]) for name in variants)} |" for steps, cell in cells]
+    return "\n".join(lines)
+
+
+def _accepted(found: dict[str, Any]) -> str:
+    change = found.get("against no plugin")
+    if change is None:
+        return f"{found['accepted']:.3f}"
+    ratio, low, high = (100 * (value - 1) for value in (change["ratio"], *change["interval"]))
+    seen = "the same" if low == high == 0 else f"{ratio:+.1f} %, {low:+.1f} to {high:+.1f} %"
+    return f"{found['accepted']:.3f} ({seen}; {change['prompts with the same tokens']} of {change['prompts']} prompts)"
+
+
+def graph_time(results: dict[str, Any]) -> str:
+    """What metadata add to the time of a captured graph: derived planes in turn, and side by side."""
+    ways = ("in turn", "side by side", "saved")
+    lines = [
+        f"{results['machine']}, {results['date']}; {results['ctx'] // 1024}K, {results['steps']} steps; µs, median and "
+        "95 % interval:",
+        "",
+        f"| mode | batch | {' | '.join(ways)} |",
+        "|---|---|" + "---|" * len(ways),
+    ]
+    for cell in results["cells"]:
+        entries = [
+            f"{cell[way]['us']:.1f} ({cell[way]['interval'][0]:.1f} to {cell[way]['interval'][1]:.1f})" for way in ways
+        ]
+        lines.append(f"| {cell['mode']} | {cell['bs']} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Table:
     """A generated part of a document.
@@ -99,6 +141,16 @@ TABLES = (
     Table(PERFORMANCE, "accepted", accepted, ("exact_lengths_small_model_h100",)),
     Table(PERFORMANCE, "bench sglang", bench, ("bench_sglang_decode_h100", "bench_sglang_verify_extend_h100")),
     Table(PERFORMANCE, "bench vllm", bench, ("bench_vllm_decode_h100",)),
+    Table(PERFORMANCE, "accepted in sglang", accepted_in_engine, ("acceptance_sglang_h200",)),
+    Table(PERFORMANCE, "side by side", graph_time, ("graph_time_h200",)),
+    Table(PERFORMANCE, "pooled, 163,840 columns", bench, ("bench_sglang_pooled_163840_h200",)),
+    Table(PERFORMANCE, "pooled, 1,048,576 columns", bench, ("bench_sglang_pooled_1048576_h200",)),
+    Table(PERFORMANCE, "pooled, vLLM", end_to_end, ("end_to_end_vllm_glm5_next_h200",)),
+    Table(PERFORMANCE, "dense, FLASH_ATTN_MLA", end_to_end, ("end_to_end_vllm_dense_flash_attn_mla_h200",)),
+    Table(PERFORMANCE, "dense, FLASHMLA, bf16", end_to_end, ("end_to_end_vllm_dense_flashmla_bf16_h200",)),
+    Table(PERFORMANCE, "dense, FLASHMLA, fp8", end_to_end, ("end_to_end_vllm_dense_flashmla_fp8_h200",)),
+    Table(PERFORMANCE, "sglang, 2 layers", end_to_end, ("end_to_end_sglang_2_layers_h200",)),
+    Table(PERFORMANCE, "vLLM, 32 layers", end_to_end, ("end_to_end_vllm_32_layers_h200",)),
     Table(PERFORMANCE, "two layers", end_to_end, ("end_to_end_sglang_h100", "end_to_end_vllm_h100")),
     Table(
         PERFORMANCE, "two GPUs", end_to_end,

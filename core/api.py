@@ -12,7 +12,7 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.checks import boolean, instance, instances
 from nsa_plugin.core.errors import reject
 from nsa_plugin.core.group_rows import GroupMetadata, check_groups
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, plane
+from nsa_plugin.core.metadata import VECTORS, PrecomputedMetadata, StepMetadata, plane
 from nsa_plugin.core.pools import POOL_PLANES, POOL_TABLE
 from nsa_plugin.core.validation import check_batch, check_buffers, check_destinations, check_enabled, check_values
 
@@ -177,7 +177,7 @@ def bind(
 
 def _of_some_consumers(step: StepMetadata) -> set[str]:
     """Planes that one launch writes to all consumers or to none."""
-    return {name for name in ("page_table_1", *POOL_PLANES, POOL_TABLE) if plane(step, name) is not None}
+    return {name for name in (*VECTORS, "page_table_1", *POOL_PLANES, POOL_TABLE) if plane(step, name) is not None}
 
 
 def _bind_derived_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata]) -> BoundCopy | None:

@@ -9,6 +9,8 @@ import torch
 
 PAD_SLOT = -1
 """KV slot of a token that is not written to the cache."""
+NO_LIMIT = torch.iinfo(torch.int32).max
+"""`Geometry.max_length` of lengths that do not stop."""
 
 
 class ForwardMode(enum.Enum):
@@ -97,7 +99,8 @@ class BatchDescriptor:
         Consumers of this metadata: draft steps in DECODE, else 1.
     step_offsets : tuple of num_steps ints >= 0, or ()
         What each step adds to `seq_lens`. () means 0 for all steps (sglang); vLLM's step i adds i. With offsets,
-        lengths stop at `Geometry.table_width`, as vLLM's Model Runner V2 clamps them to the model's length.
+        lengths stop at `Geometry.table_width`, as vLLM's Model Runner V2 clamps them to the model's length, unless
+        `Geometry.max_length` says otherwise.
     draft_tokens : int >= 1
         Query rows per request in TARGET_VERIFY and DRAFT_EXTEND. With `extend_lens`, the largest number of them.
     extend_lens : int32 or int64 tensor [>= batch_size], or None
@@ -168,6 +171,11 @@ class Geometry:
     index_kpool : int
         Tokens that share an index key, a power of two that divides `page_size` and `index_topk`. Above 1 a row keeps its
         `index_topk` tokens in whole pools, and the tokens of its incomplete pool besides; see `PoolMetadata`.
+    max_length : int from 1 to `NO_LIMIT`, or None
+        Tokens at which the lengths that a step sees stop, in every batch. None means `table_width` for a batch with step
+        offsets, and no limit without them. Page tables end at `table_width` in any case. `NO_LIMIT` is right where several
+        rows of a request share one length and a kernel counts back from it (dense verification): a length that stops would
+        hide tokens from all of these rows, those before the end of the context too.
     """
 
     index_topk: int
@@ -176,6 +184,13 @@ class Geometry:
     num_sms: int = 132
     wide_page_table: bool = True
     index_kpool: int = 1
+    max_length: int | None = None
+
+    def length_limit(self, batch: BatchDescriptor) -> int:
+        """Tokens at which `cache_seqlens` of a batch stop."""
+        if self.max_length is not None:
+            return self.max_length
+        return self.table_width if batch.step_offsets else NO_LIMIT
 
     @property
     def real_width(self) -> int:

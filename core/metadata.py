@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,6 +20,9 @@ from nsa_plugin.core.pools import (
     pool_shapes,
 )
 
+Lackable: TypeAlias = torch.Tensor | Any
+"""A tensor or None. The type checker lets those use it who know that their consumer has it, as sparse ones do."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata:
@@ -26,19 +30,21 @@ class StepMetadata:
 
     Shapes are in bs = batch_size and R = bs * rows_per_request. Only live entries are defined: in a row of a page table
     the columns below the request's cache length, in a ragged batch the rows that exist. Other entries may be stale.
+    A consumer may lack what its kernels do not read: those planes are None, and nothing is computed for them.
 
     Attributes
     ----------
     cache_seqlens : [>= bs]
         Tokens that each request's last row sees.
-    cu_seqlens_k : [>= bs + 1]
+    cu_seqlens_k : [>= bs + 1] or None
         0, then the running sum of `cache_seqlens`.
-    seqlens_expanded : [>= R]
-        Tokens that each row sees, at least 0. In DECODE it may be `cache_seqlens` itself.
-    nsa_cache_seqlens : [>= R]
+    seqlens_expanded : [>= R] or None
+        Tokens that each row sees, at least 0. In DECODE it may be `cache_seqlens` itself. This and the next two are those
+        of sparse attention: a consumer has all three or none.
+    nsa_cache_seqlens : [>= R] or None
         min(seqlens_expanded, index_topk). With pooled index keys the tokens of whole pools are clipped, and those of the
         incomplete pool added.
-    nsa_cu_seqlens_k : [>= R + 1]
+    nsa_cu_seqlens_k : [>= R + 1] or None
         0, then the running sum of `nsa_cache_seqlens`.
     page_table_1 : [>= R, >= table_width] or None
         KV slot of each token.
@@ -55,10 +61,10 @@ class StepMetadata:
     """
 
     cache_seqlens: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    seqlens_expanded: torch.Tensor
-    nsa_cache_seqlens: torch.Tensor
-    nsa_cu_seqlens_k: torch.Tensor
+    cu_seqlens_k: Lackable
+    seqlens_expanded: Lackable
+    nsa_cache_seqlens: Lackable
+    nsa_cu_seqlens_k: Lackable
     page_table_1: torch.Tensor | None
     real_page_table: torch.Tensor
     derived: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -68,7 +74,9 @@ class StepMetadata:
 
 
 VECTORS = ("cache_seqlens", "cu_seqlens_k", "seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
-"""The one-dimensional fields of `StepMetadata`."""
+"""The one-dimensional fields of `StepMetadata`. All but the first are optional."""
+ROW_VECTORS = VECTORS[2:]
+"""The vectors of sparse attention, which have an entry per query row. A consumer has all of them or none."""
 TOKENS = ("positions", "slot_mapping")
 """The optional fields of `StepMetadata` that say where each request's newest token is."""
 TABLES = ("page_table_1", "real_page_table")

@@ -3,7 +3,7 @@
 `precompute` defines the metadata of a batch in every mode. With L = seq_lens, q = query rows of the request,
 o = length offset of the step:
 
-- cache_seqlens = L + (draft_tokens in TARGET_VERIFY, else 0) + o. A batch with step offsets is clamped at the table's width.
+- cache_seqlens = min(L + (draft_tokens in TARGET_VERIFY, else 0) + o, limit), with the limit of `Geometry.length_limit`.
 - seqlens_expanded of row j of q = max(cache_seqlens - q + j + 1, 0)
 - positions = cache_seqlens - 1; slot_mapping = the slot of that token. Only buffers that have these planes get them.
 - With pooled index keys, k = index_kpool: nsa_cache_seqlens = min(whole, index_topk) + seqlens_expanded - whole, where
@@ -47,9 +47,7 @@ def precompute(batch: BatchDescriptor, out: PrecomputedMetadata, enabled: torch.
     request, position, count, exists = live_rows(batch)
     lengths = batch.seq_lens[:bs].long() + batch.added_tokens
     for offset, step in zip(batch.offsets, out.steps, strict=True):
-        cache_seqlens = lengths + offset
-        if batch.step_offsets:
-            cache_seqlens = cache_seqlens.clamp(max=out.geometry.table_width)
+        cache_seqlens = (lengths + offset).clamp(max=out.geometry.length_limit(batch))
         expanded = (cache_seqlens[request] - count + position + 1).clamp(min=0)
         whole = expanded // out.geometry.index_kpool * out.geometry.index_kpool
         clipped = whole.clamp(max=out.geometry.index_topk) + expanded - whole
@@ -93,7 +91,8 @@ def fast_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     for index, destination in enumerate(destinations):
         step = source.step(index)
         for name, size in vector_sizes(batch).items():
-            _write(getattr(destination, name), getattr(step, name)[:size])
+            if getattr(destination, name) is not None:
+                _write(getattr(destination, name), getattr(step, name)[:size])
         for name in TOKENS:
             origin, target = getattr(step, name), getattr(destination, name)
             if target is not None:
@@ -253,8 +252,8 @@ def _with_leading_zero(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values.new_zeros(1), values])
 
 
-def _write(vector: torch.Tensor, values: torch.Tensor, on: torch.Tensor | None = None) -> None:
-    if not same_buffer(vector, values):
+def _write(vector: torch.Tensor | None, values: torch.Tensor, on: torch.Tensor | None = None) -> None:
+    if vector is not None and not same_buffer(vector, values):
         _overwrite(vector[: values.shape[0]], values, on)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from nsa_plugin.core.batch import PAD_SLOT, BatchDescriptor, BlockTable, Geometry, TokenTable
 from nsa_plugin.core.errors import UnavailableError
-from nsa_plugin.core.metadata import PrecomputedMetadata, StepMetadata, plane, same_buffer
+from nsa_plugin.core.metadata import VECTORS, PrecomputedMetadata, StepMetadata, plane, same_buffer
 from nsa_plugin.core.pools import POOL_TABLE
 from nsa_plugin.core.records import records
 
@@ -63,7 +63,7 @@ def bind_precompute(
     """Bind the metadata kernel to the buffers of `out` and of `copies`, further consumers of step 0.
 
     The returned function takes any batch of the same mode, batch size and kind of slots. With `copies`, all steps see
-    equal lengths, and each copy has the page tables and planes of pools that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
+    equal lengths, and each copy has the vectors, page tables and planes of pools that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
     nothing.
     """
     from nsa_plugin.core.kernels import metadata
@@ -78,6 +78,7 @@ def bind_precompute(
     grid = (2 * len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
     fixed = {
         "page_size": geometry.page_size, "TOKEN_TABLE": token_table, "RAGGED": ragged, "WIDE": wide, "REAL": real,
+        "SUMS": out.steps[0].cu_seqlens_k is not None, "ROWS": out.steps[0].seqlens_expanded is not None,
         "TOKENS": any(step.positions is not None for step in destinations), "KPOOL": geometry.index_kpool,
         "POOLS": out.steps[0].pools is not None, "POOLED": plane(out.steps[0], POOL_TABLE) is not None,
         "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None, "SWITCHED": enabled is not None, "TILE": tile,
@@ -85,7 +86,7 @@ def bind_precompute(
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)
-    limit = geometry.table_width if batch.step_offsets else torch.iinfo(torch.int32).max
+    limit = geometry.length_limit(batch)
 
     def launch(batch: BatchDescriptor) -> None:
         slots, seq_lens = batch.slots, batch.seq_lens
@@ -120,6 +121,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
     extend_lens = longest if batch.extend_lens is None else batch.extend_lens
     tokens = any(step.positions is not None for step in destinations)
     pooled = any(plane(step, POOL_TABLE) is not None for step in destinations)
+    lacking = any(plane(step, name) is None for step in destinations for name in VECTORS)
     grid = (len(destinations) + geometry.num_sms * PROGRAMS_PER_SM,)
 
     def launch() -> None:
@@ -127,7 +129,7 @@ def bind_copy(source: PrecomputedMetadata, destinations: Sequence[StepMetadata])
             longest, extend_lens, sources, targets,
             longest.stride(0), extend_lens.stride(0), len(source.steps), len(destinations), targets.shape[1], len(planes),
             batch.batch_size, batch.num_rows, geometry.table_width, batch.rows_per_request,
-            page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real, TOKENS=tokens,
+            page_size=geometry.page_size, RAGGED=batch.extend_lens is not None, WIDE=wide, REAL=real, LACKING=lacking, TOKENS=tokens,
             KPOOL=geometry.index_kpool, POOLED=pooled, ALIGNED=aligned, TILE=TILE, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 

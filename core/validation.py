@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nsa_plugin.core.batch import BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
+from nsa_plugin.core.batch import NO_LIMIT, BatchDescriptor, BlockTable, ForwardMode, Geometry, TokenTable
 from nsa_plugin.core.checks import INT32, INTEGERS, TensorChecks, at_least, boolean, instance, instances, overlap
 from nsa_plugin.core.errors import InvalidTypeError, reject
 from nsa_plugin.core.metadata import (
     PAGE_TABLES,
+    ROW_VECTORS,
     TABLES,
     TOKENS,
     VECTORS,
@@ -47,6 +48,10 @@ def check_batch(batch: BatchDescriptor, geometry: Geometry) -> None:
     if geometry.page_size & (geometry.page_size - 1):
         reject("geometry.page_size", "a power of two", geometry.page_size)
     boolean("geometry.wide_page_table", geometry.wide_page_table)
+    if geometry.max_length is not None:
+        at_least("geometry.max_length", geometry.max_length, 1)
+        if geometry.max_length > NO_LIMIT:
+            reject("geometry.max_length", f"at most {NO_LIMIT} (NO_LIMIT)", geometry.max_length)
     pool = geometry.index_kpool
     if pool & (pool - 1) or geometry.page_size % pool or geometry.index_topk % pool:
         wanted = f"a power of two that divides page_size {geometry.page_size} and index_topk {geometry.index_topk}"
@@ -114,8 +119,9 @@ def check_buffers(out: PrecomputedMetadata, batch: BatchDescriptor, geometry: Ge
         check_step(f"out.steps[{index}]", step, batch, geometry)
         for other in range(index):
             _check_apart(f"out.steps[{index}]", step, f"out.steps[{other}]", out.steps[other], batch, geometry)
-        if (step.pools is None) is not (out.steps[0].pools is None):
-            reject(f"out.steps[{index}].pools", "those of all steps, or of none", "others than in step 0")
+        for name in (*VECTORS, "pools"):
+            if (getattr(step, name) is None) is not (getattr(out.steps[0], name) is None):
+                reject(f"out.steps[{index}].{name}", "those of all steps, or of none", "others than in step 0")
         for name in PAGE_TABLES if batch.num_rows else ():
             shared, table = plane(out.steps[0], name), plane(step, name)
             if shared is not table and (shared is None or table is None or not same_buffer(shared, table)):
@@ -157,10 +163,23 @@ def check_step(name: str, step: StepMetadata, batch: BatchDescriptor, geometry: 
         reject(f"{name}.derived", "a mapping of tensors by name", type(step.derived).__name__, error=InvalidTypeError)
     checks = _checks(batch)
     for vector, size in vector_sizes(batch).items():
-        checks.vector(f"{name}.{vector}", getattr(step, vector), size)
+        if vector == "cache_seqlens" or getattr(step, vector) is not None:
+            checks.vector(f"{name}.{vector}", getattr(step, vector), size)
+    lacking = [vector for vector in ROW_VECTORS if getattr(step, vector) is None]
+    if lacking and (len(lacking) < len(ROW_VECTORS) or step.pools is not None):
+        wanted = f"a tensor, or None and so {', '.join(ROW_VECTORS)} and pools"
+        reject(f"{name}.{lacking[0]}", wanted, "None beside others of them")
     tokens = [vector for vector in TOKENS if getattr(step, vector) is not None]
     if tokens and (len(tokens) < len(TOKENS) or batch.mode is not ForwardMode.DECODE):
         reject(f"{name}.{tokens[0]}", "both positions and slot_mapping in DECODE, else neither", "a tensor")
+    if tokens and geometry.length_limit(batch) > geometry.table_width and batch.step_offsets:
+        fix = "positions past the table have no slot; leave max_length out"
+        reject(
+            f"{name}.{tokens[0]}",
+            f"None with a max_length above table_width {geometry.table_width}",
+            "a tensor",
+            fix=fix,
+        )
     for vector in tokens:
         checks.vector(f"{name}.{vector}", getattr(step, vector), batch.batch_size, (torch.int64,))
     if step.pools is not None:
@@ -204,9 +223,9 @@ def check_destinations(source: PrecomputedMetadata, destinations: Sequence[StepM
             )
         if destination.positions is not None and step.positions is None:
             reject(f"{name}.positions", "None, as in the source", "a buffer", fix="allocate the source with tokens")
-        for field in (*POOL_PLANES, POOL_TABLE):
+        for field in (*VECTORS, *POOL_PLANES, POOL_TABLE):
             if plane(destination, field) is not None and plane(step, field) is None:
-                reject(f"{name}.{field}", "None, as in the source", "a buffer", fix="give the source the same pools")
+                reject(f"{name}.{field}", "None, as in the source", "a buffer", fix="give the source the same plane")
         for derived, value in destination.derived.items():
             origin = step.derived.get(derived)
             if origin is None or origin.shape != value.shape or origin.dtype != value.dtype:

@@ -10,12 +10,18 @@ from nsa_plugin.adapters.base import Host, PathPlan
 from nsa_plugin.adapters.probe import Need, installed_version, untested, warn_if_untested, warn_of_untested
 from nsa_plugin.adapters.sglang import registry, releases
 from nsa_plugin.adapters.sglang.backends import MultiStepDraft, SingleBackend
+from nsa_plugin.adapters.sglang.dense import ROWS as DENSE
+from nsa_plugin.adapters.sglang.dense import DenseDraft, DenseRow, DenseSingle
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.ledger import HookRow, rows
-from nsa_plugin.adapters.sglang.recorded import ROWS, RecordedBySglang, RecordedRow
+from nsa_plugin.adapters.sglang.recorded import ROWS as RECORDED
+from nsa_plugin.adapters.sglang.recorded import RecordedBySglang
 from nsa_plugin.adapters.sglang.refusals import not_graph, repairs, usable
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
+from nsa_plugin.adapters.sglang.rows import BackendRow
+
+DENSE_ROWS: tuple[BackendRow, ...] = (*DENSE, *RECORDED)
 
 
 class SglangAdapter:
@@ -49,7 +55,9 @@ class SglangAdapter:
         warn_if_untested(logger, "sglang", releases.TESTED)
         warn_of_untested(logger, _every_need(host))
         glue = GlueGraphs()
-        served = MultiStepDraft(host, glue), SingleBackend(host, glue), RecordedBySglang(host)
+        recorded = RecordedBySglang(host)
+        dense = DenseDraft(host, glue), DenseSingle(host, glue, recorded)
+        served = MultiStepDraft(host, glue), SingleBackend(host, glue), *dense, recorded
         made: dict[type, object] = {type(one): one for one in (*served, glue)}
         hooks: dict[str, Callable[..., Any]] = {
             row.target: MethodType(row.hook, made[row.hooked_by]) for row in rows(host)
@@ -112,7 +120,7 @@ class SglangAdapter:
         extend = problem or releases.lacking("draft extend")
         needs = {"draft decode": problem, "target verify": problem, "draft extend": extend}
         plans = [PathPlan(path, *_plan(host, lacking)) for path, lacking in needs.items()]
-        return [*plans, *(PathPlan(row.path, *_recorded_plan(host, row, problem), row.gpus) for row in ROWS)]
+        return [*plans, *(PathPlan(row.path, *_dense_plan(host, row, problem), row.gpus) for row in DENSE_ROWS)]
 
 
 def _plan(host: Host, problem: str) -> tuple[str, str]:
@@ -132,14 +140,15 @@ def _plan(host: Host, problem: str) -> tuple[str, str]:
     return strategies[0], "NSA_PLUGIN_STRATEGY asks for it"
 
 
-def _recorded_plan(host: Host, row: RecordedRow, problem: str) -> tuple[str, str]:
-    """The same for what sglang records itself. What the settings leave out is not looked for."""
+def _dense_plan(host: Host, row: BackendRow, problem: str) -> tuple[str, str]:
+    """The same for dense backends. What the settings leave out is not looked for."""
     why = "" if host.strategies else "switched off"
-    why = problem or why or row.left_out(host) or releases.lacking(row.part)
-    return "off" if why else "graph", why
+    if why := problem or why or row.left_out(host) or releases.lacking(row.part):
+        return "off", why
+    return _plan(host, "") if isinstance(row, DenseRow) else ("graph", "")
 
 
 def _every_need(host: Host | None) -> tuple[Need, ...]:
     """Everything that hooks need. What the host's settings leave out, or all that `auto` leaves out, is not imported."""
-    left_out = (row.part for row in ROWS if (not row.proved if host is None else row.left_out(host)))
+    left_out = (row.part for row in DENSE_ROWS if (not row.proved if host is None else row.left_out(host)))
     return releases.every_need(tuple(left_out))

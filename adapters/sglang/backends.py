@@ -128,7 +128,7 @@ class MultiStepDraft(HookedBackend):
         one is made.
         """
         backends = self.backends(owner)
-        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0], self._host):
+        if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0]):
             original(owner, *arguments, **keywords)
             return
         first, *others = backends

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.reporting import Stage
+from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.reporting import PathReport, Stage
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.adapters.sglang.refusals import not_graph, repairs, unsupported, usable
-from nsa_plugin.adapters.sglang.reports import path, report
+from nsa_plugin.adapters.sglang.reports import ENGINE, logger, path
 from nsa_plugin.adapters.verification import Afterwards, SpareBuffers
 
 _recorded: Attached[dict[Any, list[Preparation]]] = Attached("recorded")
@@ -47,12 +47,39 @@ class HookedBackend:
         self._undone = False
 
     def backends(self, owner: Any) -> Sequence[Any]:
-        """The DSA backends that `owner` prepares. `owner` is the object whose method is hooked."""
+        """The backends that `owner` prepares. `owner` is the object whose method is hooked."""
         raise NotImplementedError
 
     def native_mode(self, owner: Any, batch: Any) -> Any:
-        """sglang's ForwardMode of the metadata that `owner` makes for `batch`; None if it is left alone."""
+        """sglang's ForwardMode of the metadata that `owner` makes for `batch`, or a row of a table that has it.
+
+        None if the batch is left alone.
+        """
         raise NotImplementedError
+
+    def path(self, native_mode: Any) -> str:
+        """The path that prepares such batches, as reports name it."""
+        return path(native_mode)
+
+    def report(self, native_mode: Any) -> PathReport:
+        """The reports of that path."""
+        return self._host.path(ENGINE, self.path(native_mode), logger)
+
+    def unsupported(self, owner: Any, batch: Any, native_mode: Any) -> str:
+        """Empty, or what about `owner` or the captured batch is not covered."""
+        return unsupported(self.backends(owner)[0])
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        """Strategies that the settings name, best first; empty while the plugin is off."""
+        return self._host.strategies
+
+    def by_sglang(self, owner: Any, batch: Any, native_mode: Any) -> None:
+        """Let sglang's own code compute the metadata of a batch."""
+        native_replay(self.backends(owner), batch, native_mode)
+
+    def preparation(self, *arguments: Any) -> Preparation:
+        """What prepares a captured batch size; takes what `Preparation` takes."""
+        return Preparation(*arguments)
 
     def wide_table_is_unread(self, backend: Any) -> bool:
         """Whether nothing reads `page_table_1` in the forwards that the metadata is for."""
@@ -101,7 +128,7 @@ class HookedBackend:
                 return True
         except Exception as error:
             preparation.fail()
-            native_replay(self.backends(owner), batch, native_mode)  # raises what is sglang's own to raise
+            self.by_sglang(owner, batch, native_mode)  # raises what is sglang's own to raise
             self._fell_back(native_mode, "replay", preparation.strategy, error)
             return True
         preparation.replay_natively(batch)
@@ -109,7 +136,7 @@ class HookedBackend:
 
     def captured_off(self) -> list[str]:
         """One line for each path that was captured while switched off: it stays with sglang until it is captured anew."""
-        off = {path(native_mode) for keys in self._captured_off.values() for native_mode, _ in tuple(keys)}
+        off = {self.path(native_mode) for keys in self._captured_off.values() for native_mode, _ in tuple(keys)}
         return [f"{name}: was captured while switched off; it takes a new capture" for name in sorted(off)]
 
     def undo(self) -> list[str]:
@@ -124,7 +151,7 @@ class HookedBackend:
                 preparation.undo()
                 self._uncount(native_mode, preparation)
                 if preparation.recorded:
-                    stays.add(path(native_mode))
+                    stays.add(self.path(native_mode))
         self._prepared.clear()
         self._afterwards.clear()
         self._captured_off.clear()
@@ -151,11 +178,11 @@ class HookedBackend:
         captured_off = self._captured_off.setdefault(owner, set())
         key = (native_mode, batch.batch_size)
         backends = self.backends(owner)
-        said = report(self._host, native_mode)
-        if problem := unsupported(backends[0], self._host):
+        said = self.report(native_mode)
+        if problem := self.unsupported(owner, batch, native_mode):
             said.left_alone(problem)
             return
-        asked = self._host.strategies
+        asked = self.strategies()
         captured_off.discard(key)
         known = prepared.pop(key, None)
         if known is not None and not known.is_current():
@@ -166,7 +193,7 @@ class HookedBackend:
             if known is not None:
                 known.retire()
                 self._uncount(native_mode, known)
-                native_replay(backends, batch, native_mode)
+                self.by_sglang(owner, batch, native_mode)
             return
         for strategy in usable(asked, self._host):
             if known is not None and known.strategy != strategy:
@@ -178,7 +205,7 @@ class HookedBackend:
                     drop_wide_table = strategy != "copy" and self.wide_table_is_unread(backends[0])
                     exact = strategy != "copy" and self.exact(owner, batch)
                     afterwards = self._checks(owner) if self._host.verify else None
-                    preparation = Preparation(
+                    preparation = self.preparation(
                         self._host, backends, batch, native_mode, strategy, drop_wide_table, exact, afterwards
                     )
                     preparation.bind()
@@ -191,7 +218,7 @@ class HookedBackend:
                 if known is not None:
                     self._uncount(native_mode, known)
                     known = None
-                native_replay(backends, batch, native_mode)
+                self.by_sglang(owner, batch, native_mode)
                 self._fell_back(native_mode, "capture", strategy, error)
             else:
                 prepared[key] = preparation
@@ -208,7 +235,7 @@ class HookedBackend:
         return self._afterwards.setdefault(owner, Afterwards(spares))
 
     def _uncount(self, native_mode: Any, preparation: Preparation) -> None:
-        report(self._host, native_mode).buffers(preparation.bound_as, -preparation.size)
+        self.report(native_mode).buffers(preparation.bound_as, -preparation.size)
 
     def _fell_back(self, native_mode: Any, stage: Stage, strategy: str, error: Exception) -> None:
-        report(self._host, native_mode).fell_back(stage, strategy, error)
+        self.report(native_mode).fell_back(stage, strategy, error)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.ledger import LedgerRow
 from nsa_plugin.adapters.sglang.backends import MultiStepDraft, SingleBackend
+from nsa_plugin.adapters.sglang.dense import ROWS as DENSE
+from nsa_plugin.adapters.sglang.dense import DenseBackends, DenseDraft, DenseSingle
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
-from nsa_plugin.adapters.sglang.recorded import IN, OUT, ROWS, RecordedBySglang
-from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, Part, generation, lacking
+from nsa_plugin.adapters.sglang.recorded import ROWS as RECORDED
+from nsa_plugin.adapters.sglang.releases import GLUE_GRAPH, IN, OUT, Part, generation, lacking
 
 UPSTREAM = (
     "sglang pull requests 14781, 17554 and 29499 go part of the way; 38213, the reuse of a draft's metadata, is open"
@@ -106,22 +108,50 @@ def rows(host: Host | None = None) -> tuple[HookRow, ...]:
             GlueGraphs.is_captured,
         ),
     }
-    recorded = (
-        HookRow(
-            f"{row.backend}.{method}",
-            "sglang's draft extend graph computes its metadata, and its runner computes the same before each replay, over "
-            "the whole width of the page table. The second computation is left out.",
-            NOT_PROPOSED,
-            "sglang's runner asks draft_extend_metadata_captured_in_graph",
-            runs,
-            RecordedBySglang,
-            hook,
+    return (*drafts, tables, *singles, *(row for part, row in optional.items() if not lacking(part)), *_dense(host))
+
+
+def _dense(host: Host | None) -> Iterator[HookRow]:
+    """The methods of dense backends, each once, however many rows of a table are about its class."""
+    capture, within = "before each capture and each replay", "inside each capture"
+    why = {row.backend: row for row in DENSE if row.is_taken(host)}
+    for backend, row in why.items():
+        if row.draft:
+            yield HookRow(
+                f"{backend}.init_cuda_graph_state",
+                "All draft backends share one page table. Each of sglang's own has several, and uses one.",
+                NOT_PROPOSED,
+                "sglang's draft backends share their page table",
+                "when CUDA-graph buffers are made, before the captures",
+                DenseDraft,
+                DenseDraft.cuda_graph_state,
+            )
+        served: type[DenseBackends] = DenseDraft if row.draft else DenseSingle
+        what = "Draft steps" if row.draft else "Target verify and draft extend"
+        hooks: tuple[tuple[str, str, Callable[..., None]], ...] = (
+            (OUT, capture, served.out_graph),
+            (IN, within, served.in_graph),
         )
-        for row in ROWS
-        if (host is None or not row.left_out(host)) and not lacking(row.part)
-        for method, runs, hook in (
-            (OUT, "before each capture and each replay", RecordedBySglang.out_graph),
-            (IN, "inside each capture: it only notes that sglang has recorded its metadata", RecordedBySglang.in_graph),
-        )
-    )
-    return (*drafts, tables, *singles, *(row for part, row in optional.items() if not lacking(part)), *recorded)
+        for method, runs, hook in hooks:
+            yield HookRow(
+                f"{backend}.{method}",
+                f"{what} get their metadata from one launch, recorded in the CUDA graph that reads it.",
+                NOT_PROPOSED,
+                ONCE,
+                runs,
+                served,
+                hook,
+            )
+    recorded = dict.fromkeys(row.backend for row in RECORDED if row.is_taken(host) and row.backend not in why)
+    for backend in recorded:
+        for method, runs, hook in ((OUT, capture, DenseSingle.out_graph), (IN, within, DenseSingle.in_graph)):
+            yield HookRow(
+                f"{backend}.{method}",
+                "sglang's draft extend graph computes its metadata, and its runner computes the same before each replay, "
+                "over the whole width of the page table. The second computation is left out.",
+                NOT_PROPOSED,
+                "sglang's runner asks draft_extend_metadata_captured_in_graph",
+                runs,
+                DenseSingle,
+                hook,
+            )

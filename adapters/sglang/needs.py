@@ -27,6 +27,50 @@ RECORDED_DRAFT_EXTEND: tuple[Need, ...] = (
 )  # fmt: skip
 """FlashAttention's draft extend, which sglang's own CUDA graphs compute."""
 
+FLASH_ATTENTION_DRAFT = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionMultiStepBackend"
+FLASHMLA = "sglang.srt.layers.attention.flashmla_backend.FlashMLABackend"
+FLASHMLA_DRAFT = "sglang.srt.layers.attention.flashmla_backend.FlashMLAMultiStepDraftBackend"
+INNER_VIEW = "sglang.srt.model_executor.forward_batch_info.build_inner_fb_view"
+
+
+def _dense(draft: str, backend: str, metadata: str, fields: tuple[str, ...]) -> tuple[Need, ...]:
+    return (
+        *(
+            need
+            for owner in (draft, backend)
+            for need in (
+                Need(f"{owner}.init_forward_metadata_out_graph", ("forward_batch", "in_capture"),
+                     "prepare its metadata", hooked=True),
+                Need(f"{owner}.init_forward_metadata_in_graph", ("forward_batch",), "record the work in CUDA graphs",
+                     hooked=True),
+            )
+        ),
+        Need(f"{draft}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables", hooked=True),
+        Need(f"{backend}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables"),
+        Need(metadata, fields, "buffers that captured graphs read"),
+        Need(INNER_VIEW, ("forward_batch", "bs", "forward_mode"), "sglang's own values, to fall back on"),
+    )  # fmt: skip
+
+
+DENSE_FLASH_ATTENTION: tuple[Need, ...] = (
+    *_dense(FLASH_ATTENTION_DRAFT, FLASH_ATTENTION,
+            FLASH_ATTENTION.replace("Backend", "Metadata"),
+            ("cache_seqlens_int32", "cu_seqlens_k", "page_table", "swa_page_table", "swa_out_cache_loc")),
+    Need(f"{FLASH_ATTENTION}._init_full_cg_decode_metadata", ("forward_batch", "in_capture"),
+         "sglang's own values, to fall back on"),
+    Need(f"{FLASH_ATTENTION}._spec_read_seq_len_delta", ("forward_mode", "spec_info"), "know how far steps see"),
+)  # fmt: skip
+"""FlashAttention's draft steps and target verify."""
+DENSE_FLASHMLA: tuple[Need, ...] = (
+    *_dense(FLASHMLA_DRAFT, FLASHMLA, FLASHMLA.replace("Backend", "DecodeMetadata"),
+            ("flashmla_metadata", "num_splits", "block_kv_indices", "seq_lens_k")),
+    Need(f"{FLASHMLA}._apply_decode_target_verify_metadata",
+         ("plan", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode"),
+         "sglang's own values, to fall back on"),
+    Need(f"{FLASHMLA.rpartition('.')[0]}.get_mla_metadata", (), "FlashMLA's schedule"),
+)  # fmt: skip
+"""FlashMLA's draft steps, target verify and draft extend."""
+
 SHARED: tuple[Need, ...] = (
     Need("{multi_step}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables", hooked=True),
     Need("{backend}.init_cuda_graph_state", ("max_bs", "max_num_tokens"), "share page tables"),

@@ -20,8 +20,6 @@ from nsa_plugin.core.pools import PoolMetadata
 
 PLAN_MODULE = "sglang.srt.layers.attention.dsa.kpool_plan"
 INDEX_MODULE = "sglang.srt.layers.attention.dsa.kpool_fp8_index"
-PROVED = False
-"""Whether pooled backends have run on a GPU with this plugin, see `adapters.base.unproved`."""
 POOLED_TABLE = "pooled_real_page_table"
 SCHEDULE, TOPK_PLAN = "pool_schedule_metadata", "pool_topk_v2_plan"
 """Derived planes of pooled index keys; the second since 0.5.23."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.sglang import derived
 from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
@@ -18,9 +19,9 @@ from nsa_plugin.adapters.sglang.refusals import repairs
 from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.side_by_side import Refresh, side_by_side
-from nsa_plugin.adapters.verification import Afterwards, Verification, shadow, snapshot
-from nsa_plugin.core.batch import BatchDescriptor
-from nsa_plugin.core.metadata import planes_of
+from nsa_plugin.adapters.verification import Afterwards, SpareBuffers, Verification, shadow, snapshot
+from nsa_plugin.core.batch import BatchDescriptor, Geometry
+from nsa_plugin.core.metadata import StepMetadata, planes_of
 
 GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
 """Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""
@@ -69,22 +70,20 @@ class Preparation:
         self, host: Host, backends: Sequence[Any], batch: Any, native_mode: Any, strategy: Strategy,
         drop_wide_table: bool, exact: bool, afterwards: Afterwards | None,
     ) -> None:  # fmt: skip
-        first, mode = backends[0], MODES[native_mode.name]
+        first = backends[0]
         self.strategy = self.bound_as = strategy
         self.recorded = self._failed = False
         self._dispatch = f"set_{generation().prefix}_prefill_impl"
         self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
         self._batch_size = batch.batch_size
-        self._stores = tuple(backend.decode_cuda_graph_metadata for backend in backends)
+        self._stores = tuple(self._store(backend) for backend in backends)
         self._own = tuple(store[self._batch_size] for store in self._stores)
         self._used = self._buffers(drop_wide_table, exact)
         kept, *others = self._buffers(drop_wide_table=False, exact=exact)
         self._given_back = (kept, *(metadata if strategy == "copy" else replace(metadata) for metadata in others))
         flag = torch.ones(1, dtype=torch.int32, device=first.req_to_token.device)
         self._enabled, self._is_enabled = flag if strategy == "graph" else None, True
-        self.note = ", with exact step lengths" if exact else ""
-        if self._used[0].page_table_1 is None:
-            self.note += ", without the wide page table, which nothing reads"
+        self.note = self._noted(exact)
         if afterwards is not None:
             what = (
                 "not graph, which runs when it is too late to repair"
@@ -92,16 +91,12 @@ class Preparation:
                 else "what graphs did, afterwards"
             )
             self.note += f", verified (every {host.verify} replays; {what})"
-        self._offsets = tuple(index + 1 if exact else 0 for index in range(len(backends)))
-        step_offsets = self._offsets if exact else ()
-        self._report = report(host, native_mode)
-        self._describe = self._report.describe(
-            batch,
-            lambda batch: describe(batch, backend=first, mode=mode, num_steps=len(backends), step_offsets=step_offsets),
-        )
+        self._offsets = self._length_offsets(batch, exact)
+        self._report = self._reports()
+        self._describe = self._report.describe(batch, self._describer(exact))
         self._static = self._describe(batch)
-        self._geometry = geometry(first, self._used[0])
-        consumers = [consumer(metadata) for metadata in self._used]
+        self._geometry = self._sizes()
+        consumers = [self._consumer(index) for index in range(len(self._used))]
         self._run = host.plan(
             self._static,
             self._geometry,
@@ -112,12 +107,8 @@ class Preparation:
         )
         self._observe = self._report.observer(strategy, self._static)
         self._afterwards, self._spares = afterwards, dict[int, Any]()
-        if afterwards is not None:  # what waits for a graph is there for all lengths at once
-            made = None
-            for offset in dict.fromkeys(self._offsets):
-                if made is None or strategy == "graph":
-                    made = spare_metadata(self._used[0], afterwards.spares)
-                self._spares[offset] = made
+        if afterwards is not None:
+            self._make_spares(afterwards.spares)
         views = {view.data_ptr(): view.numel() * view.element_size() for step in consumers for view in planes_of(step)}
         self.size = sum(views.values())
         self._choose()
@@ -147,14 +138,13 @@ class Preparation:
     def is_outdated(self) -> bool:
         """Whether sglang has made new CUDA-graph buffers since. Nobody reads the old ones any more."""
         return any(
-            backend.decode_cuda_graph_metadata is not store
-            for backend, store in zip(self._backends, self._stores, strict=True)
+            self._store(backend) is not store for backend, store in zip(self._backends, self._stores, strict=True)
         )
 
     def is_current(self) -> bool:
         """Whether the backends still hold the metadata that this was made for."""
         return all(
-            backend.decode_cuda_graph_metadata.get(self._batch_size) is metadata
+            self._store(backend).get(self._batch_size) is metadata
             for backend, metadata in zip(self._backends, self._used, strict=True)
         )
 
@@ -254,7 +244,7 @@ class Preparation:
         live = self._describe(batch)
         self._verification.settle(
             self._differences(batch, live),
-            lambda: native_replay(self._backends, batch, self._native_mode),
+            lambda: self._natively(batch),
             lambda: (live, self._geometry, None),
         )
 
@@ -262,8 +252,7 @@ class Preparation:
         """Keep sglang's own values, to be compared with what the graph will have written."""
         afterwards = self._afterwards
         assert afterwards is not None
-        for offset in self._spares:
-            self._rebuild(batch, offset)
+        self._rebuild_all(batch)
         live = snapshot(self._describe(batch), self._geometry)
 
         def check() -> None:
@@ -275,6 +264,10 @@ class Preparation:
                 self._report.fell_back("replay", self.strategy, error)
 
         afterwards.wait(check)
+
+    def _rebuild_all(self, batch: Any) -> None:
+        for offset in self._spares:
+            self._rebuild(batch, offset)
 
     def _rebuild(self, batch: Any, offset: int) -> None:
         """Have sglang's own code write the values for lengths that are longer by `offset` into spare buffers."""
@@ -298,6 +291,45 @@ class Preparation:
                 computed = offset
             if values := differing_values(self._spares[offset], metadata, live, self._geometry):
                 yield index, *values
+
+    def _store(self, backend: Any) -> Any:
+        """A backend's captured metadata by batch size."""
+        return backend.decode_cuda_graph_metadata
+
+    def _reports(self) -> PathReport:
+        return report(self._host, self._native_mode)
+
+    def _noted(self, exact: bool) -> str:
+        """What the log says of the buffers."""
+        note = ", with exact step lengths" if exact else ""
+        return note + (
+            ", without the wide page table, which nothing reads" if self._used[0].page_table_1 is None else ""
+        )
+
+    def _length_offsets(self, batch: Any, exact: bool) -> tuple[int, ...]:
+        """Tokens that each backend sees beyond the batch's lengths."""
+        return tuple(index + 1 if exact else 0 for index in range(len(self._backends)))
+
+    def _describer(self, exact: bool) -> Callable[[Any], BatchDescriptor]:
+        """The describe function for batches like the captured one."""
+        first, mode, steps = self._backends[0], MODES[self._native_mode.name], len(self._backends)
+        offsets = self._offsets if exact else ()
+        return lambda batch: describe(batch, backend=first, mode=mode, num_steps=steps, step_offsets=offsets)
+
+    def _sizes(self) -> Geometry:
+        return geometry(self._backends[0], self._used[0])
+
+    def _consumer(self, index: int) -> StepMetadata:
+        """The buffers of one backend."""
+        return consumer(self._used[index])
+
+    def _make_spares(self, spares: SpareBuffers) -> None:
+        """Make room for sglang's own values; what waits for a graph is there for all lengths at once."""
+        made = None
+        for offset in dict.fromkeys(self._offsets):
+            if made is None or self.strategy == "graph":
+                made = spare_metadata(self._used[0], spares)
+            self._spares[offset] = made
 
     def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
         """The `DSAMetadata` for each backend."""
@@ -323,5 +355,5 @@ class Preparation:
 
     def _hand_out(self, used: Sequence[Any]) -> None:
         for backend, metadata in zip(self._backends, used, strict=True):
-            backend.decode_cuda_graph_metadata[self._batch_size] = metadata
+            self._store(backend)[self._batch_size] = metadata
             backend.forward_metadata = metadata

@@ -9,73 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.attached import Attached
-from nsa_plugin.adapters.base import Host, unproved
+from nsa_plugin.adapters.base import Host
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.sglang import hooked
 from nsa_plugin.adapters.sglang.needs import FLASH_ATTENTION
-from nsa_plugin.adapters.sglang.refusals import unsupported_by_flash_attention
+from nsa_plugin.adapters.sglang.refusals import FLASH_ATTENTION as FLASH_ATTENTION_REFUSALS
+from nsa_plugin.adapters.sglang.refusals import UNRECORDED, uncovered
 from nsa_plugin.adapters.sglang.registry import beneath_hooks
-from nsa_plugin.adapters.sglang.releases import Part, argument
+from nsa_plugin.adapters.sglang.releases import IN, OUT, argument
 from nsa_plugin.adapters.sglang.reports import ENGINE, MODES, logger
+from nsa_plugin.adapters.sglang.rows import BackendRow
 from nsa_plugin.adapters.verification import SpareBuffers, StepValues, Verification, shadow
 from nsa_plugin.core.batch import BatchDescriptor, Geometry, TokenTable, multiprocessors
 
-OUT, IN = "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"
-
 
 @dataclass(frozen=True)
-class RecordedRow:
+class RecordedRow(BackendRow):
     """A backend whose CUDA graphs compute all metadata of one forward mode, which no other row has.
 
     Attributes
     ----------
-    path : str
-        Its name in reports.
-    backend : str
-        Dotted path of the class.
-    mode : str
-        Name of sglang's forward mode.
-    part : Part
-        What it needs of sglang.
     store : str
         Attribute of a backend: captured metadata by batch size.
     vectors, tables, slots : tuples of str
         Fields of the metadata: of requests, page tables, and write slots of tokens. A field may be None.
-    unsupported : callable(backend)
-        Empty, or what about a backend is not covered.
-    proved : bool
-        Whether it has run on a GPU, see `unproved`.
-    gpus : frozenset of str
-        As in `PathPlan`.
     """
 
-    path: str
-    backend: str
-    mode: str
-    part: Part
     store: str
     vectors: tuple[str, ...]
     tables: tuple[str, ...]
     slots: tuple[str, ...]
-    unsupported: Callable[[Any], str]
-    proved: bool
-    gpus: frozenset[str]
-
-    def has(self, owner: Any) -> bool:
-        """Whether an object is such a backend, or of a subclass."""
-        return any(f"{kind.__module__}.{kind.__qualname__}" == self.backend for kind in type(owner).__mro__)
-
-    def left_out(self, host: Host) -> str:
-        """Empty, or why the settings leave it to sglang."""
-        if "graph" not in host.configured:
-            return "NSA_PLUGIN_STRATEGY asks for another strategy"
-        return unproved(self.proved, host)
 
 
 ROWS = (
@@ -88,7 +58,7 @@ ROWS = (
         vectors=("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q"),
         tables=("page_table", "swa_page_table"),
         slots=("swa_out_cache_loc",),
-        unsupported=unsupported_by_flash_attention,
+        unsupported=partial(uncovered, (*FLASH_ATTENTION_REFUSALS, UNRECORDED)),
         proved=False,
         gpus=frozenset({"9"}),
     ),
@@ -102,7 +72,7 @@ class RecordedBySglang:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode as NativeMode
 
         self._host = host
-        self._rows = {NativeMode[row.mode]: row for row in ROWS if row.mode in NativeMode.__members__}
+        self._rows = {NativeMode[row.mode]: row for row in ROWS if row.is_taken(host)}
         self._graphs: Attached[dict[Any, RecordedGraph]] = Attached("recorded_by_sglang")
         self._spares = SpareBuffers()
         self._undone = False

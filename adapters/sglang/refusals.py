@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nsa_plugin.adapters.base import Host, Strategy, unproved
-from nsa_plugin.adapters.sglang.pools import PROVED, foreign_formulas, keys_per_index_key
+from nsa_plugin.adapters.base import Host, Strategy
+from nsa_plugin.adapters.sglang.pools import foreign_formulas, keys_per_index_key
 from nsa_plugin.adapters.sglang.releases import is_rocm, lacking, overlaps_plans
 from nsa_plugin.adapters.verification import Moment, moment
 
@@ -37,29 +37,46 @@ def not_graph() -> str:
     return ""
 
 
-def unsupported(backend: Any, host: Host) -> str:
-    """Empty, or what about the backend is not covered, or not with the host's settings."""
-    if (k := keys_per_index_key(backend)) > 1 and (problem := foreign_formulas(k) or unproved(PROVED, host)):
+def unsupported(backend: Any) -> str:
+    """Empty, or what about the backend is not covered."""
+    if (k := keys_per_index_key(backend)) > 1 and (problem := foreign_formulas(k)):
         return f"pooled index keys (index_kpool > 1): {problem}"
     if is_rocm():
         return "ROCm is not covered"
     return ""
 
 
-FLASH_ATTENTION: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+Refusal = tuple[str, Callable[[Any], bool]]
+"""What is not covered, and the question whether a backend has it."""
+UNIFIED_MEMORY: Refusal = (
+    "the translated slots of unified memory",
+    lambda backend: backend.kv_index_translator.is_translating,
+)
+FLASH_ATTENTION: tuple[Refusal, ...] = (
     ("subclasses of FlashAttentionBackend", lambda backend: type(backend).__name__ != "FlashAttentionBackend"),
     ("drafts that are trees (--speculative-eagle-topk above 1)", lambda backend: backend.topk > 1),
+    UNIFIED_MEMORY,
     ("FlashAttention 4", lambda backend: backend.fa_impl_ver != 3),
-    ("the translated slots of unified memory", lambda backend: backend.kv_index_translator.is_translating),
     ("KV caches in shards", lambda backend: backend._kv_shard_pool is not None),
     ("encoder-decoder models", lambda backend: backend.is_encoder_decoder),
     ("local attention", lambda backend: backend.local_attn_builder is not None),
     ("prefill-aware sliding windows", lambda backend: backend.is_prefill_aware_swa),
-    ("what sglang does not record", lambda backend: not backend.draft_extend_metadata_captured_in_graph()),
 )
-"""What is not covered, and the question whether a backend has it."""
+UNRECORDED: Refusal = (
+    "what sglang does not record",
+    lambda backend: not backend.draft_extend_metadata_captured_in_graph(),
+)
+SLIDING_WINDOWS: Refusal = (
+    "KV pools of sliding windows",
+    lambda backend: backend.use_sliding_window_kv_pool,
+)
+FLASHMLA: tuple[Refusal, ...] = (
+    ("subclasses of FlashMLABackend", lambda backend: type(backend).__name__ != "FlashMLABackend"),
+    UNIFIED_MEMORY,
+    ("decode context parallelism", lambda backend: backend.dcp_world_size > 1),
+)
 
 
-def unsupported_by_flash_attention(backend: Any) -> str:
-    """Empty, or what about a FlashAttention backend is not covered."""
-    return next((f"not covered: {what}" for what, has in FLASH_ATTENTION if has(backend)), "")
+def uncovered(refusals: Sequence[Refusal], backend: Any) -> str:
+    """Empty, or what about a backend is not covered."""
+    return next((f"not covered: {what}" for what, has in refusals if has(backend)), "")

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nsa_plugin.adapters.probe import Need, missing
-from nsa_plugin.adapters.sglang import pools
-from nsa_plugin.adapters.sglang.needs import RECORDED_DRAFT_EXTEND, REGISTRY, SHARED
+from nsa_plugin.adapters.sglang import needs, pools
 from nsa_plugin.core.metadata import same_buffer
 
 if TYPE_CHECKING:
@@ -28,9 +27,8 @@ if TYPE_CHECKING:
 TESTED = ("0.5.11", "0.5.12", "0.5.13", "0.5.14", "0.5.15.post1", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
 """Releases that `make matrix` found faithful; others are used, with a warning, if the probe is clean."""
 
-Part = Literal[
-    "all", "graph", "draft extend", "exact step lengths", "glue graph", "captured glue graph", "recorded draft extend"
-]  # fmt: skip
+Part = Literal["all", "graph", "draft extend", "exact step lengths", "glue graph", "captured glue graph",
+               "recorded draft extend", "dense FlashAttention", "dense FlashMLA"]  # fmt: skip
 """What something is needed for: everything, the strategy `graph`, one path, or a setting of ours or of sglang."""
 
 
@@ -96,7 +94,7 @@ class Generation:
     def needs(self, part: Part = "all") -> tuple[Need, ...]:
         """What a part needs; parts other than "all" beyond what all need."""
         words = {name: getattr(self, name) for name in ("backend", "multi_step", "metadata", "prefix")}
-        templates = (*REGISTRY, *self.own_needs, *SHARED) if part == "all" else PARTS[part]
+        templates = (*needs.REGISTRY, *self.own_needs, *needs.SHARED) if part == "all" else PARTS[part]
         return tuple(
             replace(need, path=need.path.format(**words), parameters=tuple(n.format(**words) for n in need.parameters))
             for need in templates
@@ -104,14 +102,14 @@ class Generation:
 
 
 GLUE_GRAPH = "sglang.srt.model_executor.runner.metadata_glue_graph.MetadataGlueGraph"
-_OUT, _IN = "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"
+OUT, IN = "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"
 _CAPTURE, _REPLAY = "init_forward_metadata_capture_cuda_graph", "init_forward_metadata_replay_cuda_graph"
 _BATCH = ("bs", "req_pool_indices", "seq_lens", "forward_mode", "spec_info")
 
 PARTS: Mapping[Part, tuple[Need, ...]] = {
     "graph": (  # since 0.5.13
-        Need(f"{{multi_step}}.{_IN}", ("forward_batch",), "record the work in the draft's CUDA graph", hooked=True),
-        Need(f"{{backend}}.{_IN}", ("forward_batch",), "record the work in the backend's CUDA graph", hooked=True),
+        Need(f"{{multi_step}}.{IN}", ("forward_batch",), "record the work in the draft's CUDA graph", hooked=True),
+        Need(f"{{backend}}.{IN}", ("forward_batch",), "record the work in the backend's CUDA graph", hooked=True),
     ),
     "draft extend": (  # since 0.5.15.post1; before, its rows were ragged and counted on the host
         Need("{backend}._refresh_paged_mqa_schedule_metadata", ("metadata", "seqlens_32_2d"), "DeepGEMM schedule"),
@@ -128,7 +126,9 @@ PARTS: Mapping[Part, tuple[Need, ...]] = {
         Need(f"{GLUE_GRAPH}.is_captured", (), "prepare where sglang would replay what it has recorded", hooked=True,
              known=("key",)),
     ),
-    "recorded draft extend": RECORDED_DRAFT_EXTEND,
+    "recorded draft extend": needs.RECORDED_DRAFT_EXTEND,
+    "dense FlashAttention": needs.DENSE_FLASH_ATTENTION,
+    "dense FlashMLA": needs.DENSE_FLASHMLA,
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def argument(name: str, index: int, arguments: Sequence[Any], keywords: Mapping[
     return arguments[index] if index < len(arguments) else keywords.get(name)
 
 
-def _out_graph(
+def out_graph(
     hooked: HookedBackend, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any
 ) -> None:
     batch = argument("forward_batch", 0, arguments, keywords)
@@ -148,7 +148,7 @@ def _out_graph(
         original(owner, *arguments, **keywords)
 
 
-def _in_graph(
+def in_graph(
     hooked: HookedBackend, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any
 ) -> None:
     original(owner, *arguments, **keywords)
@@ -157,8 +157,8 @@ def _in_graph(
 
 DSA_MODULE = "sglang.srt.layers.attention.dsa_backend"
 _DSA_ENTRIES = (
-    Entry(_OUT, _out_graph, "before each capture and each replay"),
-    Entry(_IN, _in_graph, "inside each capture: what it launches becomes part of the CUDA graph"),
+    Entry(OUT, out_graph, "before each capture and each replay"),
+    Entry(IN, in_graph, "inside each capture: what it launches becomes part of the CUDA graph"),
 )
 DSA = Generation(
     module=DSA_MODULE,
@@ -171,8 +171,8 @@ DSA = Generation(
     draft_entries=_DSA_ENTRIES,
     single_entries=_DSA_ENTRIES,
     own_needs=(
-        Need(f"{{multi_step}}.{_OUT}", ("forward_batch", "in_capture"), "prepare a draft", hooked=True),
-        Need(f"{{backend}}.{_OUT}", ("forward_batch", "in_capture"), "prepare verify and extend", hooked=True),
+        Need(f"{{multi_step}}.{OUT}", ("forward_batch", "in_capture"), "prepare a draft", hooked=True),
+        Need(f"{{backend}}.{OUT}", ("forward_batch", "in_capture"), "prepare verify and extend", hooked=True),
         *PARTS["graph"],
         Need("{backend}._apply_cuda_graph_metadata", (*_BATCH, "seq_lens_cpu"), "sglang's own values, to fall back on"),
         Need("{backend}._build_paged_mqa_schedule_2d_ctx_lens",
@@ -393,3 +393,8 @@ def overlaps_plans() -> bool:
 def is_rocm() -> bool:
     """Whether the backends are those of ROCm. A release that does not say so has none."""
     return bool(getattr(backends(), "_is_hip", False))
+
+
+def is_ragged(batch: Any) -> bool:
+    """Whether the requests of a batch have different numbers of tokens to verify. Most kinds of drafts have no such thing."""
+    return getattr(batch.spec_info, "ragged_verify_layout", None) is not None

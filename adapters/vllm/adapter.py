@@ -133,7 +133,7 @@ def _plan_v2(host: Host) -> tuple[str, str]:
 def _plan_row(host: Host, row: BuilderRow) -> list[PathPlan]:
     """What the fused draft would do for a builder of a row. Settings of the builder itself are known at the choice only."""
     why = row.left_alone or ("" if "graph" in host.strategies else LEFT_OUT.format("graph"))
-    why = why or row.left_by(host, None) or row.refused(None)
+    why = why or row.left_by(host) or row.refused(None)
     if why and row.stale:
         why = f"{row.stale}; {why}"
     strategy = "off" if why else "graph"

@@ -59,30 +59,6 @@ def above_one(*names: str) -> Callable[[Any], bool]:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A setting of a builder that is covered in the fused draft, and for itself proved or not.
-
-    Attributes
-    ----------
-    name : str
-        For the log.
-    holds : callable
-        As in `Refusal`.
-    proved : bool
-        Whether a GPU has run it, see `unproved`.
-    """
-
-    name: str
-    holds: Callable[[Any], bool]
-    proved: bool
-
-    def left_by(self, host: Host, builder: Any) -> str:
-        """Empty, or why a host's settings leave a builder with this setting to vLLM."""
-        why = unproved(self.proved, host)
-        return f"{self.name}: {why}" if why and self.holds(builder) else ""
-
-
-@dataclass(frozen=True)
 class BuilderRow:
     """What is known of one class of metadata builders.
 
@@ -105,8 +81,6 @@ class BuilderRow:
         Settings that are not covered, by neither `changes` nor `keeper`.
     proved : bool
         Whether a GPU has run it in the fused draft, see `unproved`.
-    settings : tuple of Setting
-        Those that are proved, or not, for themselves.
     stale : str
         What vLLM's own update in place leaves stale; empty if nothing is known. Where this adapter does not write it, it
         does not make a draft fused either: vLLM's rebuild is right.
@@ -132,7 +106,6 @@ class BuilderRow:
     needs: tuple[Need, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     proved: bool = True
-    settings: tuple[Setting, ...] = ()
     stale: str = ""
     keeper: Keeper | None = None
     unverified: str = ""
@@ -159,12 +132,9 @@ class BuilderRow:
         """Empty, or why Model Runner V2's drafts leave a builder of this class to vLLM."""
         return next(iter(missing(self.needs)), "") or self.uncovered(builder)
 
-    def left_by(self, host: Host, builder: Any) -> str:
-        """Empty, or why a host's settings leave a builder to vLLM: no GPU has run it yet, or no verification covers it."""
-        why = unproved(self.proved, host) or next(
-            filter(None, (setting.left_by(host, builder) for setting in self.settings)), ""
-        )
-        return why or (self.unverified if host.verify else "")
+    def left_by(self, host: Host) -> str:
+        """Empty, or why a host's settings leave the builder to vLLM: no GPU has run it yet, or no verification covers it."""
+        return unproved(self.proved, host) or (self.unverified if host.verify else "")
 
 
 def _unknown_fields(fields: Mapping[str, frozenset[str]]) -> str:

@@ -22,7 +22,6 @@ from nsa_plugin.adapters.vllm.builder_rows import (
     Changes,
     Refusal,
     Replaced,
-    Setting,
     above_one,
     refusal,
 )
@@ -65,7 +64,6 @@ SCHEDULED = (
     Refusal("VLLM_BATCH_INVARIANT is not covered", _is_batch_invariant),
 )
 """Of builders of dense MLA whose schedules are made in place."""
-POOLED_KEYS = Setting("pooled index keys", above_one("compress_ratio"), proved=False)
 NON_CAUSAL = Refusal(
     "a non-causal draft keeps the rows that its first layer has flattened",
     _is_non_causal,
@@ -147,7 +145,6 @@ INDEXER = BuilderRow(
           "what of the indexer follows from them"),
      SCHEDULE),
     (*PARALLELISM, COMPRESSED),
-    settings=(POOLED_KEYS,),
     keeper=Keeper(
         (Need(f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata",
               ("seq_lens", "max_seq_len", "num_decode_tokens", "decode", "prefill"), "lengths of a draft step"),
@@ -181,7 +178,7 @@ TAIL_SLOTS = Need(
 KPOOL_TAIL = BuilderRow(
     ("KPOOL_TAIL",), f"{INDEXER_MODULE}.KpoolTailMetadataBuilder", "tail slots",
     {f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata": INDEXER.fields[f"{INDEXER_MODULE}.DeepseekV32IndexerMetadata"]},
-    (TAIL_SLOTS,), PARALLELISM, proved=False,
+    (TAIL_SLOTS,), PARALLELISM,
     stale="vLLM's own update keeps the blocks of its last build. A graph then writes the tail of pooled index keys into the "
           "null block that was captured, or into blocks of requests of an earlier batch that no graph replayed",
     gpus=frozenset({"9", "10"}), vllm_updates=True,
@@ -221,7 +218,7 @@ FLASH_ATTN_MLA = _dense(
      Need(f"{MLA}.flashattn_mla.FlashAttnMLAMetadataBuilder._schedule_decode",
           ("num_reqs", "cu_query_lens", "max_query_len", "seqlens", "max_seq_len", "causal", "max_num_splits"),
           "FlashAttention's schedule, which stays a call of its own")),
-    **_SCHEDULED, proved=False, gpus=frozenset({"9"}),
+    **_SCHEDULED, gpus=frozenset({"9"}),
 )  # fmt: skip
 FLASHMLA_DENSE = _dense(
     "FLASHMLA", FLASHMLA, "FlashMLAMetadataBuilder", "FlashMLADecodeMetadata", "scheduler_metadata", "FlashMLA schedule",
@@ -229,7 +226,7 @@ FLASHMLA_DENSE = _dense(
      Need(f"{FLASHMLA}.FlashMLASchedMeta", (), "what the first layer of a step fills, for a bf16 cache"),
      Need(f"{FLASHMLA}.get_mla_metadata_dense_fp8", ("cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k"),
           "FlashMLA's schedule for an fp8 cache, which stays a call of its own")),
-    **_SCHEDULED, proved=False, gpus=frozenset({"9", "10"}),
+    **_SCHEDULED, gpus=frozenset({"9", "10"}),
 )  # fmt: skip
 """Dense MLA of Hopper: DeepSeek V3, R1 and their like with MTP. From vLLM 0.32 on."""
 
@@ -308,7 +305,7 @@ def _by_update(builder: Any, host: Host) -> Changes:
     for row in (FLASHMLA_SPARSE, *POOLED, INDEXER, *SCHEDULED_DENSE):
         ours = getattr(update, "understood", None) == (row.changes, update)
         if ours or (row.vllm_updates and _is_vllms(update, builder, row)):
-            left = refusal(PARALLELISM, builder) or row.left_by(host, builder)
+            left = refusal(PARALLELISM, builder) or row.left_by(host)
             return "other" if left else row.changes
     return "other"
 

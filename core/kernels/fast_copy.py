@@ -49,6 +49,14 @@ def _copy_strided(origin, origin_stride, target, target_stride, size, BLOCK: tl.
 
 
 @triton.jit
+def _copy_optional(source, destination, field, size, LACKING: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy a vector; with LACKING only to a destination that has it."""
+    if LACKING:
+        size = tl.where(tl.load(destination + field) == 0, 0, size)
+    _copy_vector(source, destination, field, size, BLOCK)
+
+
+@triton.jit
 def _copy_vector(source, destination, field, size, BLOCK: tl.constexpr):
     origin, origin_stride = vector_at(source, field)
     target, target_stride = vector_at(destination, field)
@@ -131,14 +139,14 @@ def copy_kernel(
     live_lengths, extend_lens, sources, destinations,
     live_stride, extend_stride, num_sources, num_destinations, record_words, num_derived, batch_size, num_rows,
     table_width, rows_per_request,
-    page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, TOKENS: tl.constexpr,
-    KPOOL: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, LACKING: tl.constexpr,
+    TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Copy every field of the sources to the destinations.
 
     Program d < num_destinations copies vectors and derived planes to destination d; the others share the page tables,
-    each tile of which is read once and written to every destination. `live_lengths` says where requests end. With KPOOL
-    above 1 destinations may have the vectors of pooled index keys, and with POOLED their page table.
+    each tile of which is read once and written to every destination. `live_lengths` says where requests end. With LACKING
+    some destinations lack vectors. With KPOOL above 1 destinations may have the vectors of pooled index keys, and with POOLED their page table.
     """
     live_stride, extend_stride = live_stride.to(tl.int64), extend_stride.to(tl.int64)
     program = tl.program_id(0)
@@ -146,10 +154,10 @@ def copy_kernel(
         source = sources + tl.where(num_sources > 1, program, 0) * record_words
         destination = destinations + program * record_words
         _copy_vector(source, destination, CACHE_SEQLENS, batch_size, BLOCK)
-        _copy_vector(source, destination, CU_SEQLENS_K, batch_size + 1, BLOCK)
-        _copy_vector(source, destination, SEQLENS_EXPANDED, num_rows, BLOCK)
-        _copy_vector(source, destination, NSA_CACHE_SEQLENS, num_rows, BLOCK)
-        _copy_vector(source, destination, NSA_CU_SEQLENS_K, num_rows + 1, BLOCK)
+        _copy_optional(source, destination, CU_SEQLENS_K, batch_size + 1, LACKING, BLOCK)
+        _copy_optional(source, destination, SEQLENS_EXPANDED, num_rows, LACKING, BLOCK)
+        _copy_optional(source, destination, NSA_CACHE_SEQLENS, num_rows, LACKING, BLOCK)
+        _copy_optional(source, destination, NSA_CU_SEQLENS_K, num_rows + 1, LACKING, BLOCK)
         if TOKENS:
             _copy_wide_vector(source, destination, POSITIONS, batch_size, BLOCK)
             _copy_wide_vector(source, destination, SLOT_MAPPING, batch_size, BLOCK)

@@ -46,14 +46,17 @@ def _slots(source, columns, live, column_stride, block_size, TOKEN_TABLE: tl.con
 
 
 @triton.jit
-def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, on, BLOCK: tl.constexpr):
-    """cache_seqlens and cu_seqlens_k of one destination."""
+def _write_request_vectors(
+    seq_lens, seq_stride, record, batch_size, added, limit, on, SUMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """cache_seqlens, and with SUMS cu_seqlens_k, of one destination."""
     cache_seqlens, cache_stride = vector_at(record, CACHE_SEQLENS)
     cu_seqlens, cu_stride = vector_at(record, CU_SEQLENS_K)
     added += tl.load(record + OFFSET).to(tl.int32)
     end = tl.where(on, batch_size, 0)
     running = tl.full((), 0, tl.int32)
-    tl.store(cu_seqlens, running, mask=on)
+    if SUMS:
+        tl.store(cu_seqlens, running, mask=on)
     start = 0
     while start < batch_size:
         request = start + tl.arange(0, BLOCK)
@@ -62,8 +65,9 @@ def _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limi
         length = tl.where(there, tl.minimum(length, limit), 0)
         written = request < end
         tl.store(cache_seqlens + request * cache_stride, length, mask=written)
-        tl.store(cu_seqlens + (request + 1) * cu_stride, running + tl.cumsum(length, 0), mask=written)
-        running += tl.sum(length, 0)
+        if SUMS:
+            tl.store(cu_seqlens + (request + 1) * cu_stride, running + tl.cumsum(length, 0), mask=written)
+            running += tl.sum(length, 0)
         start += BLOCK
 
 
@@ -155,14 +159,14 @@ def metadata_kernel(
     seq_stride, extend_stride, accepted_stride, pool_stride, table_row_stride, table_column_stride, num_destinations, num_tables,
     record_words, batch_size, added, longest_added, limit, table_width, index_topk, rows_per_request, block_size,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
-    TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLS: tl.constexpr, POOLED: tl.constexpr, ACCEPTED: tl.constexpr,
-    SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLS: tl.constexpr,
+    POOLED: tl.constexpr, ACCEPTED: tl.constexpr, SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Metadata of one batch.
 
     Programs 2 * d and 2 * d + 1 write the vectors of destination d: those of requests, then those of rows. All further
     programs share the page tables of the first `num_tables` destinations. They read each tile once and write it to all.
-    POOLS and POOLED say whether destinations have vectors and page tables of pooled index keys; without KPOOL above 1
+    SUMS and ROWS say whether destinations have cu_seqlens_k and the vectors of sparse attention. POOLS and POOLED say whether destinations have vectors and page tables of pooled index keys; without KPOOL above 1
     they have none.
 
     With SWITCHED nothing is written where the int32 at `enabled` is 0. The flag is loaded first and used last, so that
@@ -178,7 +182,7 @@ def metadata_kernel(
     if program < 2 * num_destinations:
         record = destinations + (program // 2) * record_words
         if program % 2 == 0:
-            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, on, BLOCK)
+            _write_request_vectors(seq_lens, seq_stride, record, batch_size, added, limit, on, SUMS, BLOCK)
             if TOKENS:
                 _write_tokens(
                     seq_lens, seq_stride, req_pool_indices, pool_stride, table, table_row_stride, column_stride,
@@ -190,7 +194,7 @@ def metadata_kernel(
                     req_pool_indices, pool_stride, table, table_row_stride, column_stride, record, batch_size, added, limit,
                     table_width, rows_per_request, on, RAGGED, ACCEPTED, KPOOL, BLOCK,
                 )
-        else:
+        elif ROWS:
             _write_row_vectors(
                 seq_lens, seq_stride, extend_lens, extend_stride, record, batch_size, added, limit, index_topk,
                 rows_per_request, on, RAGGED, KPOOL, POOLS, BLOCK,

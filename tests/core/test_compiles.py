@@ -32,11 +32,16 @@ try:
 except Exception as error:
     print("skip:", type(error).__name__, error)
     sys.exit(0)
-shared = dict(page_size=64, WIDE=True, REAL=True, TOKENS=False, BLOCK=256)
+shared = dict(page_size=64, REAL=True, TOKENS=False, BLOCK=256)
+sparse, dense = dict(WIDE=True, SUMS=True, ROWS=True), dict(WIDE=False, ROWS=False, KPOOL=1, POOLS=False, POOLED=False)
 for k, pools, ragged in ((1, False, False), (4, True, False), (8, True, True)):
     compiled(metadata_kernel, TOKEN_TABLE=True, RAGGED=ragged, KPOOL=k, POOLS=pools, POOLED=pools, ACCEPTED=pools,
-             SWITCHED=True, ALIGNED=True, TILE=512, **shared)
-compiled(copy_kernel, RAGGED=False, KPOOL=4, POOLED=True, ALIGNED=True, TILE=2048, **shared)
+             SWITCHED=True, ALIGNED=True, TILE=512, **sparse, **shared)
+for sums in (True, False):
+    compiled(metadata_kernel, TOKEN_TABLE=True, RAGGED=False, ACCEPTED=False, SUMS=sums, SWITCHED=True, ALIGNED=False,
+             TILE=2048, **dense, **shared)
+for lacking in (True, False):
+    compiled(copy_kernel, RAGGED=False, WIDE=True, LACKING=lacking, KPOOL=4, POOLED=True, ALIGNED=True, TILE=2048, **shared)
 print("compiled")
 """
 

@@ -120,7 +120,7 @@ def replaced(value: Any, name: str, optional: bool) -> Iterator[tuple[str, Any]]
     yield f"{name} = object()", object()
     if is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            may_lack = "None" in str(field.type)
+            may_lack = "None" in str(field.type) or field.type == "Lackable"
             for what, other in replaced(getattr(value, field.name), f"{name}.{field.name}", may_lack):
                 yield what, replace(value, **{field.name: other})
     elif isinstance(value, list | tuple):

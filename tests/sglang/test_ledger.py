@@ -10,7 +10,8 @@ import pytest
 
 from nsa_plugin.adapters.sglang import ledger, releases
 from nsa_plugin.adapters.sglang.adapter import SglangAdapter
-from nsa_plugin.adapters.sglang.needs import FLASH_ATTENTION
+from nsa_plugin.adapters.sglang.dense import ROWS as DENSE
+from nsa_plugin.adapters.sglang.recorded import ROWS as RECORDED
 from tests.sglang.conftest import Install
 
 
@@ -55,7 +56,7 @@ def test_each_generation_has_rows_of_its_own_names(
     monkeypatch: pytest.MonkeyPatch, generation: releases.Generation
 ) -> None:
     monkeypatch.setattr(ledger, "generation", lambda: generation)
-    others = (releases.GLUE_GRAPH, FLASH_ATTENTION)
+    others = (releases.GLUE_GRAPH, *(row.backend for row in (*DENSE, *RECORDED)))
     targets = {row.target for row in ledger.rows() if not row.target.startswith(others)}
     assert targets == {
         *(f"{generation.multi_step}.{entry.method}" for entry in generation.draft_entries),

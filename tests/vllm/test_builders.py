@@ -236,15 +236,8 @@ def test_every_row_is_served_or_left_alone_for_a_reason() -> None:
 @pytest.mark.parametrize("row", [row for row in builders.ROWS.values() if not row.proved], ids=lambda row: row.backend)
 def test_one_word_of_a_row_says_that_a_gpu_has_run_it(row: BuilderRow) -> None:
     auto, named = Host(), Host(Settings(strategy="graph"))
-    assert (row.left_by(auto, None), row.left_by(named, None)) == (UNPROVED, "")
-    assert replace(row, proved=True).left_by(auto, None) == ""
-
-
-def test_one_word_of_a_setting_says_so_for_itself() -> None:
-    (setting,) = builders.INDEXER.settings
-    pooled, proved = SimpleNamespace(compress_ratio=4), replace(setting, proved=True)
-    assert builders.INDEXER.left_by(Host(), pooled) == f"pooled index keys: {UNPROVED}"
-    assert replace(builders.INDEXER, settings=(proved,)).left_by(Host(), pooled) == ""
+    assert (row.left_by(auto), row.left_by(named)) == (UNPROVED, "")
+    assert replace(row, proved=True).left_by(auto) == ""
 
 
 def test_doctor_names_each_backend_once() -> None:

@@ -7,7 +7,6 @@ captured metadata and a tighter one in a rebuild, so that real schedules may dif
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from unittest import mock
 import pytest
 import torch
 
-from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.vllm import builders, releases, schedules
 from nsa_plugin.adapters.vllm.adapter import VllmAdapter
 from nsa_plugin.adapters.vllm.builder_rows import BuilderRow
@@ -136,12 +134,11 @@ def test_what_a_larger_schedule_has_left_is_zero(install: Install) -> None:
     assert builder.scheduler_metadata[:17].any() and not builder.scheduler_metadata[17:].any()
 
 
-def test_auto_leaves_to_vllm_what_no_gpu_has_run(install: Install, log: Callable[[int], list[str]]) -> None:
+def test_auto_takes_them(install: Install) -> None:
     _, adapter = install("auto")
-    assert not DenseDraft(LAYOUTS["FLASHMLA, bf16"], 3).fused
-    assert any(f"draft decode, FLASHMLA: strategy off ({UNPROVED})" in line for line in log(logging.INFO))
+    assert DenseDraft(LAYOUTS["FLASHMLA, bf16"], 3).fused
     plans = {plan.path: plan for plan in adapter.paths(Host())}
-    assert [plans[f"draft decode with {row.backend}"].why for row in ROWS] == [UNPROVED] * 2
+    assert [plans[f"draft decode with {row.backend}"].strategy for row in ROWS] == ["graph"] * 2
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.backend)

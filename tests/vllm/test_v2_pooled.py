@@ -136,18 +136,24 @@ def test_auto_leaves_what_no_gpu_has_run(install: Install, log: Callable[[int], 
     assert (sparse.strategy, sparse.why) == ("off", UNPROVED)
 
 
-def test_auto_fuses_no_draft_over_a_stale_tail(install: Install, log: Callable[[int], list[str]]) -> None:
-    """FlashMLA-sparse alone would be served, and vLLM's own update of the tail would run in its graph."""
+def test_auto_fuses_no_draft_over_a_stale_tail(
+    install: Install, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the tail were left out, FlashMLA-sparse alone would be served, and vLLM's own update of the tail run in its graph."""
     pools = Pools(2, 64, 4)
     made = {"pools": pools, "attention": flashmla_sparse.FlashMLASparseBackend}
     rebuilt: Any = PooledDraft(3, **made)
     expected = propose(rebuilt, poison=False)
-    _, adapter = install()
-    logging.getLogger("vllm.plugins.nsa_plugin").setLevel(logging.INFO)  # vLLM's first configuration sets it back
-    assert not PooledDraft(3, **made).fused
-    assert any(builders.KPOOL_TAIL.stale in line for line in log(logging.INFO))
-    adapter.undo()
-    host, _ = install("graph")
+    unproved = replace(builders.KPOOL_TAIL, proved=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(builders.ROWS, unproved.builder, unproved)
+        patch.setattr(builders, "POOLED", (builders.FLASHINFER_SPARSE_SM90, unproved))
+        _, adapter = install()
+        logging.getLogger("vllm.plugins.nsa_plugin").setLevel(logging.INFO)  # vLLM's first configuration sets it back
+        assert not PooledDraft(3, **made).fused
+        assert any(builders.KPOOL_TAIL.stale in line for line in log(logging.INFO))
+        adapter.undo()
+    host, _ = install()
     draft = PooledDraft(3, **made)
     assert draft.fused and unequal_steps(expected, propose(draft)) == set() and not host.fallbacks
 
@@ -293,17 +299,12 @@ def test_verification_refuses_them_by_name(install: Install, log: Callable[[int]
     assert any("drafts with pooled index keys are not verified" in line for line in log(logging.WARNING))
 
 
-@pytest.mark.parametrize("strategy", ["auto", "graph"])
-def test_what_a_named_strategy_takes(strategy: str) -> None:
-    """Of the fused draft: everything else leaves pooled keys to vLLM, whatever the strategy."""
-    builder, host = SimpleNamespace(compress_ratio=4), Host(Settings(strategy=strategy))
-    assert bool(builders.INDEXER.left_by(host, builder)) == (strategy == "auto")
-    assert builders.INDEXER.left_by(host, SimpleNamespace(compress_ratio=1)) == ""
-    assert builders.INDEXER.refused(builder) == builders.COMPRESSED.why
-    draft = PooledDraft(3)
+def test_only_the_fused_draft_takes_them() -> None:
+    assert builders.INDEXER.refused(SimpleNamespace(compress_ratio=4)) == builders.COMPRESSED.why
+    host, draft = Host(), PooledDraft(3)
     for each in draft.builders:
         metadata = draft.graphs.captured[each.layer_names[0]]
         assert builders.changes_of(each, metadata, draft.sizes.captured, "rebuild", host) == "other"
         if isinstance(each, indexer.KpoolTailMetadataBuilder):  # in a draft that vLLM fuses by itself
             changes = builders.changes_of(each, metadata, draft.sizes.captured, "update", host)
-            assert changes == ("other" if strategy == "auto" else "tail slots")
+            assert changes == "tail slots"

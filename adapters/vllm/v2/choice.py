@@ -87,7 +87,7 @@ def _choose(host: Host, speculator: Any) -> None:
 def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
     """For each of these builders why it is left to vLLM, or "". An error is an objection too: no rank waits for this one."""
     try:
-        return [how.row.refused(builder) or how.row.left_by(host, builder) for builder, how in ours]
+        return [how.row.refused(builder) or how.row.left_by(host) for builder, how in ours]
     except Exception as error:
         report(host, PATH).fell_back("capture", "graph", error)
         return [f"{type(error).__name__}: {error}"] * len(ours)
@@ -96,7 +96,7 @@ def _refusals(host: Host, ours: list[tuple[Any, Served]]) -> list[str]:
 def _stale(host: Host, builder: Any) -> str:
     """Empty, or that the builder's update is vLLM's own, which is not right, and that this adapter does not take its place."""
     row = row_of(builder)
-    why = row.stale and (row.refused(builder) or row.left_by(host, builder))
+    why = row.stale and (row.refused(builder) or row.left_by(host))
     return f"{row.stale}; {why}" if why else ""
 
 

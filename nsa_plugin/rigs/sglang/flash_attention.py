@@ -85,6 +85,35 @@ def slots(sizes: Sizes, seed: int = 0) -> torch.Tensor:
     return table
 
 
+def model_runner(sizes: Sizes, table: torch.Tensor, draft_worker: bool = True) -> Any:
+    """What a backend takes of sglang's model runner."""
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    pool: Any = SimpleNamespace()
+    if sizes.sliding_window:
+        pool = object.__new__(SWAKVPool)
+        pages = int(table.max()) // sizes.page_size + 1
+        moved = torch.arange(pages).flip(0)[:, None] * sizes.page_size + torch.arange(sizes.page_size)
+        pool.swa_layer_nums, pool.full_to_swa_index_mapping = 2, moved.flatten()
+    translator = KVIndexTranslator(
+        req_to_token=table, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        token_to_kv_pool=pool, page_size=sizes.page_size, device=str(table.device), is_draft_worker=draft_worker,
+    )  # fmt: skip
+    model = SimpleNamespace(
+        is_encoder_decoder=False, context_len=sizes.width - 8, attention_arch=AttentionArch.MLA,
+        is_local_attention_model=False, head_dim=128, hf_text_config=SimpleNamespace(num_attention_heads=32),
+        get_num_kv_heads=lambda ranks: 8,
+    )  # fmt: skip
+    return SimpleNamespace(
+        sliding_window_size=128 if sizes.sliding_window else None, model_config=model, device=str(table.device),
+        req_to_token_pool=SimpleNamespace(req_to_token=table, size=sizes.max_requests - 1), token_to_kv_pool=pool,
+        kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto", page_size=sizes.page_size,
+        kv_index_translator=translator, is_draft_worker=draft_worker, attention_chunk_size=None,
+    )  # fmt: skip
+
+
 class DraftExtend:
     """A draft-extend backend with CUDA-graph buffers, and the static buffers of its runner. Made within `stand_ins`.
 
@@ -95,32 +124,9 @@ class DraftExtend:
     """
 
     def __init__(self, sizes: Sizes, kind: Any = None) -> None:
-        from sglang.srt.configs.model_config import AttentionArch
-        from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
-        from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-
         self.sizes, self.table = sizes, slots(sizes)
-        pool: Any = SimpleNamespace()
-        if sizes.sliding_window:
-            pool = object.__new__(SWAKVPool)
-            pages = int(self.table.max()) // sizes.page_size + 1
-            moved = torch.arange(pages).flip(0)[:, None] * sizes.page_size + torch.arange(sizes.page_size)
-            pool.swa_layer_nums, pool.full_to_swa_index_mapping = 2, moved.flatten()
-        self.translator = KVIndexTranslator(
-            req_to_token=self.table, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-            token_to_kv_pool=pool, page_size=sizes.page_size, device="cpu", is_draft_worker=True,
-        )  # fmt: skip
-        model = SimpleNamespace(
-            is_encoder_decoder=False, context_len=sizes.width - 8, attention_arch=AttentionArch.MLA,
-            is_local_attention_model=False, head_dim=128, hf_text_config=SimpleNamespace(num_attention_heads=32),
-            get_num_kv_heads=lambda ranks: 8,
-        )  # fmt: skip
-        runner = SimpleNamespace(
-            sliding_window_size=128 if sizes.sliding_window else None, model_config=model, device="cpu",
-            req_to_token_pool=SimpleNamespace(req_to_token=self.table, size=sizes.max_requests - 1), token_to_kv_pool=pool,
-            kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto", page_size=sizes.page_size,
-            kv_index_translator=self.translator, is_draft_worker=True, attention_chunk_size=None,
-        )  # fmt: skip
+        runner = model_runner(sizes, self.table)
+        self.translator = runner.kv_index_translator
         self.backend = (kind or importlib.import_module(BACKEND).FlashAttentionBackend)(runner)
         self.backend.init_cuda_graph_state(sizes.max_batch_size, sizes.max_batch_size * sizes.draft_tokens)
         tokens = sizes.max_batch_size * sizes.draft_tokens

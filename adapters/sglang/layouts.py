@@ -1,0 +1,214 @@
+"""Bound at capture: where classes of dense backends have the metadata that their captured graphs read, and what derives from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from nsa_plugin.adapters.attached import Attached
+from nsa_plugin.adapters.verification import SpareBuffers
+
+Tables = list[tuple[MutableMapping[str, Any], str]]
+"""Page tables, each as the mapping that holds it and its name there."""
+
+
+class Layout(Protocol):
+    """Where one class of backends has its metadata.
+
+    Attributes
+    ----------
+    vectors : tuple of str
+        Fields of the metadata with one entry or more for each request; a field may be None.
+    table : str
+        Field of the metadata: the page table.
+    """
+
+    vectors: tuple[str, ...]
+    table: str
+
+    def store(self, backend: Any, mode: str) -> dict[int, Any]:
+        """Captured metadata of one forward mode by batch size."""
+
+    def captured(self, backend: Any, mode: str, size: int) -> None:
+        """Keep the metadata that sglang has just made for a capture, if sglang does not."""
+
+    def compute(self, backend: Any, batch: Any) -> None:
+        """Let sglang's own code compute the metadata of a batch, by a method that is not hooked."""
+
+    def page_size(self, backend: Any) -> int:
+        """Tokens per page of the page table."""
+
+    def seen(self, backend: Any, native_mode: Any, spec_info: Any) -> int:
+        """Tokens that its kernels see beyond the batch's lengths."""
+
+    def planes(
+        self, backend: Any, mode: str, size: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Lengths [size], their running sum [size + 1] and the page table [size, pages] that captured kernels read."""
+
+    def shared(self, first: Any, own: Any) -> Any:
+        """Metadata of a further step over the page table of the first."""
+
+    def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
+        """What refreshes planes that sglang's own functions derive from the lengths; None without any."""
+
+    def tables(self, backend: Any) -> Tables:
+        """The page tables that a draft backend has just made. The first is what its steps read."""
+
+    def spared(self, backend: Any, mode: str, size: int, spares: SpareBuffers) -> dict[str, Any]:
+        """Attributes of a shadow of `backend` that writes into spare buffers."""
+
+
+class FlashAttention:
+    """`FlashAttentionBackend` with top-k 1: metadata in a store for each forward mode, one page-table row per request."""
+
+    vectors: tuple[str, ...] = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q")
+    table = "page_table"
+    _stores: ClassVar = {"DECODE": "decode_cuda_graph_metadata", "TARGET_VERIFY": "target_verify_metadata"}
+
+    def store(self, backend: Any, mode: str) -> dict[int, Any]:
+        """As sglang has it."""
+        found: dict[int, Any] = getattr(backend, self._stores[mode])
+        return found
+
+    def captured(self, backend: Any, mode: str, size: int) -> None:
+        """Nothing: sglang keeps it."""
+
+    def compute(self, backend: Any, batch: Any) -> None:
+        """As its `init_forward_metadata_out_graph` does."""
+        backend._init_full_cg_decode_metadata(batch, in_capture=False)
+
+    def page_size(self, backend: Any) -> int:
+        """That of the cache."""
+        return int(backend.page_size)
+
+    def seen(self, backend: Any, native_mode: Any, spec_info: Any) -> int:
+        """What sglang says itself: i + 1 in draft step i, all draft tokens in a verification."""
+        return int(backend._spec_read_seq_len_delta(native_mode, spec_info))
+
+    def planes(
+        self, backend: Any, mode: str, size: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Fields of the metadata."""
+        metadata = self.store(backend, mode)[size]
+        return metadata.cache_seqlens_int32, metadata.cu_seqlens_k, metadata.page_table
+
+    def shared(self, first: Any, own: Any) -> Any:
+        """Vectors of its own, as steps see more and more tokens."""
+        return own if own.page_table is first.page_table else replace(own, page_table=first.page_table)
+
+    def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
+        """None: the kernels get no schedule in these modes."""
+        return None
+
+    def tables(self, backend: Any) -> Tables:
+        """Those of all forward modes: a draft backend has only its steps to serve."""
+        stores = ("decode_cuda_graph_metadata", "target_verify_metadata", "draft_extend_metadata")
+        found = [(getattr(backend, store), "page_table") for store in stores]
+        return [(backend.decode_cuda_graph_metadata, "page_table_draft_decode"), *found]
+
+    def spared(self, backend: Any, mode: str, size: int, spares: SpareBuffers) -> dict[str, Any]:
+        """A store with one metadata."""
+        metadata = self.store(backend, mode)[size]
+        changes = {name: spares.own(getattr(metadata, name)) for name in self.vectors}
+        changes[self.table] = spares.shared(self.table, metadata.page_table)
+        return {self._stores[mode]: {size: replace(metadata, **changes)}}
+
+
+class FlashMLA:
+    """`FlashMLABackend`: one set of buffers for all forward modes and sizes, and metadata that sglang makes anew each time."""
+
+    vectors: tuple[str, ...] = ("num_splits", "seq_lens_k")
+    table = "block_kv_indices"
+    _page = 64
+    _buffers = ("cuda_graph_mla_metadata", "cuda_graph_num_splits", "cuda_graph_draft_extend_seq_lens_k")
+    _tables = "cuda_graph_kv_indices"
+    _views = ("cuda_graph_mla_metadata_view", "cuda_graph_num_splits_view")
+
+    def __init__(self) -> None:
+        self._captured: Attached[dict[str, tuple[torch.Tensor, dict[int, Any]]]] = Attached("captured")
+
+    def store(self, backend: Any, mode: str) -> dict[int, Any]:
+        """The metadata of captures over the present buffers."""
+        known = self._captured.setdefault(backend, {})
+        buffer = getattr(backend, self._tables)
+        if mode not in known or known[mode][0] is not buffer:
+            known[mode] = buffer, {}
+        return known[mode][1]
+
+    def captured(self, backend: Any, mode: str, size: int) -> None:
+        """Keep it, in place of that of an earlier capture."""
+        self.store(backend, mode)[size] = backend.forward_metadata
+
+    def compute(self, backend: Any, batch: Any) -> None:
+        """As its `init_forward_metadata_out_graph` does."""
+        backend._apply_decode_target_verify_metadata(
+            plan=batch.kv_loc_plan,
+            bs=batch.batch_size,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            forward_mode=batch.forward_mode,
+        )
+
+    def page_size(self, backend: Any) -> int:
+        """That of the kernel."""
+        return self._page
+
+    def seen(self, backend: Any, native_mode: Any, spec_info: Any) -> int:
+        """The draft tokens in a verification."""
+        return int(backend.num_draft_tokens) if native_mode.is_target_verify() else 0
+
+    def planes(
+        self, backend: Any, mode: str, size: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Parts of the backend's buffers; only a draft extend reads lengths there."""
+        lengths = self.store(backend, mode)[size].seq_lens_k
+        return lengths, None, getattr(backend, self._tables)[:size]
+
+    def shared(self, first: Any, own: Any) -> Any:
+        """All of it: every step sees the same."""
+        return first
+
+    def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
+        """FlashMLA's schedule and splits."""
+        get_mla_metadata = vars(sys.modules[type(backend).__module__])["get_mla_metadata"]
+        heads = backend.num_q_heads * (1 if mode == "DECODE" else backend.num_draft_tokens)
+        fp8, schedule = backend.is_fp8_kvcache, self.store(backend, mode)[size].flashmla_metadata
+        splits = backend.cuda_graph_num_splits[: size + 1]
+
+        def refresh() -> None:
+            made, number = get_mla_metadata(lengths, heads, 1, is_fp8_kvcache=fp8)
+            schedule.copy_(made)
+            splits.copy_(number)
+
+        return refresh
+
+    def tables(self, backend: Any) -> Tables:
+        """The table, and with it the buffers that hold equal values in all steps."""
+        return [(vars(backend), self._tables)]
+
+    def spared(self, backend: Any, mode: str, size: int, spares: SpareBuffers) -> dict[str, Any]:
+        """Buffers of its own."""
+        changes: dict[str, Any] = dict.fromkeys(self._views)
+        for name in self._buffers:
+            if (value := getattr(backend, name)) is not None:
+                changes[name] = spares.own(value)
+        return changes | {self._tables: spares.shared(self._tables, getattr(backend, self._tables))}
+
+
+def share_tables(layout: Layout, backends: Sequence[Any], given_back: list[int]) -> None:
+    """Let all page tables of the draft backends be the first one's; counts the bytes that this gives back."""
+    first = layout.tables(backends[0])
+    holder, name = first[0]
+    kept = holder[name]
+    for backend in backends:
+        for tables, key in layout.tables(backend):
+            table = tables.get(key)
+            if isinstance(table, torch.Tensor) and table is not kept and table.shape == kept.shape:
+                given_back[0] += table.numel() * table.element_size()
+                tables[key] = kept

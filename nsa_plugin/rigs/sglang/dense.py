@@ -1,0 +1,204 @@
+"""The real dense backends of sglang without a model runner, in any forward mode, and batches for them, on CPU tensors or a GPU.
+
+`stand_ins` replaces compiled kernels and the settings of a server. Every line of metadata code that then runs is sglang's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+
+from nsa_plugin.rigs.sglang import flash_attention
+from nsa_plugin.rigs.sglang.flash_attention import Sizes, model_runner, slots
+
+FLASHMLA = "sglang.srt.layers.attention.flashmla_backend"
+INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
+Name = Literal["fa3", "flashmla"]
+"""As sglang's `--attention-backend` names it."""
+CPU = torch.device("cpu")
+
+
+def flash_mla(lengths: torch.Tensor, heads: int, kv_heads: int, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-in for FlashMLA's `get_mla_metadata`: int32 [132, 8] and the running sum of blocks [requests + 1].
+
+    It depends on lengths and heads, and can be recorded in a CUDA graph.
+    """
+    schedule = lengths.new_zeros(132, 8)
+    schedule[:, 0], schedule[:, 1] = lengths.sum(), heads
+    return schedule, torch.nn.functional.pad(torch.cumsum((lengths + 63) // 64, 0, dtype=torch.int32), (1, 0))
+
+
+class _OnTheCpu:
+    """The module torch, as code sees it that makes its tensors on "cuda"."""
+
+    cuda = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace(multi_processor_count=132))
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("full", "empty", "ones", "zeros"):
+            return found
+        return lambda *arguments, **keywords: found(*arguments, **{**keywords, "device": "cpu"})
+
+
+@contextlib.contextmanager
+def stand_ins(draft_tokens: int = 4) -> Iterator[None]:
+    """Run sglang's code of both backends on CPU tensors. Needs TRITON_INTERPRET=1, as Triton is imported."""
+    interface: Any = types.ModuleType(INTERFACE)
+    interface.get_mla_metadata, interface.flash_mla_with_kvcache = flash_mla, mock.Mock()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(flash_attention.stand_ins(draft_tokens))
+        if FLASHMLA not in sys.modules:
+            stack.enter_context(mock.patch.dict(sys.modules, {INTERFACE: interface}))
+        module = importlib.import_module(FLASHMLA)
+        stack.enter_context(mock.patch.object(module, "get_mla_metadata", flash_mla))
+        if not torch.cuda.is_available():
+            stack.enter_context(mock.patch.object(module, "torch", _OnTheCpu()))
+        yield
+
+
+def pages(metadata: Any) -> torch.Tensor:
+    """The page table of a metadata of either backend."""
+    table: torch.Tensor = metadata.page_table if "page_table" in vars(metadata) else metadata.block_kv_indices
+    return table
+
+
+class Dense:
+    """A backend, or all backends of a draft, with CUDA-graph buffers, and the static buffers of its runner.
+
+    Made within `stand_ins`.
+
+    Parameters
+    ----------
+    name : "fa3" or "flashmla"
+    mode : str
+        Name of sglang's forward mode; "DECODE" is a draft.
+    sizes : Sizes
+        FlashMLA's pages have 64 tokens.
+    steps : int
+        Speculative steps: a draft has one backend fewer.
+    device : torch.device
+
+    Attributes
+    ----------
+    owner : object whose methods sglang's runners call
+    backends : list of single backends
+    table : int32 tensor [max_requests, width]
+    """
+
+    def __init__(self, name: Name, mode: str, sizes: Sizes, steps: int = 4, device: torch.device = CPU) -> None:
+        self.name, self.mode, self.sizes, self.steps = name, mode, sizes, steps
+        self.table = slots(sizes).to(device)
+        runner = model_runner(sizes, self.table, draft_worker=mode != "TARGET_VERIFY")
+        self._translator = runner.kv_index_translator
+        make = {"fa3": self._flash_attention, "flashmla": self._flashmla}[name]
+        self.owner: Any = make(runner)
+        self.backends: list[Any] = self.owner.attn_backends if mode == "DECODE" else [self.owner]
+        self._width = steps if mode == "DECODE" else sizes.draft_tokens
+        self.allocate()
+        self._lens = torch.ones(sizes.max_batch_size, dtype=torch.int64, device=device)
+        self._requests = torch.zeros(sizes.max_batch_size, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(sizes.max_batch_size * self._width, dtype=torch.int64, device=device)
+
+    def _flash_attention(self, runner: Any) -> Any:
+        module = importlib.import_module(flash_attention.BACKEND)
+        if self.mode == "DECODE":
+            return module.FlashAttentionMultiStepBackend(runner, 1, self.steps)
+        return module.FlashAttentionBackend(runner)
+
+    def _flashmla(self, runner: Any) -> Any:
+        module = importlib.import_module(FLASHMLA)
+
+        def bare() -> Any:
+            backend: Any = object.__new__(module.FlashMLABackend)
+            vars(backend).update(
+                max_context_len=self.sizes.width - 8, req_to_token=self.table, num_draft_tokens=self.sizes.draft_tokens,
+                num_q_heads=128, is_fp8_kvcache=False, page_size=64, device=str(self.table.device), is_draft_runner=True,
+                skip_prefill=True, kv_index_translator=runner.kv_index_translator, cuda_graph_mla_metadata_view=None,
+                cuda_graph_num_splits_view=None, cuda_graph_draft_extend_seq_lens_k=None, forward_metadata=None,
+                dcp_world_size=1,
+            )  # fmt: skip
+            return backend
+
+        if self.mode != "DECODE":
+            return bare()
+        draft: Any = object.__new__(module.FlashMLAMultiStepDraftBackend)
+        vars(draft).update(
+            topk=1, speculative_num_steps=self.steps, attn_backends=[bare() for _ in range(self.steps - 1)]
+        )
+        return draft
+
+    def allocate(self) -> None:
+        """Make CUDA-graph buffers, as a runner does before its captures."""
+        size = self.sizes.max_batch_size
+        self.owner.init_cuda_graph_state(size, size * (1 if self.mode == "DECODE" else self._width))
+
+    def values(self, metadata: Any, index: int, size: int) -> dict[str, torch.Tensor]:
+        """What captured kernels read of a metadata of the backend of that index, for the batch that `live` has made."""
+        fields = (
+            "cache_seqlens_int32",
+            "cu_seqlens_k",
+            "cu_seqlens_q",
+            "flashmla_metadata",
+            "num_splits",
+            "seq_lens_k",
+        )
+        found = {name: value.clone() for name in fields if (value := vars(metadata).get(name)) is not None}
+        more = {"DRAFT_EXTEND_V2": 0, "TARGET_VERIFY": self._width}.get(self.mode, index + 1)
+        lengths = self._lens[:size] + (0 if self.name == "flashmla" and self.mode == "DECODE" else more)
+        table = pages(metadata)
+        columns = torch.arange(self.sizes.width // self.sizes.page_size, device=lengths.device)
+        live = columns * self.sizes.page_size < lengths[:, None]
+        whole = table.new_full((size, len(columns)), -1)
+        width = min(table.shape[1], len(columns))
+        whole[:, :width] = table[:, :width].masked_fill(~live[:, :width], -1)
+        return found | {"table": whole}
+
+    def static(self, size: int) -> Any:
+        """The batch that the runner captures: views of its static buffers, every request at the fill length 1, row 0."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        self._lens.fill_(1), self._requests.zero_(), self._slots.zero_()
+        tokens = size * (1 if self.mode == "DECODE" else self._width)
+        batch = ForwardBatch(
+            forward_mode=ForwardMode[self.mode], batch_size=size, input_ids=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
+            req_pool_indices=self._requests[:size], seq_lens=self._lens[:size],
+            out_cache_loc=self._slots[: size * self._width], seq_lens_sum=size, seq_lens_cpu=None,
+            spec_info=self._spec(), positions=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
+        )  # fmt: skip
+        self._translator.bind_runner_slots(batch)
+        return batch
+
+    def live(self, size: int, seq_lens: Sequence[int], requests: Sequence[int]) -> Any:
+        """What the runner passes before a replay of a batch that is padded to `size`; fills its static buffers."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        raw = len(seq_lens)
+        self._lens.fill_(1), self._requests.zero_(), self._slots.zero_()
+        self._lens[:raw], self._requests[:raw] = torch.tensor(seq_lens), torch.tensor(requests)
+        for index, (row, end) in enumerate(zip(requests, seq_lens, strict=True)):
+            written = self.table[row, end : end + self._width]
+            self._slots[index * self._width :][: len(written)] = written
+        live = self._slots[: size * self._width]
+        plan = self._translator.plan(
+            req_pool_indices=self._requests[:size], seq_lens=self._lens[:size], seq_lens_cpu=None, write_virtual=live
+        )
+        return SimpleNamespace(
+            batch_size=size, forward_mode=ForwardMode[self.mode], req_pool_indices=self._requests[:size],
+            seq_lens=self._lens[:size], seq_lens_cpu=None, seq_lens_sum=None, encoder_lens=None, out_cache_loc=live,
+            out_cache_loc_virtual=None, kv_loc_plan=plan, kv_loc_cols=None, spec_info=self._spec(), positions=None,
+        )  # fmt: skip
+
+    def _spec(self) -> Any:
+        from sglang.srt.speculative.eagle_info import EagleDraftInput
+
+        if self.mode == "DECODE":
+            return EagleDraftInput(topk_p=None, topk_index=None, hidden_states=None)
+        return SimpleNamespace(draft_token_num=self._width, num_tokens_per_req=self._width)
