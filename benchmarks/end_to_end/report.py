@@ -35,14 +35,15 @@ def reduce(results: dict[str, Any]) -> dict[str, Any]:
     """The part of a run that is kept: for each cell and variant figures, and whether the tokens are the same."""
     cells = []
     for cell in sorted(results["cells"], key=lambda cell: (cell["steps"], cell["prompt"], cell["batch"])):
-        reference = cell["runs"][0]["tokens"]
+        base = next(run for name in cell["first"] for run in cell["runs"] if run["variant"] == name)
+        reference = base["tokens"]
         variants: dict[str, Any] = {}
-        for variant in dict.fromkeys(run["variant"] for run in cell["runs"]):
+        for variant in cell["first"]:
             runs = [run for run in cell["runs"] if run["variant"] == variant]
             times = results["times"].get(f"{cell['steps']} {variant}", [])
             variants[variant] = _figures(cell, runs, cell["first"][variant], times) | {
                 "same_tokens": all(run["tokens"] == reference for run in runs),
-                "same_rounds": all(run["rounds"] == cell["runs"][0]["rounds"] for run in runs),
+                "same_rounds": all(run["rounds"] == base["rounds"] for run in runs),
                 "tokens_sha256": [_digest(run["tokens"]) for run in runs],
                 "first_difference": _first_difference(reference, runs),
             }
@@ -67,6 +68,12 @@ def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dic
         "tokens_per_s": statistics.median((generated - cell["batch"]) / max(seconds, 1e-9) for seconds in decode),
         "tokens_per_s_all": [(generated - cell["batch"]) / max(seconds, 1e-9) for seconds in decode],
         "rounds": runs[0]["rounds"],
+        "round_us_all": [
+            1e6 * (entries[-1][0] - entries[0][0]) / (len(entries) - 1)
+            for window in calls.get("round", [])
+            for entries in window[:1]
+            if len(entries) > 1
+        ],
         "round_us_median": statistics.median(gaps) if gaps else None,
         "round_us_p99": _p99(gaps) if gaps else None,
     }

@@ -25,11 +25,12 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ RECORDING = "recording"
 TRACED = ((1, 300, 40), (3, 1500, 60), (6, 700, 60), (11, 2500, 40))
 """Number of requests, tokens of the longest prompt, and new tokens, of each batch that is recorded."""
 WARM_UP_TOKENS = 24
+FIRSTS = 3
+"""How often each engine reads the prompts of a cell before its turns; the median is the time until the first token."""
 SAME_KERNELS = {"TRITON_CACHE_AUTOTUNING": "1"}
 """What one engine's autotuning finds is what the next one uses: else they might run kernels that round differently."""
 LOG_LINES = re.compile(r"nsa-plugin|Capture .*graph|Graph capturing finished|mem usage|Traceback|Error")
@@ -87,6 +90,14 @@ class Engine:
         self._signal(signal.SIGCONT)
         time.sleep(seconds)
         self._signal(signal.SIGSTOP)
+
+    def pin(self, cores: Collection[int]) -> None:
+        """Keep all of its threads on some CPU cores. Threads that come later inherit that."""
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if int(status.read_text().rpartition(")")[2].split()[2]) == self._process.pid:
+                    for thread in (status.parent / "task").iterdir():
+                        os.sched_setaffinity(int(thread.name), cores)
 
     def alive(self) -> bool:
         """Whether it still runs."""
@@ -195,7 +206,7 @@ def random_prompts(model: Path, rng: random.Random, lengths: Sequence[int]) -> l
 
 
 def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
-    """Measure cell by cell: the variants take turns, in rotating order, until the cell's time is over."""
+    """Measure cell by cell."""
     rng = random.Random(options.seed)
     begun = time.perf_counter()
     for batch, length, steps in itertools.product(options.batch, options.prompt, options.steps):
@@ -207,25 +218,35 @@ def measure(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterator
             say(f"batch {batch}, prompt {length}, steps {steps}: left out, no engine for it is up")
             continue
         prompts = random_prompts(options.model, rng, [length] * batch)
-        cell: dict[str, Any] = {"steps": steps, "prompt": length, "batch": batch, "runs": [], "first": {}}
-        one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
-        many = one | {"max_new_tokens": options.new_tokens}
         try:
-            for variant in present:
-                engines[f"{steps} {variant}"].ask(one | {"max_new_tokens": WARM_UP_TOKENS})
-                answer = engines[f"{steps} {variant}"].ask(one)
-                cell["first"][variant] = answer["end"] - answer["start"]
-            started, turn = time.perf_counter(), 0
-            while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
-                for variant in present[turn % len(present) :] + present[: turn % len(present)]:
-                    answer = engines[f"{steps} {variant}"].ask(many)
-                    cell["runs"].append({"variant": variant, "turn": turn, **answer})
-                turn += 1
+            cell = take_turns(options, {variant: engines[f"{steps} {variant}"] for variant in present}, prompts)
         except (RuntimeError, OSError) as error:
             say(f"batch {batch}, prompt {length}, steps {steps}: left out, {error}")
             continue
-        say(f"batch {batch}, prompt {length}, steps {steps}: {turn} turns")
-        yield cell
+        say(f"batch {batch}, prompt {length}, steps {steps}: {1 + cell['runs'][-1]['turn']} turns")
+        yield {"steps": steps, "prompt": length, "batch": batch, **cell}
+
+
+def take_turns(options: argparse.Namespace, engines: dict[str, Engine], prompts: list[list[int]]) -> dict[str, Any]:
+    """Every variant generates the same prompts once a turn, in random order, until the cell's time is over."""
+    order = random.Random(options.seed)
+    cell: dict[str, Any] = {"runs": [], "first": {}}
+    one = {"op": "generate", "prompts": prompts, "max_new_tokens": 1}
+    many = one | {"max_new_tokens": options.new_tokens}
+    firsts = []
+    for engine in engines.values():
+        engine.ask(one | {"max_new_tokens": WARM_UP_TOKENS})
+        for _ in range(FIRSTS):
+            answer = engine.ask(one)
+            firsts.append(answer["end"] - answer["start"])
+    # Prompts are read in the same way in all variants: with a time for each, its error would be in every pair of a variant.
+    cell["first"] = dict.fromkeys(engines, statistics.median(firsts))
+    started, turn = time.perf_counter(), 0
+    while turn < options.most and (turn == 0 or time.perf_counter() - started < options.seconds_per_cell):
+        for variant in order.sample(list(engines), len(engines)):
+            cell["runs"].append({"variant": variant, "turn": turn, **engines[variant].ask(many)})
+        turn += 1
+    return cell
 
 
 def record(options: argparse.Namespace, engine: Engine) -> None:

@@ -223,3 +223,38 @@ def test_accepted_lengths_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
             12,
             12,
         )
+
+
+def test_what_it_is_worth_is_measured_unit_by_unit(tmp_path: Path) -> None:
+    told = 'print("nsa-plugin: 512.0 MiB given back", file=sys.stderr)'
+    example = example_with(
+        f"WRONG = False\n{WORKER}".replace("scheduler = Scheduler()", f"scheduler = Scheduler()\n{told}"), tmp_path
+    )
+    unit = "8_layers_width_1048576"
+    options = ("--warm", "--most", "12", "--new-tokens", "30", "--plan", "gpu", "--units", unit)
+    done = subprocess.run(
+        command("worth.py", tmp_path, *options), cwd=example, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / f"r_{unit}.json").read_text())
+    assert (found["layers"], found["width"], found["given_back_gib"]) == (8, 1048576, 0.5)
+    config = json.loads((tmp_path / "out" / "models" / unit / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["max_position_embeddings"]) == (8, 1048576)
+    assert [cell["batch"] for cell in found["cells"]] == [1, 32, 128]
+    for cell in found["cells"]:
+        assert set(cell["variants"]) == {"no plugin", "no plugin again", "auto"}
+        for figures in cell["variants"].values():
+            assert len(figures["tokens_per_s_all"]) == len(figures["round_us_all"]) == figures["turns"] == 12
+            assert figures["same_tokens"] and "first_difference" not in figures
+    table = subprocess.run(
+        [sys.executable, "report.py", str(tmp_path / f"r_{unit}.json")],
+        cwd=example, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert table.count("12 pairs") == 6
+
+
+def test_a_unit_that_no_plan_has_is_refused_by_name(tmp_path: Path) -> None:
+    example = example_with(f"WRONG = False\n{WORKER}", tmp_path)
+    line = command("worth.py", tmp_path, "--plan", "curve", "--units", "3_layers")
+    done = subprocess.run(line, cwd=example, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "2_layers" in done.stderr and "got 3_layers" in done.stderr
