@@ -178,8 +178,10 @@ class ReplayPlan:
         raise AssertionError("the batch is what the plan was made for")
 
 
-LAYOUT = ("draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "accepted is None", "slot_map is None",
-          "slots")  # fmt: skip
+LAYOUT = (
+    "draft_tokens", "step_offsets", "extend_lens is None", "query_start_loc is None", "accepted is None",
+    "slot_map is None", "slots",
+)  # fmt: skip
 """What must be equal in every batch of a plan, besides mode and size. Of `slots` the class counts, no value."""
 
 

@@ -63,8 +63,8 @@ def bind_precompute(
     """Bind the metadata kernel to the buffers of `out` and of `copies`, further consumers of step 0.
 
     The returned function takes any batch of the same mode, batch size and kind of slots. With `copies`, all steps see
-    equal lengths, and each copy has the vectors, page tables and planes of pools that `out` has. Where `enabled` (int32 [1]) is 0, a launch writes
-    nothing.
+    equal lengths, and each copy has the vectors, page tables and planes of pools that `out` has. Where `enabled`
+    (int32 [1]) is 0, a launch writes nothing.
     """
     from nsa_plugin.core.kernels import metadata
 
@@ -82,7 +82,8 @@ def bind_precompute(
         "TOKENS": any(step.positions is not None for step in destinations), "KPOOL": geometry.index_kpool,
         "POOLS": out.steps[0].pools is not None, "POOLED": plane(out.steps[0], POOL_TABLE) is not None,
         "ACCEPTED": batch.accepted is not None and plane(out.steps[0], "pools.accepted") is not None,
-        "MAPPED": out.steps[0].mapped_slots is not None, "SWITCHED": enabled is not None, "TILE": tile, "BLOCK": BLOCK, "num_warps": NUM_WARPS,
+        "MAPPED": out.steps[0].mapped_slots is not None, "SWITCHED": enabled is not None, "TILE": tile,
+        "BLOCK": BLOCK, "num_warps": NUM_WARPS,
     }  # fmt: skip
     batch_size, added, longest = batch.batch_size, batch.added_tokens, batch.added_tokens + max(batch.offsets)
     rows_per_request, num_tables = batch.rows_per_request, 1 + len(copies)

@@ -140,13 +140,15 @@ def copy_kernel(
     live_stride, extend_stride, num_sources, num_destinations, record_words, num_derived, batch_size, num_rows,
     table_width, rows_per_request,
     page_size: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr, LACKING: tl.constexpr,
-    TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Copy every field of the sources to the destinations.
 
     Program d < num_destinations copies vectors and derived planes to destination d; the others share the page tables,
-    each tile of which is read once and written to every destination. `live_lengths` says where requests end. With LACKING
-    some destinations lack vectors. With KPOOL above 1 destinations may have the vectors of pooled index keys, and with POOLED their page table.
+    each tile of which is read once and written to every destination. `live_lengths` says where requests end. With
+    LACKING some destinations lack vectors. With KPOOL above 1 destinations may have the vectors of pooled index keys, and
+    with POOLED their page table.
     """
     live_stride, extend_stride = live_stride.to(tl.int64), extend_stride.to(tl.int64)
     program = tl.program_id(0)

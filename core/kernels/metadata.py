@@ -155,7 +155,9 @@ def _write_row_vectors(
         "rows_per_request", "block_size", "accepted_stride",
         "written_row_stride", "written_column_stride", "num_written",
     ],
-    do_not_specialize_on_alignment=["seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled", "accepted", "mapping", "written"],
+    do_not_specialize_on_alignment=[
+        "seq_lens", "extend_lens", "req_pool_indices", "destinations", "enabled", "accepted", "mapping", "written",
+    ],
 )
 def metadata_kernel(
     seq_lens, extend_lens, accepted, req_pool_indices, table, destinations, enabled, mapping, written,
@@ -164,14 +166,16 @@ def metadata_kernel(
     written_row_stride, written_column_stride, num_written,
     page_size: tl.constexpr, TOKEN_TABLE: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, REAL: tl.constexpr,
     SUMS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, KPOOL: tl.constexpr, POOLS: tl.constexpr,
-    POOLED: tl.constexpr, ACCEPTED: tl.constexpr, MAPPED: tl.constexpr, SWITCHED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    POOLED: tl.constexpr, ACCEPTED: tl.constexpr, MAPPED: tl.constexpr, SWITCHED: tl.constexpr,
+    ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Metadata of one batch.
 
     Programs 2 * d and 2 * d + 1 write the vectors of destination d: those of requests, then those of rows. All further
     programs share the page tables of the first `num_tables` destinations. They read each tile once and write it to all.
-    SUMS and ROWS say whether destinations have cu_seqlens_k and the vectors of sparse attention. POOLS and POOLED say whether destinations have vectors and page tables of pooled index keys; without KPOOL above 1
-    they have none. MAPPED says whether they have slots and pages of a second cache.
+    SUMS and ROWS say whether destinations have cu_seqlens_k and the vectors of sparse attention. POOLS and POOLED say
+    whether they have vectors and page tables of pooled index keys; without KPOOL above 1 they have none. MAPPED says
+    whether they have slots and pages of a second cache.
 
     With SWITCHED nothing is written where the int32 at `enabled` is 0. The flag is loaded first and used last, so that
     no load of lengths waits for it.
