@@ -143,14 +143,14 @@ class ReplayPlan:
         InvalidTypeError, InvalidValueError
             The batch has another mode, size or layout (`LAYOUT`) than the planned one. Nothing was written.
         """
-        size, mode, draft_tokens, step_offsets, static, all_exist, all_accepted, one_cache, slots = self._bound
+        size, mode, draft_tokens, step_offsets, uniform, all_exist, all_accepted, one_cache, slots = self._bound
         try:
             other = (
                 batch.batch_size != size
                 or batch.mode is not mode
                 or batch.draft_tokens != draft_tokens
                 or batch.step_offsets != step_offsets
-                or (batch.extend_lens is None) is not static
+                or (batch.extend_lens is None) is not uniform
                 or (batch.query_start_loc is None) is not all_exist
                 or (batch.accepted is None) is not all_accepted
                 or (batch.slot_map is None) is not one_cache
