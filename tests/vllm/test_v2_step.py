@@ -322,7 +322,7 @@ def test_an_error_when_it_is_bound_leaves_the_in_place_updates(
     assert not isinstance(got.speculator.block_tables, v2_step.DeferredSlots)
 
 
-@pytest.mark.parametrize("change", ["a field more", "a method of its own", "compression", "more query tokens"])
+@pytest.mark.parametrize("change", ["a field more", "a method of its own", "more query tokens"])
 def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     draft = Draft(*LAYOUTS["bf16"], 3)
     builder = next(
@@ -338,8 +338,6 @@ def test_an_indexer_that_is_not_understood_updates_itself(change: str, monkeypat
     elif change == "a method of its own":
         own = type("Own", (type(builder),), {"update_draft_decode_metadata": lambda self, metadata: None})
         monkeypatch.setattr(builder, "__class__", own)
-    elif change == "compression":
-        monkeypatch.setattr(builder, "compress_ratio", 4)
     else:
         rows += 1
     assert changes_of(builder, metadata, rows, "update", host) == "other"
