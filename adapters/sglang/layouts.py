@@ -109,7 +109,7 @@ class FlashAttention:
         return metadata.swa_page_table, metadata.swa_out_cache_loc
 
     def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
-        """One row per speculative step of a draft: sglang lists their slots by request. Padding is written to slot 0."""
+        """Of what a draft writes, which sglang lists by request, one row per step. Requests that are padding write to slot 0."""
         if not backend.use_sliding_window_kv_pool:
             return None
         steps = backend.speculative_num_steps if mode == "DECODE" else 1
