@@ -86,7 +86,13 @@ class DensePreparation(Preparation):
 
     def __init__(self, *arguments: Any) -> None:
         self._expected: dict[int, Any] = {}
+        self._written = arguments[2].out_cache_loc
         super().__init__(*arguments)
+
+    def capture(self, batch: Any) -> None:
+        """As in the base class; the runner's slots to write are among its static buffers."""
+        self._written = batch.out_cache_loc
+        super().capture(batch)
 
     def _store(self, backend: Any) -> dict[int, Any]:
         return self._native_mode.layout.store(backend, self._native_mode.mode)
@@ -116,7 +122,7 @@ class DensePreparation(Preparation):
             TokenTable(table, batch.req_pool_indices),
             steps,
             offsets,
-            slot_map=row.layout.slot_map(first, row.mode, batch),
+            slot_map=row.layout.slot_map(first, row.mode, batch, self._written),
         )
 
     def _sizes(self) -> Geometry:

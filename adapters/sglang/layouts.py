@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch.nn.functional import pad
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.verification import SpareBuffers
@@ -53,8 +52,8 @@ class Layout(Protocol):
     def mapped(self, backend: Any, mode: str, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Page table [size, pages] of the KV pool of sliding windows, and int64 slots there that a step writes; None without."""
 
-    def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
-        """Where that pool has the tokens of a batch; None without."""
+    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+        """Where that pool has the tokens of a batch; None without. `captured` is the `out_cache_loc` of the captured batch."""
 
     def shared(self, first: Any, own: Any) -> Any:
         """Metadata of a further step over the page tables of the first."""
@@ -108,16 +107,16 @@ class FlashAttention:
         metadata = self.store(backend, mode)[size]
         return metadata.swa_page_table, metadata.swa_out_cache_loc
 
-    def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
-        """Of what a draft writes, which sglang lists by request, one row per step. Requests that are padding write to slot 0."""
+    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+        """Of what a draft writes, which sglang lists by request, one row per step.
+
+        sglang may pass the slots of the requests alone. The runner's own buffer then has them, and 0 for those that are padding.
+        """
         if not backend.use_sliding_window_kv_pool:
             return None
+        written = batch.out_cache_loc if batch.out_cache_loc.shape == captured.shape else captured
         steps = backend.speculative_num_steps if mode == "DECODE" else 1
-        tokens = self.store(backend, mode)[batch.batch_size].swa_out_cache_loc.shape[0]
-        written = batch.out_cache_loc
-        if missing := tokens * steps - written.shape[0]:
-            written = pad(written, (0, missing))
-        return SlotMap(backend.token_to_kv_pool.full_to_swa_index_mapping, written.view(tokens, steps).t())
+        return SlotMap(backend.token_to_kv_pool.full_to_swa_index_mapping, written.view(-1, steps).t())
 
     def shared(self, first: Any, own: Any) -> Any:
         """Vectors of its own, as steps see more and more tokens, and write others."""
@@ -202,7 +201,7 @@ class FlashMLA:
         """None: it has no sliding windows."""
         return None, None
 
-    def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
+    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
         """None."""
         return None
 
