@@ -21,7 +21,7 @@ from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.layouts import FlashAttention, FlashMLA, Layout, share_tables
 from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.adapters.sglang.recorded import RecordedBySglang
-from nsa_plugin.adapters.sglang.refusals import FLASH_ATTENTION, FLASHMLA, SLIDING_WINDOWS, uncovered
+from nsa_plugin.adapters.sglang.refusals import FLASH_ATTENTION, FLASHMLA, uncovered
 from nsa_plugin.adapters.sglang.releases import in_graph, is_ragged, out_graph
 from nsa_plugin.adapters.sglang.reports import ENGINE, logger
 from nsa_plugin.adapters.sglang.rows import BackendRow
@@ -55,7 +55,7 @@ class DenseRow(BackendRow):
 def _flash_attention(path: str, backend: str, mode: str, draft: bool = False) -> DenseRow:
     return DenseRow(
         f"{path} (FlashAttention)", backend, mode, "dense FlashAttention",
-        partial(uncovered, (*FLASH_ATTENTION, SLIDING_WINDOWS)), proved=False, gpus=HOPPER,
+        partial(uncovered, FLASH_ATTENTION), proved=False, gpus=HOPPER,
         layout=FLASH_ATTENTION_LAYOUT, draft=draft,
     )  # fmt: skip
 
@@ -86,7 +86,13 @@ class DensePreparation(Preparation):
 
     def __init__(self, *arguments: Any) -> None:
         self._expected: dict[int, Any] = {}
+        self._written = arguments[2].out_cache_loc
         super().__init__(*arguments)
+
+    def capture(self, batch: Any) -> None:
+        """As in the base class; the runner's slots to write are among its static buffers."""
+        self._written = batch.out_cache_loc
+        super().capture(batch)
 
     def _store(self, backend: Any) -> dict[int, Any]:
         return self._native_mode.layout.store(backend, self._native_mode.mode)
@@ -106,8 +112,8 @@ class DensePreparation(Preparation):
         return tuple(row.layout.seen(backend, mode, batch.spec_info) for backend in self._backends)
 
     def _describer(self, exact: bool) -> Callable[[Any], BatchDescriptor]:
-        table, steps = self._backends[0].req_to_token, len(self._backends)
-        offsets = self._offsets if any(self._offsets) else ()
+        first, steps, row = self._backends[0], len(self._backends), self._native_mode
+        table, offsets = first.req_to_token, self._offsets if any(self._offsets) else ()
 
         return lambda batch: BatchDescriptor(
             ForwardMode.DECODE,
@@ -116,6 +122,7 @@ class DensePreparation(Preparation):
             TokenTable(table, batch.req_pool_indices),
             steps,
             offsets,
+            slot_map=row.layout.slot_map(first, row.mode, batch, self._written),
         )
 
     def _sizes(self) -> Geometry:
@@ -131,14 +138,17 @@ class DensePreparation(Preparation):
         )
 
     def _consumer(self, index: int) -> StepMetadata:
-        row, size = self._native_mode, self._batch_size
-        table = row.layout.planes(self._backends[0], row.mode, size)[2]
-        lengths, running, _ = row.layout.planes(self._backends[index], row.mode, size)
+        layout, mode, size = self._native_mode.layout, self._native_mode.mode, self._batch_size
+        first, own = self._backends[0], self._backends[index]
+        lengths, running, _ = layout.planes(own, mode, size)
+        table, (windows, _) = layout.planes(first, mode, size)[2], layout.mapped(first, mode, size)
         if not index:
             self._lengths = table.new_zeros(size) if lengths is None else lengths
-        lengths = self._lengths if lengths is None else lengths
-        wide = table if self._geometry.page_size == 1 else None
-        return StepMetadata(lengths, running, None, None, None, wide, table)
+        return StepMetadata(
+            self._lengths if lengths is None else lengths, running, None, None, None,
+            table if self._geometry.page_size == 1 else None, table,
+            mapped_page_table=windows, mapped_slots=layout.mapped(own, mode, size)[1],
+        )  # fmt: skip
 
     def _refresher(self, exact: bool) -> Callable[[], None] | None:
         row = self._native_mode
@@ -175,13 +185,16 @@ class DensePreparation(Preparation):
 
     def _values(self, metadata: Any, live: BatchDescriptor, index: int) -> dict[str, torch.Tensor]:
         """Copies of the defined values: vectors, and live pages."""
-        layout, size = self._native_mode.layout, self._batch_size
+        layout, size, unit = self._native_mode.layout, self._batch_size, self._geometry.page_size
         values = {name: value.clone() for name in layout.vectors if (value := getattr(metadata, name)) is not None}
         lengths = live.seq_lens[:size] + self._offsets[index]
-        pages = -(-int(lengths.max()) // self._geometry.page_size)
-        table = getattr(metadata, layout.table)[:size, :pages]
-        unread = torch.arange(table.shape[1], device=table.device) * self._geometry.page_size >= lengths[:, None]
-        return values | {layout.table: table.masked_fill(unread, -1)}
+        pages = -(-int(lengths.max()) // unit)
+        for name in layout.page_tables:
+            if (whole := getattr(metadata, name)) is not None:
+                table = whole[:size, :pages]
+                unread = torch.arange(table.shape[1], device=table.device) * unit >= lengths[:, None]
+                values[name] = table.masked_fill(unread, -1)
+        return values
 
 
 def native(row: DenseRow) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.verification import SpareBuffers
+from nsa_plugin.core.batch import SlotMap
 
 Tables = list[tuple[MutableMapping[str, Any], str]]
 """Page tables, each as the mapping that holds it and its name there."""
@@ -21,14 +22,12 @@ class Layout(Protocol):
 
     Attributes
     ----------
-    vectors : tuple of str
-        Fields of the metadata with one entry or more for each request; a field may be None.
-    table : str
-        Field of the metadata: the page table.
+    vectors, page_tables : tuples of str
+        Fields of the metadata: with one entry or more for each request, and with one row for each. A field may be None.
     """
 
     vectors: tuple[str, ...]
-    table: str
+    page_tables: tuple[str, ...]
 
     def store(self, backend: Any, mode: str) -> dict[int, Any]:
         """Captured metadata of one forward mode by batch size."""
@@ -50,14 +49,20 @@ class Layout(Protocol):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Lengths [size], their running sum [size + 1] and the page table [size, pages] that captured kernels read."""
 
+    def mapped(self, backend: Any, mode: str, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Page table [size, pages] of the KV pool of sliding windows, and int64 slots there that a step writes; None without."""
+
+    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+        """Where that pool has the tokens of a batch; None without. `captured` is the `out_cache_loc` of the captured batch."""
+
     def shared(self, first: Any, own: Any) -> Any:
-        """Metadata of a further step over the page table of the first."""
+        """Metadata of a further step over the page tables of the first."""
 
     def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
         """What refreshes planes that sglang's own functions derive from the lengths; None without any."""
 
-    def tables(self, backend: Any) -> Tables:
-        """The page tables that a draft backend has just made. The first is what its steps read."""
+    def tables(self, backend: Any) -> tuple[Tables, ...]:
+        """The page tables that a draft backend has just made, those of one KV pool together. Steps read the first of each."""
 
     def spared(self, backend: Any, mode: str, size: int, spares: SpareBuffers) -> dict[str, Any]:
         """Attributes of a shadow of `backend` that writes into spare buffers."""
@@ -66,8 +71,8 @@ class Layout(Protocol):
 class FlashAttention:
     """`FlashAttentionBackend` with top-k 1: metadata in a store for each forward mode, one page-table row per request."""
 
-    vectors: tuple[str, ...] = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q")
-    table = "page_table"
+    vectors: tuple[str, ...] = ("cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q", "swa_out_cache_loc")
+    page_tables: tuple[str, ...] = ("page_table", "swa_page_table")
     _stores: ClassVar = {"DECODE": "decode_cuda_graph_metadata", "TARGET_VERIFY": "target_verify_metadata"}
 
     def store(self, backend: Any, mode: str) -> dict[int, Any]:
@@ -97,33 +102,55 @@ class FlashAttention:
         metadata = self.store(backend, mode)[size]
         return metadata.cache_seqlens_int32, metadata.cu_seqlens_k, metadata.page_table
 
+    def mapped(self, backend: Any, mode: str, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Fields of the metadata."""
+        metadata = self.store(backend, mode)[size]
+        return metadata.swa_page_table, metadata.swa_out_cache_loc
+
+    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+        """Of what a draft writes, which sglang lists by request, one row per step.
+
+        sglang may pass the slots of the requests alone. The runner's own buffer then has them, and 0 for those that are padding.
+        """
+        if not backend.use_sliding_window_kv_pool:
+            return None
+        written = batch.out_cache_loc if batch.out_cache_loc.shape == captured.shape else captured
+        steps = backend.speculative_num_steps if mode == "DECODE" else 1
+        return SlotMap(backend.token_to_kv_pool.full_to_swa_index_mapping, written.view(-1, steps).t())
+
     def shared(self, first: Any, own: Any) -> Any:
-        """Vectors of its own, as steps see more and more tokens."""
-        return own if own.page_table is first.page_table else replace(own, page_table=first.page_table)
+        """Vectors of its own, as steps see more and more tokens, and write others."""
+        tables = {name: getattr(first, name) for name in self.page_tables}
+        return own if all(getattr(own, name) is table for name, table in tables.items()) else replace(own, **tables)
 
     def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
         """None: the kernels get no schedule in these modes."""
         return None
 
-    def tables(self, backend: Any) -> Tables:
+    def tables(self, backend: Any) -> tuple[Tables, ...]:
         """Those of all forward modes: a draft backend has only its steps to serve."""
         stores = ("decode_cuda_graph_metadata", "target_verify_metadata", "draft_extend_metadata")
-        found = [(getattr(backend, store), "page_table") for store in stores]
-        return [(backend.decode_cuda_graph_metadata, "page_table_draft_decode"), *found]
+        full, windows = ([(getattr(backend, store), name) for store in stores] for name in self.page_tables)
+        groups: tuple[Tables, ...] = ([(backend.decode_cuda_graph_metadata, "page_table_draft_decode"), *full],)
+        return (*groups, windows) if backend.use_sliding_window_kv_pool else groups
 
     def spared(self, backend: Any, mode: str, size: int, spares: SpareBuffers) -> dict[str, Any]:
-        """A store with one metadata."""
+        """A store with one metadata, and the buffer that sglang fills besides."""
         metadata = self.store(backend, mode)[size]
-        changes = {name: spares.own(getattr(metadata, name)) for name in self.vectors}
-        changes[self.table] = spares.shared(self.table, metadata.page_table)
-        return {self._stores[mode]: {size: replace(metadata, **changes)}}
+        there = {name: value for name, value in vars(metadata).items() if value is not None}
+        changes = {name: spares.own(there[name]) for name in self.vectors if name in there}
+        changes |= {name: spares.shared(name, there[name]) for name in self.page_tables if name in there}
+        return {
+            self._stores[mode]: {size: replace(metadata, **changes)},
+            "cuda_graph_swa_out_cache_loc": changes.get("swa_out_cache_loc"),
+        }
 
 
 class FlashMLA:
     """`FlashMLABackend`: one set of buffers for all forward modes and sizes, and metadata that sglang makes anew each time."""
 
     vectors: tuple[str, ...] = ("num_splits", "seq_lens_k")
-    table = "block_kv_indices"
+    page_tables: tuple[str, ...] = ("block_kv_indices",)
     _page = 64
     _buffers = ("cuda_graph_mla_metadata", "cuda_graph_num_splits", "cuda_graph_draft_extend_seq_lens_k")
     _tables = "cuda_graph_kv_indices"
@@ -170,6 +197,14 @@ class FlashMLA:
         lengths = self.store(backend, mode)[size].seq_lens_k
         return lengths, None, getattr(backend, self._tables)[:size]
 
+    def mapped(self, backend: Any, mode: str, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """None: it has no sliding windows."""
+        return None, None
+
+    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+        """None."""
+        return None
+
     def shared(self, first: Any, own: Any) -> Any:
         """All of it: every step sees the same."""
         return first
@@ -188,9 +223,9 @@ class FlashMLA:
 
         return refresh
 
-    def tables(self, backend: Any) -> Tables:
+    def tables(self, backend: Any) -> tuple[Tables, ...]:
         """The table, and with it the buffers that hold equal values in all steps."""
-        return [(vars(backend), self._tables)]
+        return ([(vars(backend), self._tables)],)
 
     def spared(self, backend: Any, mode: str, size: int, spares: SpareBuffers) -> dict[str, Any]:
         """Buffers of its own."""
@@ -202,13 +237,13 @@ class FlashMLA:
 
 
 def share_tables(layout: Layout, backends: Sequence[Any], given_back: list[int]) -> None:
-    """Let all page tables of the draft backends be the first one's; counts the bytes that this gives back."""
-    first = layout.tables(backends[0])
-    holder, name = first[0]
-    kept = holder[name]
+    """Let the page tables of the draft backends be the first one's, for each KV pool; counts the bytes that this gives back."""
+    firsts = [group[0] for group in layout.tables(backends[0])]
+    kept = [holder[name] for holder, name in firsts]
     for backend in backends:
-        for tables, key in layout.tables(backend):
-            table = tables.get(key)
-            if isinstance(table, torch.Tensor) and table is not kept and table.shape == kept.shape:
-                given_back[0] += table.numel() * table.element_size()
-                tables[key] = kept
+        for first, group in zip(kept, layout.tables(backend), strict=True):
+            for tables, key in group:
+                table = tables.get(key)
+                if isinstance(table, torch.Tensor) and table is not first and table.shape == first.shape:
+                    given_back[0] += table.numel() * table.element_size()
+                    tables[key] = first

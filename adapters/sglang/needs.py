@@ -59,6 +59,7 @@ DENSE_FLASH_ATTENTION: tuple[Need, ...] = (
     Need(f"{FLASH_ATTENTION}._init_full_cg_decode_metadata", ("forward_batch", "in_capture"),
          "sglang's own values, to fall back on"),
     Need(f"{FLASH_ATTENTION}._spec_read_seq_len_delta", ("forward_mode", "spec_info"), "know how far steps see"),
+    Need(f"{FLASH_ATTENTION}._get_swa_write_locations", ("forward_batch",), "know that each step has write slots of its own"),
 )  # fmt: skip
 """FlashAttention's draft steps and target verify."""
 DENSE_FLASHMLA: tuple[Need, ...] = (

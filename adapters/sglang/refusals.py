@@ -66,10 +66,6 @@ UNRECORDED: Refusal = (
     "what sglang does not record",
     lambda backend: not backend.draft_extend_metadata_captured_in_graph(),
 )
-SLIDING_WINDOWS: Refusal = (
-    "KV pools of sliding windows",
-    lambda backend: backend.use_sliding_window_kv_pool,
-)
 FLASHMLA: tuple[Refusal, ...] = (
     ("subclasses of FlashMLABackend", lambda backend: type(backend).__name__ != "FlashMLABackend"),
     UNIFIED_MEMORY,

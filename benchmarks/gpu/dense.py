@@ -13,6 +13,7 @@ It needs sglang's Python files, not its compiled kernels. The exit status is 1 i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections import Counter
@@ -59,10 +60,10 @@ def batch(rng: random.Random, size: int, context: int, requests: int) -> tuple[l
     return lengths, [rng.randint(1, requests - 1) for _ in range(live)]
 
 
-def differing(row: Any, page_size: int, steps: int, batches: int, size: int, width: int) -> Counter[str]:
+def differing(row: Any, page_size: int, steps: int, windows: bool, batches: int, size: int, width: int) -> Counter[str]:
     """Values that differ in any batch, with the number of batches."""
     device, rng = torch.device("cuda"), random.Random(page_size * 1000 + steps)
-    sizes = Sizes(page_size, False, width, 2 * size, size, steps)
+    sizes = Sizes(page_size, windows, width, 2 * size, size, steps)
     backend = case(row).backend
     captured = Captured(Dense(backend, row.mode, sizes, steps, device), size)
     reference = Dense(backend, row.mode, sizes, steps, device)
@@ -94,11 +95,14 @@ def main() -> int:
         if problems := adapter.install(host):
             raise SystemExit("; ".join(problems))
         for row in ROWS:
-            for page_size in (1, 16, 64, 128) if row.part == "dense FlashAttention" else (64,):
-                for steps in (2, 4, 8) if row.draft else (4,):
-                    wrong = differing(row, page_size, steps, options.batches, options.bs, options.width)
-                    results.append({"path": row.path, "page_size": page_size, "steps": steps, "differs": dict(wrong)})
-                    print(f"{row.path}, page size {page_size}, {steps} steps: {options.batches} batches, {dict(wrong)}")
+            fa3 = row.part == "dense FlashAttention"
+            for page_size, steps, windows in itertools.product(
+                (1, 16, 64, 128) if fa3 else (64,), (2, 4, 8) if row.draft else (4,), (False, True) if fa3 else (False,)
+            ):
+                wrong = differing(row, page_size, steps, windows, options.batches, options.bs, options.width)
+                told = {"path": row.path, "page_size": page_size, "steps": steps, "sliding_window": windows}
+                results.append({**told, "differs": dict(wrong)})
+                print(f"{told}: {options.batches} batches, {dict(wrong)}")
         adapter.undo()
     fallbacks = [" ".join(cause) for cause in host.fallbacks]
     print(

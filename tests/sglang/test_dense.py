@@ -30,6 +30,9 @@ BATCHES: tuple[tuple[list[int], list[int]], ...] = (
     ([200], [1]),
     ([], []),  # an idle batch, which is all padding
 )
+SPOILED = (
+    "cache_seqlens_int32", "cu_seqlens_k", "page_table", "block_kv_indices", "num_splits", "swa_page_table", "swa_out_cache_loc",
+)  # fmt: skip
 FA3, FLASHMLA = "FlashAttention", "FlashMLA"
 NAMES: dict[str, Any] = {FA3: "fa3", FLASHMLA: "flashmla"}
 
@@ -46,9 +49,9 @@ def _lacks_nothing(_running: None) -> None:
         pytest.skip(problem)
 
 
-def made(row: Any, page_size: int = 64, steps: int = 4) -> Dense:
+def made(row: Any, page_size: int = 64, steps: int = 4, windows: bool = False) -> Dense:
     name = row.path.rpartition("(")[2].rstrip(")")
-    return Dense(NAMES[name], row.mode, Sizes(page_size), steps)
+    return Dense(NAMES[name], row.mode, Sizes(page_size, windows), steps)
 
 
 class Captured:
@@ -78,7 +81,7 @@ class Captured:
 
     def spoil(self) -> None:
         for metadata in self.seen:
-            for name in ("cache_seqlens_int32", "cu_seqlens_k", "page_table", "block_kv_indices", "num_splits"):
+            for name in SPOILED:
                 if (value := getattr(metadata, name, None)) is not None:
                     value.fill_(-7)
 
@@ -95,16 +98,19 @@ def expected(rig: Dense, live: Any) -> list[dict[str, torch.Tensor]]:
     return [rig.values(backend.forward_metadata, index, 4) for index, backend in enumerate(rig.backends)]
 
 
-def own(row: Any, page_size: int = 64, steps: int = 4) -> Dense:
-    rig = made(row, page_size, steps)
+def own(row: Any, page_size: int = 64, steps: int = 4, windows: bool = False) -> Dense:
+    rig = made(row, page_size, steps, windows)
     method = beneath_hooks(type(rig.owner).init_forward_metadata_out_graph)
     method(rig.owner, rig.static(4), in_capture=True)
     return rig
 
 
-def wrong(row: Any, monkeypatch: pytest.MonkeyPatch, page_size: int, steps: int, graph: bool = True) -> list[str]:
+def wrong(
+    row: Any, monkeypatch: pytest.MonkeyPatch, page_size: int, steps: int, graph: bool = True, windows: bool = False
+) -> list[str]:
     """What differs from sglang's own values after replays of all batches."""
-    captured, reference = Captured(made(row, page_size, steps), monkeypatch), own(row, page_size, steps)
+    captured = Captured(made(row, page_size, steps, windows), monkeypatch)
+    reference = own(row, page_size, steps, windows)
     found = []
     for numbers in BATCHES:
         want = expected(reference, reference.live(4, *numbers))
@@ -113,7 +119,7 @@ def wrong(row: Any, monkeypatch: pytest.MonkeyPatch, page_size: int, steps: int,
         got = captured.replay() if graph else captured.values()
         assert len(got) == len(want) == (steps - 1 if row.mode == "DECODE" else 1)
         for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-            assert ours.keys() == theirs.keys()
+            assert ours.keys() == theirs.keys() and windows == ("swa_page_table" in ours)
             found += [
                 f"{numbers[0]}, step {step}: {name}" for name in ours if not torch.equal(ours[name], theirs[name])
             ]
@@ -135,10 +141,23 @@ def test_the_graph_alone_gives_sglangs_own_values(
     assert not host.fallbacks
 
 
+@pytest.mark.parametrize(
+    ("row", "page_size", "steps", "strategy"),
+    [(ROWS[0], 1, 3, "graph"), (ROWS[0], 16, 5, "share"), (ROWS[0], 64, 2, "graph"), (ROWS[1], 1, 4, "share"), (ROWS[1], 64, 4, "graph")],
+    ids=lambda value: getattr(value, "path", value),
+)  # fmt: skip
+def test_with_a_pool_of_sliding_windows(
+    install: Install, monkeypatch: pytest.MonkeyPatch, row: Any, page_size: int, steps: int, strategy: str
+) -> None:
+    host, _ = install(strategy)
+    assert wrong(row, monkeypatch, page_size, steps, strategy == "graph", windows=True) == []
+    assert not host.fallbacks
+
+
 def test_the_kernel_too(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("graph", TritonPrecompute())
-    for row in (ROWS[0], ROWS[1], ROWS[-1]):
-        assert wrong(row, monkeypatch, 64, 3) == []
+    for row, windows in ((ROWS[0], False), (ROWS[1], False), (ROWS[-1], False), (ROWS[0], True), (ROWS[1], True)):
+        assert wrong(row, monkeypatch, 64, 3, windows=windows) == []
 
 
 def test_the_check_can_fail(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +168,16 @@ def test_the_check_can_fail(install: Install, monkeypatch: pytest.MonkeyPatch) -
     assert any("cache_seqlens_int32" in problem for problem in wrong(ROWS[0], monkeypatch, 64, 3))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.path)
+@pytest.mark.parametrize(
+    ("row", "windows"),
+    [*[(row, False) for row in ROWS], (ROWS[0], True)],
+    ids=lambda value: getattr(value, "path", value),
+)
 def test_the_switch_an_error_and_an_undo_give_it_back_to_sglang(
-    install: Install, monkeypatch: pytest.MonkeyPatch, row: Any
+    install: Install, monkeypatch: pytest.MonkeyPatch, row: Any, windows: bool
 ) -> None:
     host, adapter = install("graph")
-    captured, reference = Captured(made(row), monkeypatch), own(row)
+    captured, reference = Captured(made(row, windows=windows), monkeypatch), own(row, windows=windows)
 
     def right(numbers: Any) -> bool:
         """Whether what runs before the graph gives sglang's own values to captured kernels."""
@@ -197,15 +220,24 @@ def test_an_error_at_the_capture_leaves_sglangs_own(
     assert ("sglang", row.path, "capture", "graph", "ZeroDivisionError") in host.fallbacks
 
 
+CHECKED = [
+    *[(row, "block_kv_indices" if FLASHMLA in row.path else "page_table") for row in ROWS],
+    (ROWS[0], "swa_out_cache_loc"),
+    (ROWS[1], "swa_page_table"),
+]
+
+
 @pytest.mark.parametrize("mode", ["before", "graph"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.path)
+@pytest.mark.parametrize(("row", "field"), CHECKED, ids=lambda value: getattr(value, "path", value))
 def test_verification_finds_what_is_wrong(
-    install: Install, monkeypatch: pytest.MonkeyPatch, row: Any, mode: str
+    install: Install, monkeypatch: pytest.MonkeyPatch, row: Any, field: str, mode: str
 ) -> None:
+    windows = field.startswith("swa")
     host, adapter = install("graph", verify=1, verify_mode=mode)
     strategy = "share" if mode == "before" else "graph"
     assert {plan.strategy for plan in adapter.paths(host) if plan.path == row.path} == {strategy}
-    captured, reference = Captured(made(row, steps=3), monkeypatch), own(row, steps=3)
+    captured = Captured(made(row, steps=3, windows=windows), monkeypatch)
+    reference = own(row, steps=3, windows=windows)
 
     def replay(numbers: Any) -> None:
         captured.prepare(*numbers)
@@ -216,35 +248,41 @@ def test_verification_finds_what_is_wrong(
         replay(numbers)
     assert not host.mismatches and not host.fallbacks
     assert host.verifications == {("sglang", row.path, strategy): 3}
-    field = "block_kv_indices" if FLASHMLA in row.path else "page_table"
-    table = getattr(captured.rig.backends[0].forward_metadata, field)
+    values = getattr(captured.rig.backends[0].forward_metadata, field)
     with monkeypatch.context() as patch:
         run = DensePreparation.record if mode == "graph" else DensePreparation._replay_before
 
         def spoiling(self: Any, *batch: Any) -> None:
             run(self, *batch)
-            table[0, 0] += 1
+            values[(0,) * values.dim()] += 1
 
         patch.setattr(DensePreparation, run.__name__, spoiling)
         if mode == "before":
-            captured = Captured(made(row, steps=3), monkeypatch)
-            table = getattr(captured.rig.backends[0].forward_metadata, field)
+            captured = Captured(made(row, steps=3, windows=windows), monkeypatch)
+            values = getattr(captured.rig.backends[0].forward_metadata, field)
         replay(BATCHES[0])
         captured.prepare(*BATCHES[1])
     assert host.mismatches[("sglang", row.path, strategy, field)] == 1 and not host.on
     want = expected(reference, reference.live(4, *BATCHES[1]))
     assert all(
-        torch.equal(ours["table"], theirs["table"]) for ours, theirs in zip(captured.values(), want, strict=True)
+        torch.equal(ours[name], theirs[name])
+        for ours, theirs in zip(captured.values(), want, strict=True)
+        for name in ours
     )
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.draft], ids=lambda row: row.path)
-def test_draft_backends_share_one_page_table(install: Install, caplog: pytest.LogCaptureFixture, row: Any) -> None:
+@pytest.mark.parametrize(
+    ("row", "windows", "made_by_sglang", "kept"),
+    [(ROWS[0], False, 12, 1), (ROWS[0], True, 21, 2), (ROWS[2], False, 3, 1)],
+)
+def test_draft_backends_share_the_page_tables_of_each_pool(
+    install: Install, caplog: pytest.LogCaptureFixture, row: Any, windows: bool, made_by_sglang: int, kept: int
+) -> None:
     caplog.set_level(logging.INFO, "sglang.srt.plugins.nsa_plugin")
-    alone = {table.data_ptr() for table in page_tables(made(row))}
+    alone = {table.data_ptr() for table in page_tables(made(row, windows=windows))}
     install("graph")
-    shared = {table.data_ptr() for table in page_tables(made(row))}
-    assert (len(alone), len(shared)) == ({FA3: 12, FLASHMLA: 3}[FA3 if FA3 in row.path else FLASHMLA], 1)
+    shared = {table.data_ptr() for table in page_tables(made(row, windows=windows))}
+    assert (len(alone), len(shared)) == (made_by_sglang, kept)
     assert f"{row.path}: 3 draft backends share one page table" in caplog.text and "MiB given back" in caplog.text
 
 
@@ -306,7 +344,6 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "encoder-decoder models": {"is_encoder_decoder": True},
     "local attention": {"local_attn_builder": object()},
     "prefill-aware sliding windows": {"is_prefill_aware_swa": True},
-    "KV pools of sliding windows": {"use_sliding_window_kv_pool": True},
     "decode context parallelism": {"dcp_world_size": 2},
     "ragged verification": {},
 }
@@ -334,20 +371,8 @@ def test_what_is_not_covered_is_left_to_sglang_by_name(
 
 
 def test_every_refusal_is_tried() -> None:
-    named = {name for name, _ in (*refusals.FLASH_ATTENTION, *refusals.FLASHMLA, refusals.SLIDING_WINDOWS)}
+    named = {name for name, _ in (*refusals.FLASH_ATTENTION, *refusals.FLASHMLA)}
     assert {name for name in named if not name.startswith("subclasses")} | {"ragged verification"} == REFUSALS.keys()
-
-
-def test_drafts_over_pools_of_sliding_windows_are_left_to_sglang(
-    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "sglang.srt.plugins.nsa_plugin")
-    install("graph")
-    row = ROWS[0]
-    rig = Dense("fa3", row.mode, Sizes(64, sliding_window=True))
-    assert len({table.data_ptr() for table in page_tables(rig)}) == 21
-    assert not Captured(rig, monkeypatch).is_spoiled()
-    assert f"{row.path}: strategy off (not covered: KV pools of sliding windows)" in caplog.text
 
 
 def test_a_ragged_batch_takes_a_captured_size_from_the_graph(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,17 +149,19 @@ class Dense:
             "flashmla_metadata",
             "num_splits",
             "seq_lens_k",
+            "swa_out_cache_loc",
         )
         found = {name: value.clone() for name in fields if (value := vars(metadata).get(name)) is not None}
         more = {"DRAFT_EXTEND_V2": 0, "TARGET_VERIFY": self._width}.get(self.mode, index + 1)
         lengths = self._lens[:size] + (0 if self.name == "flashmla" and self.mode == "DECODE" else more)
-        table = pages(metadata)
         columns = torch.arange(self.sizes.width // self.sizes.page_size, device=lengths.device)
         live = columns * self.sizes.page_size < lengths[:, None]
-        whole = table.new_full((size, len(columns)), -1)
-        width = min(table.shape[1], len(columns))
-        whole[:, :width] = table[:, :width].masked_fill(~live[:, :width], -1)
-        return found | {"table": whole}
+        for name, table in (("table", pages(metadata)), ("swa_page_table", vars(metadata).get("swa_page_table"))):
+            if table is not None:
+                whole = found[name] = table.new_full((size, len(columns)), -1)
+                width = min(table.shape[1], len(columns))
+                whole[:, :width] = table[:, :width].masked_fill(~live[:, :width], -1)
+        return found
 
     def static(self, size: int) -> Any:
         """The batch that the runner captures: views of its static buffers, every request at the fill length 1, row 0."""
@@ -177,7 +179,10 @@ class Dense:
         return batch
 
     def live(self, size: int, seq_lens: Sequence[int], requests: Sequence[int]) -> Any:
-        """What the runner passes before a replay of a batch that is padded to `size`; fills its static buffers."""
+        """What the runner passes before a replay of a batch that is padded to `size`; fills its static buffers.
+
+        Slots to write are those of a draft's padded batch, but of the requests that exist in other modes.
+        """
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         raw = len(seq_lens)
@@ -186,10 +191,11 @@ class Dense:
         for index, (row, end) in enumerate(zip(requests, seq_lens, strict=True)):
             written = self.table[row, end : end + self._width]
             self._slots[index * self._width :][: len(written)] = written
-        live = self._slots[: size * self._width]
+        written = self._slots[: raw * self._width]
         plan = self._translator.plan(
-            req_pool_indices=self._requests[:size], seq_lens=self._lens[:size], seq_lens_cpu=None, write_virtual=live
+            req_pool_indices=self._requests[:size], seq_lens=self._lens[:size], seq_lens_cpu=None, write_virtual=written
         )
+        live = self._slots[: size * self._width] if self.mode == "DECODE" else written
         return SimpleNamespace(
             batch_size=size, forward_mode=ForwardMode[self.mode], req_pool_indices=self._requests[:size],
             seq_lens=self._lens[:size], seq_lens_cpu=None, seq_lens_sum=None, encoder_lens=None, out_cache_loc=live,

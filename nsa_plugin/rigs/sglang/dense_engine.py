@@ -48,6 +48,7 @@ class DenseCase(Case):
     page_size: int = 64
     steps: int = 4
     sizes: tuple[int, ...] = (4,)
+    sliding_window: bool = False
 
     @property
     def column(self) -> str:
@@ -61,22 +62,25 @@ class DenseCase(Case):
 
     def rig(self) -> dense.Dense:
         """Backends that nothing else uses."""
-        return dense.Dense(self.backend, self.mode, Sizes(self.page_size), self.steps)
+        return dense.Dense(self.backend, self.mode, Sizes(self.page_size, self.sliding_window), self.steps)
 
 
 SITUATION = {"DECODE": "decode", "TARGET_VERIFY": "target verify", "DRAFT_EXTEND_V2": "draft extend"}
 
 
-def case(row: rows.DenseRow, page_size: int = 64, steps: int = 4, sizes: tuple[int, ...] = (4,)) -> DenseCase:
+def case(
+    row: rows.DenseRow, page_size: int = 64, steps: int = 4, sizes: tuple[int, ...] = (4,), windows: bool = False
+) -> DenseCase:
     """A case of one row."""
     covers = {SITUATION[row.mode], "padded rows", "idle batch", "int64 lengths"}
     covers |= {"one step" if steps == 2 else "several steps"} if row.draft else set()
     covers |= {"several captured sizes"} if len(sizes) > 1 else set()
     name = f"{row.path}, page size {page_size}, {steps} steps, sizes {', '.join(map(str, sizes))}"
+    name += ", sliding windows" if windows else ""
     backend: dense.Name = "fa3" if row.part == "dense FlashAttention" else "flashmla"
     return DenseCase(
         name, row.path, sum(len(BATCHES[size]) for size in sizes), frozenset(covers), frozenset(),
-        frozenset({"graph", "share"}), backend, row.mode, page_size, steps, sizes,
+        frozenset({"graph", "share"}), backend, row.mode, page_size, steps, sizes, windows,
     )  # fmt: skip
 
 
@@ -85,6 +89,7 @@ CASES = (
     *(case(row, sizes=(4, 2, 1)) for row in rows.ROWS if row.draft),
     *(case(row, page, steps) for row in rows.ROWS[:1] for page, steps in ((1, 2), (16, 3), (128, 8))),
     *(case(row, page) for row in rows.ROWS[1:2] for page in (1, 16, 128)),
+    *(case(row, page, windows=True) for row in rows.ROWS[:2] for page in (1, 64)),
 )
 """The first of each path is the one in which errors are planted."""
 

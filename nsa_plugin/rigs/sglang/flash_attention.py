@@ -94,9 +94,13 @@ def model_runner(sizes: Sizes, table: torch.Tensor, draft_worker: bool = True) -
     pool: Any = SimpleNamespace()
     if sizes.sliding_window:
         pool = object.__new__(SWAKVPool)
-        pages = int(table.max()) // sizes.page_size + 1
-        moved = torch.arange(pages).flip(0)[:, None] * sizes.page_size + torch.arange(sizes.page_size)
-        pool.swa_layer_nums, pool.full_to_swa_index_mapping = 2, moved.flatten()
+        pages = torch.arange(int(table.max()) // sizes.page_size + 1, device=table.device)
+        pages[1:] = pages[1:].flip(0)  # page 0 is the padding's in both pools
+        moved = pages[:, None] * sizes.page_size + torch.arange(sizes.page_size, device=table.device)
+        pool.swa_layer_nums, pool.full_to_swa_index_mapping = (
+            2,
+            torch.nn.functional.pad(moved.flatten(), (0, 1), value=-1),
+        )
     translator = KVIndexTranslator(
         req_to_token=table, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
         token_to_kv_pool=pool, page_size=sizes.page_size, device=str(table.device), is_draft_worker=draft_worker,
