@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.sglang.allocation import sharing
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.pools import POOLED_TABLE, keys_per_index_key, pooled_table
@@ -26,8 +28,6 @@ from nsa_plugin.adapters.sglang.releases import (
     shares_topk,
 )
 from nsa_plugin.adapters.sglang.reports import logger, report
-
-ALLOCATION = "init_cuda_graph_state"
 
 
 class MultiStepDraft(HookedBackend):
@@ -131,21 +131,8 @@ class MultiStepDraft(HookedBackend):
         if self._undone or "share" not in self._host.strategies or not backends or unsupported(backends[0]):
             original(owner, *arguments, **keywords)
             return
-        first, *others = backends
-        given_back = [0]
-        for backend in others:
-            vars(backend)[ALLOCATION] = _allocation_over(backend, first, given_back)
-        try:
-            original(owner, *arguments, **keywords)
-        finally:
-            for backend in others:
-                vars(backend).pop(ALLOCATION, None)
-        if given_back[0]:
-            logger.info(
-                "nsa-plugin: draft decode: %d draft backends share one page table; %.1f MiB given back",
-                len(backends),
-                given_back[0] / 2**20,
-            )
+        share = partial(_share_tables, backends[0])
+        sharing(lambda: original(owner, *arguments, **keywords), backends, share, "draft decode")
 
 
 class SingleBackend(HookedBackend):
@@ -169,17 +156,15 @@ class SingleBackend(HookedBackend):
         return mode if mode in self._modes else None
 
 
-def _allocation_over(backend: Any, first: Any, given_back: list[int]) -> Callable[..., None]:
-    """The backend's `init_cuda_graph_state`, which then drops its page tables for those of `first`."""
-    own = getattr(backend, ALLOCATION)
-
-    def allocate(*arguments: Any, **keywords: Any) -> None:
-        own(*arguments, **keywords)
-        theirs, shared = backend.decode_cuda_graph_metadata, first.decode_cuda_graph_metadata
-        for name in ("page_table", "real_page_table"):
-            table, other = theirs.get(name), shared.get(name)
-            if isinstance(table, torch.Tensor) and isinstance(other, torch.Tensor) and table.shape == other.shape:
-                given_back[0] += table.numel() * table.element_size()
-                theirs[name] = other
-
-    return allocate
+def _share_tables(first: Any, backend: Any) -> int:
+    """Drop the page tables that a draft backend has just made for those of `first`; returns the bytes that this gives back."""
+    theirs, shared = backend.decode_cuda_graph_metadata, first.decode_cuda_graph_metadata
+    given_back = 0
+    for name in ("page_table", "real_page_table"):
+        table, other = theirs.get(name), shared.get(name)
+        if not (isinstance(table, torch.Tensor) and isinstance(other, torch.Tensor)) or table is other:
+            continue
+        if table.shape == other.shape:
+            given_back += table.numel() * table.element_size()
+            theirs[name] = other
+    return given_back

@@ -16,6 +16,7 @@ import torch
 from nsa_plugin.adapters.base import Host, Strategy
 from nsa_plugin.adapters.reporting import PathReport
 from nsa_plugin.adapters.sglang import needs
+from nsa_plugin.adapters.sglang.allocation import sharing
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.layouts import FlashAttention, FlashMLA, Layout, share_tables
@@ -29,7 +30,6 @@ from nsa_plugin.adapters.verification import SpareBuffers, shadow
 from nsa_plugin.core.batch import NO_LIMIT, BatchDescriptor, ForwardMode, Geometry, TokenTable, multiprocessors
 from nsa_plugin.core.metadata import StepMetadata
 
-ALLOCATION = "init_cuda_graph_state"
 HOPPER = frozenset({"9"})
 
 
@@ -303,41 +303,19 @@ class DenseDraft(DenseBackends):
         sglang's own code runs for each backend in turn. Its page tables are dropped before the next one's are made.
         """
         row, backends = self._row(owner), self.backends(owner)
-        if row is None or self._undone or "share" not in self._host.strategies or not backends:
+        asked = row is not None and not self._undone and "share" in self._host.strategies and bool(backends)
+        if row is None or not asked or self.refusal(owner, row):
             original(owner, *arguments, **keywords)
             return
-        if self.refusal(owner, row):
-            original(owner, *arguments, **keywords)
-            return
-        given_back = [0]
-        for index, backend in enumerate(backends):
-            vars(backend)[ALLOCATION] = self._allocation(row, backends[: index + 1], given_back)
+        share = partial(self._share_tables, row, backends[0])
+        sharing(lambda: original(owner, *arguments, **keywords), backends, share, row.path)
+
+    def _share_tables(self, row: DenseRow, first: Any, backend: Any) -> int:
         try:
-            original(owner, *arguments, **keywords)
-        finally:
-            for backend in backends:
-                vars(backend).pop(ALLOCATION, None)
-        if given_back[0]:
-            logger.info(
-                "nsa-plugin: %s: %d draft backends share one page table; %.1f MiB given back",
-                row.path,
-                len(backends),
-                given_back[0] / 2**20,
-            )
-
-    def _allocation(self, row: DenseRow, backends: Sequence[Any], given_back: list[int]) -> Callable[..., None]:
-        """The last backend's `init_cuda_graph_state`, which then drops its page tables for that of the first."""
-        first, last = backends[0], backends[-1]
-        own = getattr(last, ALLOCATION)
-
-        def allocate(*arguments: Any, **keywords: Any) -> None:
-            own(*arguments, **keywords)
-            try:
-                share_tables(row.layout, (first, last) if last is not first else (first,), given_back)
-            except Exception as error:
-                self._fell_back(row, "capture", "share", error)
-
-        return allocate
+            return share_tables(row.layout, first, backend)
+        except Exception as error:
+            self._fell_back(row, "capture", "share", error)
+            return 0
 
     def _row(self, owner: Any) -> DenseRow | None:
         return next((row for row in self._rows if row.has(owner)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -236,14 +236,15 @@ class FlashMLA:
         return changes | {self._tables: spares.shared(self._tables, getattr(backend, self._tables))}
 
 
-def share_tables(layout: Layout, backends: Sequence[Any], given_back: list[int]) -> None:
-    """Let the page tables of the draft backends be the first one's, for each KV pool; counts the bytes that this gives back."""
-    firsts = [group[0] for group in layout.tables(backends[0])]
-    kept = [holder[name] for holder, name in firsts]
-    for backend in backends:
-        for first, group in zip(kept, layout.tables(backend), strict=True):
-            for tables, key in group:
-                table = tables.get(key)
-                if isinstance(table, torch.Tensor) and table is not first and table.shape == first.shape:
-                    given_back[0] += table.numel() * table.element_size()
-                    tables[key] = first
+def share_tables(layout: Layout, first: Any, backend: Any) -> int:
+    """Let the page tables of a draft backend be the first one's, for each KV pool; returns the bytes that this gives back."""
+    given_back = 0
+    for firsts, own in zip(layout.tables(first), layout.tables(backend), strict=True):
+        holder, name = firsts[0]
+        kept = holder[name]
+        for tables, key in own:
+            table = tables.get(key)
+            if isinstance(table, torch.Tensor) and table is not kept and table.shape == kept.shape:
+                given_back += table.numel() * table.element_size()
+                tables[key] = kept
+    return given_back

@@ -9,9 +9,10 @@ engine's process, the time from round to round and the host time of each part.
     python run.py --plugin DIR --probe DIR --json results.json [--steps 4 8] [--batch 1 8 32] [--prompt 1024 16384]
         [--model model_glm5_next] [--variants "no plugin" graph]
 
-A model's folder may have arguments of each engine beside its config.json (`sglang.json`, `vllm.json`). The first DIR has what `pip install --target DIR` made of the plugin's wheel, with its dependencies; the second has the same
-of `probe/`. Both go on PYTHONPATH. The variants differ in that and in NSA_PLUGIN_STRATEGY, in nothing else. A run that is
-stopped (SIGTERM) writes what it has measured.
+A model's folder may have arguments of each engine beside its config.json (`sglang.json`, `vllm.json`). The first DIR has
+what `pip install --target DIR` made of the plugin's wheel, with its dependencies; the second has the same of `probe/`. Both
+go on PYTHONPATH. The variants differ in that and in NSA_PLUGIN_STRATEGY, in nothing else. A run that is stopped (SIGTERM)
+writes what it has measured.
 """
 
 from __future__ import annotations
