@@ -152,7 +152,7 @@ class DensePreparation(Preparation):
 
     def _refresher(self, exact: bool) -> Callable[[], None] | None:
         row = self._native_mode
-        return row.layout.refresher(self._backends[0], row.mode, self._batch_size, self._lengths)
+        return row.layout.refresher(self._backends[0], row.mode, self._batch_size, self._lengths, self._enabled)
 
     def _point(self) -> None:
         for backend, metadata in zip(self._backends, self._used, strict=True):
@@ -233,11 +233,8 @@ class DenseBackends(HookedBackend):
         return self.refusal(owner, native_mode)
 
     def refusal(self, owner: Any, row: DenseRow) -> str:
-        """Empty, or what about `owner` is not covered. What can't be asked is not covered either."""
-        try:
-            return row.unsupported(self.backends(owner)[0])
-        except Exception as error:
-            return f"not covered: a backend that could not be asked ({type(error).__name__}: {error})"
+        """Empty, or what about `owner` is not covered."""
+        return row.unsupported(self.backends(owner)[0])
 
     def strategies(self) -> tuple[Strategy, ...]:
         """All but copies: what steps can share, they share."""

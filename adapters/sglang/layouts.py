@@ -58,8 +58,14 @@ class Layout(Protocol):
     def shared(self, first: Any, own: Any) -> Any:
         """Metadata of a further step over the page tables of the first."""
 
-    def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
-        """What refreshes planes that sglang's own functions derive from the lengths; None without any."""
+    def refresher(
+        self, backend: Any, mode: str, size: int, lengths: torch.Tensor, enabled: torch.Tensor | None
+    ) -> Callable[[], None] | None:
+        """What refreshes planes that sglang's own functions derive from the lengths; None without any.
+
+        It leaves them as they are while `enabled`, int32 [1] or None, is 0 on the device: sglang has written them then, and
+        the lengths are of an earlier batch.
+        """
 
     def tables(self, backend: Any) -> tuple[Tables, ...]:
         """The page tables that a draft backend has just made, those of one KV pool together. Steps read the first of each."""
@@ -123,7 +129,9 @@ class FlashAttention:
         tables = {name: getattr(first, name) for name in self.page_tables}
         return own if all(getattr(own, name) is table for name, table in tables.items()) else replace(own, **tables)
 
-    def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
+    def refresher(
+        self, backend: Any, mode: str, size: int, lengths: torch.Tensor, enabled: torch.Tensor | None
+    ) -> Callable[[], None] | None:
         """None: the kernels get no schedule in these modes."""
         return None
 
@@ -209,17 +217,26 @@ class FlashMLA:
         """All of it: every step sees the same."""
         return first
 
-    def refresher(self, backend: Any, mode: str, size: int, lengths: torch.Tensor) -> Callable[[], None] | None:
+    def refresher(
+        self, backend: Any, mode: str, size: int, lengths: torch.Tensor, enabled: torch.Tensor | None
+    ) -> Callable[[], None] | None:
         """FlashMLA's schedule and splits."""
         get_mla_metadata = vars(sys.modules[type(backend).__module__])["get_mla_metadata"]
         heads = backend.num_q_heads * (1 if mode == "DECODE" else backend.num_draft_tokens)
         fp8, schedule = backend.is_fp8_kvcache, self.store(backend, mode)[size].flashmla_metadata
         splits = backend.cuda_graph_num_splits[: size + 1]
+        on = None if enabled is None else enabled.view(torch.bool)[:1]  # the lowest byte
+
+        def put(plane: torch.Tensor, made: torch.Tensor) -> None:
+            if on is None:
+                plane.copy_(made)
+            else:
+                torch.where(on, made, plane, out=plane)
 
         def refresh() -> None:
             made, number = get_mla_metadata(lengths, heads, 1, is_fp8_kvcache=fp8)
-            schedule.copy_(made)
-            splits.copy_(number)
+            put(schedule, made)
+            put(splits, number)
 
         return refresh
 
