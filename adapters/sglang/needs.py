@@ -19,11 +19,18 @@ REGISTRY: tuple[Need, ...] = (
 
 FLASH_ATTENTION = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
 
+_FLASH_ATTENTION_REFUSALS: tuple[Need, ...] = (  # since 0.5.22
+    Need(f"{FLASH_ATTENTION}._kv_shard_pool", (), "know whether the KV cache is in shards"),
+    Need(f"{FLASH_ATTENTION}._maybe_init_local_attn_builder", (), "know whether attention is local"),
+)
+"""What `refusals.FLASH_ATTENTION` asks that older releases can't answer."""
+
 RECORDED_DRAFT_EXTEND: tuple[Need, ...] = (
     Need(f"{FLASH_ATTENTION}.init_forward_metadata_out_graph", ("forward_batch", "in_capture"),
          "leave out what a CUDA graph computes again", hooked=True),
     Need(f"{FLASH_ATTENTION}.init_forward_metadata_in_graph", ("forward_batch",), "know what is recorded", hooked=True),
     Need(f"{FLASH_ATTENTION}.draft_extend_metadata_captured_in_graph", (), "know that all of it is recorded"),
+    *_FLASH_ATTENTION_REFUSALS,
 )  # fmt: skip
 """FlashAttention's draft extend, which sglang's own CUDA graphs compute."""
 
@@ -60,6 +67,7 @@ DENSE_FLASH_ATTENTION: tuple[Need, ...] = (
          "sglang's own values, to fall back on"),
     Need(f"{FLASH_ATTENTION}._spec_read_seq_len_delta", ("forward_mode", "spec_info"), "know how far steps see"),
     Need(f"{FLASH_ATTENTION}._get_swa_write_locations", ("forward_batch",), "know that each step has write slots of its own"),
+    *_FLASH_ATTENTION_REFUSALS,
 )  # fmt: skip
 """FlashAttention's draft steps and target verify."""
 DENSE_FLASHMLA: tuple[Need, ...] = (

@@ -74,5 +74,8 @@ FLASHMLA: tuple[Refusal, ...] = (
 
 
 def uncovered(refusals: Sequence[Refusal], backend: Any) -> str:
-    """Empty, or what about a backend is not covered."""
-    return next((f"not covered: {what}" for what, has in refusals if has(backend)), "")
+    """Empty, or what about a backend is not covered. What can't be asked is not covered either."""
+    try:
+        return next((f"not covered: {what}" for what, has in refusals if has(backend)), "")
+    except Exception as error:
+        return f"not covered: a backend that could not be asked ({type(error).__name__}: {error})"

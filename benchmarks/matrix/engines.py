@@ -58,17 +58,23 @@ class Engine:
     variables: tuple[tuple[str, str], ...] = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
+SGLANG: Mapping[str, tuple[tuple[sglang.Part, ...], tuple[str, ...]]] = {
+    "draft decode": (("all",), ("share", "copy")),
+    "target verify": (("all",), ("share", "copy")),
+    "draft extend": (("all", "draft extend"), ("share", "copy")),
+    "dense FlashAttention": (("all", "dense FlashAttention", "recorded draft extend"), ("share",)),
+    "dense FlashMLA": (("all", "dense FlashMLA"), ("share",)),
+}
+"""By path, the parts that it needs, and the strategies besides `graph`, which needs a part of its own."""
+
+
 def _sglang(names: sglang.Generation) -> Needs:
-    """Those of a generation of sglang: what a path needs, and what the strategy `graph` needs beyond."""
-    every, extend = names.needs(), (*names.needs(), *names.needs("draft extend"))
-    paths = {"draft decode": every, "target verify": every, "draft extend": extend}
-    return Needs(
-        names.module,
-        {
-            path: {"graph": (*needs, *names.needs("graph")), "share": needs, "copy": needs}
-            for path, needs in paths.items()
-        },
-    )
+    """Those of a generation of sglang."""
+    paths: dict[str, dict[str, tuple[Need, ...]]] = {}
+    for path, (parts, strategies) in SGLANG.items():
+        needs = tuple(need for part in parts for need in names.needs(part))
+        paths[path] = {"graph": (*needs, *names.needs("graph")), **dict.fromkeys(strategies, needs)}
+    return Needs(names.module, paths)
 
 
 ENGINES = {

@@ -32,7 +32,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The table: one line for each release, the newest of an engine first.
 
     Paths of the same name but for a runner in parentheses stand side by side. A path that a release was not tried on says
-    so, if another release of the engine was.
+    so, if another release of the engine was. Paths that were run on another day than the rest of the line have their date.
     """
     found = list(dict.fromkeys(path for row in rows for path in row["paths"]))
     kinds = list(dict.fromkeys(map(_kind, found)))
@@ -47,9 +47,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [cell(row["paths"][path]) if path in row["paths"] else absent[path] for path in paths]
         versions = row.get("environment", {})
         tested = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)
+        later: dict[str, list[str]] = {}
+        for path, date in row.get("dates", {}).items():
+            later.setdefault(date, []).append(path)
+        dates = "; ".join([row["date"], *(f"{', '.join(names)}: {date}" for date, names in later.items())])
         lines.append(
-            f"| {row['engine']} {row['release']} | "
-            + " | ".join(cells)
-            + f" | {tested or 'source only'}, {row['date']} |"
+            f"| {row['engine']} {row['release']} | " + " | ".join(cells) + f" | {tested or 'source only'}, {dates} |"
         )
     return "\n".join(lines)

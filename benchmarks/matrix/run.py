@@ -1,6 +1,7 @@
 """The release matrix: every engine release that matters, probed and put through the conformance kit.
 
     python -m benchmarks.matrix.run [sglang==0.5.18 | sglang | vllm …]   # all of them by default
+    python -m benchmarks.matrix.run sglang --only DenseEngine RecordedEngine   # columns of these fixtures; the others stay
     python -m benchmarks.matrix.run --newest                             # what the index offers newest: differences, exit status
 
 Each release's wheel is probed statically first. If nothing is missing, the kit runs over the real engine, in the lightest
@@ -76,8 +77,11 @@ def _pip(python: Path, *arguments: str) -> None:
     subprocess.run([python, *PIP, "install", "--no-compile", *arguments], check=True, stderr=subprocess.DEVNULL)
 
 
-def check(name: str, wheel: Path, environment: Path) -> Row:
-    """Make a release's row: what is faithful, what was only probed, what is left alone, and why."""
+def check(name: str, wheel: Path, environment: Path, only: Sequence[str] = ()) -> Row:
+    """Make a release's row: what is faithful, what was only probed, what is left alone, and why.
+
+    With `only`, fixtures of the kit, it has their columns alone, once the kit has run.
+    """
     engine, source = ENGINES[name], Wheel(wheel)
     needs = next((needs for needs in engine.needs if source.module(needs.module) is not None), engine.needs[0])
     found = {
@@ -105,7 +109,7 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
     python = prepare(engine, environment, wheel)
     variables = {**os.environ, **dict(engine.variables), "OMP_NUM_THREADS": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT, *engine.path))
-    command = [str(python), "-m", "benchmarks.matrix.check", name]
+    command = [str(python), "-m", "benchmarks.matrix.check", name, *only]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     try:
         report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -119,7 +123,33 @@ def check(name: str, wheel: Path, environment: Path) -> Row:
             cells.setdefault(path, {})[strategy] = f"differs: {problems[0]}" if problems else "faithful"
     for path, problem in report["left out"].items():
         cells[path] = dict.fromkeys(("graph", "share", "copy"), f"unsupported: {problem}")
+    if only:
+        row["paths"] = {path: cells[path] for path in cells if path in report["values"] or path in report["left out"]}
     return row
+
+
+def merged(known: Row, row: Row, only: Sequence[str]) -> Row:
+    """A release's row with the columns of another that fixtures have made alone; their date is among `dates`.
+
+    Raises
+    ------
+    ValueError
+        The two were not made alike, so that they can't be one row.
+    """
+    expected, found = known.get("environment"), row.get("environment", row.get("why static", "static"))
+    if expected != found:
+        raise ValueError(
+            f"{row['engine']} {row['release']}: looked for the environment of the committed row, {expected}, found {found}; "
+            "run it without --only"
+        )
+    kept = [problem for problem in known["problems"] if not any(f": {fixture}: " in problem for fixture in only)]
+    dates = known.get("dates", {}) | dict.fromkeys(row["paths"], row["date"])
+    return known | {
+        "paths": known["paths"] | row["paths"],
+        "problems": kept + row["problems"],
+        "skipped": {what: why for what, why in known["skipped"].items() if what not in only} | row["skipped"],
+        "dates": {path: date for path, date in dates.items() if date != known["date"]},
+    }
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
@@ -153,7 +183,15 @@ def main() -> int:
     parser.add_argument(
         "--newest", action="store_true", help="the newest releases that the index offers; writes no results"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="FIXTURE", help="a class that the kit runs on: DenseEngine"
+    )
     options = parser.parse_args()
+    if options.newest and options.only:
+        parser.error("--newest tries everything, without --only")
+    committed = (
+        {(row["engine"], row["release"]): row for row in json.loads(RESULTS.read_text())} if options.only else {}
+    )
     requests = options.releases or list(ENGINES)
     rows: list[Row] = []
     for name, engine in ENGINES.items():
@@ -164,7 +202,9 @@ def main() -> int:
             for release in releases:
                 with tempfile.TemporaryDirectory() as folder:
                     requirement = f"{name}=={release}" if release else name
-                    row = check(name, fetch(requirement, Path(folder)), environment)
+                    row = check(name, fetch(requirement, Path(folder)), environment, options.only)
+                if options.only:
+                    row = merged(committed[name, row["release"]], row, options.only)
                 rows.append(row)
                 if not options.newest:
                     save([row])

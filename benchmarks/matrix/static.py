@@ -70,7 +70,10 @@ class Wheel:
         return module, node
 
     def _member(self, module: str, scope: Scope, name: str) -> tuple[str, ast.AST] | None:
-        """What `name` is in a module or class. Bases and imports within the wheel are followed; the last definition counts."""
+        """What `name` is in a module or class. Bases and imports within the wheel are followed; the last definition counts.
+
+        What comes from elsewhere is taken to be there.
+        """
         found: tuple[str, ast.AST] | None = None
         for node in _statements(scope):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -85,8 +88,10 @@ class Wheel:
                     found = self._member(module, scope, node.value.id) or (module, node)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 for alias in node.names:
-                    if (alias.asname or alias.name) == name and (tree := self.module(node.module)) is not None:
-                        found = self._member(node.module, tree, alias.name) or found
+                    if (alias.asname or alias.name) == name:
+                        tree = self.module(node.module)
+                        there = (module, node) if tree is None else self._member(node.module, tree, alias.name)
+                        found = there or found
         if found is None and isinstance(scope, ast.ClassDef):
             for base in self._bases(module, scope):
                 if (inherited := self._member(*base, name)) is not None:

@@ -111,8 +111,9 @@ def without(path: str) -> Iterator[None]:
     """Within it, what a dotted path names is not there (or, where it is inherited, is None)."""
     owner_path, _, name = path.rpartition(".")
     owner = pkgutil.resolve_name(owner_path)
-    own = vars(owner).get(name)
-    if own is not None:
+    absent = object()
+    own = vars(owner).get(name, absent)
+    if own is not absent:
         delattr(owner, name)
     inherited = hasattr(owner, name)
     if inherited:
@@ -122,7 +123,7 @@ def without(path: str) -> Iterator[None]:
     finally:
         if inherited:
             delattr(owner, name)
-        if own is not None:
+        if own is not absent:
             setattr(owner, name, own)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.matrix import check, render, run
-from benchmarks.matrix.engines import ENGINES
+from benchmarks.matrix.engines import ENGINES, Needs
 from benchmarks.matrix.static import Wheel
 from nsa_plugin.adapters.probe import Need
 from nsa_plugin.adapters.sglang import releases as sglang
@@ -32,6 +33,8 @@ class Common:
 """,
     "toy/backend.py": """
 from toy.base import Base, Common
+from compiled.elsewhere import borrowed
+from toy.base import nothing
 @dataclass
 class Metadata(Common):
     pages: int
@@ -68,6 +71,7 @@ def wheel(tmp_path: Path) -> Path:
         ("toy.backend.Other.prepare", ("batch",)),
         ("toy.backend.Metadata", ("pages", "lengths")),
         ("toy.backend.fallback", ("a",)),
+        ("toy.backend.borrowed", ()),
     ],
 )
 def test_what_is_there_is_found(wheel: Path, path: str, parameters: tuple[str, ...]) -> None:
@@ -79,6 +83,8 @@ def test_what_is_there_is_found(wheel: Path, path: str, parameters: tuple[str, .
     [
         ("toy.backend.Backend.prepare", ("rows",), "found it without rows"),
         ("toy.backend.Backend.gone", (), "found no gone in toy.backend"),
+        ("toy.backend.nothing", (), "found no nothing in toy.backend"),
+        ("toy.backend.borrowed", ("a",), "found it without a"),
         ("toy.backend.Metadata", ("heads",), "found it without heads"),
         ("toy.nowhere.Backend", (), "found no nowhere in toy"),
         ("other.Backend", (), "found no module other"),
@@ -165,7 +171,8 @@ def test_every_path_of_a_kit_is_probed() -> None:
     """What the kit of an engine finds out has a cell to go into."""
     needs = {name: [set(of.paths) for of in engine.needs] for name, engine in ENGINES.items()}
     assert needs["vllm"] == [{"draft decode", v1_proposer.PATH, "target verify", "draft extend"}]
-    assert all(paths == {"draft decode", "target verify", "draft extend"} for paths in needs["sglang"])
+    paths = {"draft decode", "target verify", "draft extend", "dense FlashAttention", "dense FlashMLA"}
+    assert needs["sglang"] == [paths, paths]
 
 
 def test_a_canary_names_every_difference() -> None:
@@ -227,11 +234,60 @@ def test_what_a_release_lacks_is_unsupported_in_its_column(monkeypatch: pytest.M
         def __init__(self) -> None:
             raise ImportError("looked for a.b, found none")
 
-    made = {"There": lambda: SimpleNamespace(logger="toy"), "Absent": Absent}
+    found_lacking = SimpleNamespace(cases=list, left_out={"dense": "looked for c.d, found none", "target verify": "x"})
+    there = SimpleNamespace(logger="toy", cases=lambda: [Case("3", "draft decode", 1, frozenset())])
+    made = {"There": lambda: there, "Lacking": lambda: found_lacking, "Absent": Absent}
     monkeypatch.setattr(check, "FIXTURES", {"torch": tuple(made)})
     monkeypatch.setattr(check, "LINES", ())
     monkeypatch.setattr(check, "Conformance", lambda engine: SimpleNamespace(runs=()))
     monkeypatch.setattr("pkgutil.resolve_name", made.__getitem__)
     found = check.main("torch")
-    assert found["left out"] == dict.fromkeys(("pooled index keys", "target verify"), "looked for a.b, found none")
-    assert found["skipped"] == {"Absent": "looked for a.b, found none"} and not found["values"]
+    absent, lacking = "looked for a.b, found none", "looked for c.d, found none"
+    assert found["left out"] == {"dense": lacking, "pooled index keys": absent, "target verify": absent}
+    assert found["skipped"] == {"Lacking": f"{lacking}; x", "Absent": absent} and not found["values"]
+    assert check.main("torch", ["Lacking"])["left out"] == found_lacking.left_out
+
+
+KNOWN: dict[str, Any] = {
+    "engine": "toy", "release": "1.0", "date": "2026-01-01", "how": "kit", "environment": {"torch": "3"},
+    "problems": ["undo: Old: x", "undo: New: y"], "skipped": {"replays": "no gpu", "New": "lacks"},
+    "paths": {"draft": {"graph": "faithful"}, "dense": {"graph": "unsupported: lacks"}},
+}  # fmt: skip
+
+
+def test_a_fixture_run_alone_replaces_its_columns_and_dates_them() -> None:
+    alone = KNOWN | {
+        "date": "2026-01-02", "problems": [], "skipped": {"replays": "no gpu"}, "paths": {"dense": {"graph": "faithful"}},
+    }  # fmt: skip
+    row = run.merged(KNOWN, alone, ["New"])
+    assert row == KNOWN | {
+        "paths": KNOWN["paths"] | alone["paths"], "problems": ["undo: Old: x"], "skipped": {"replays": "no gpu"},
+        "dates": {"dense": "2026-01-02"},
+    }  # fmt: skip
+    assert render.table([row]).endswith("| torch 3, 2026-01-01; dense: 2026-01-02 |")
+    assert run.merged(row, alone | {"date": "2026-01-01"}, ["New"])["dates"] == {}
+    for other in ({"environment": {"torch": "4"}}, {"environment": "static"}):
+        with pytest.raises(
+            ValueError, match=r"toy 1\.0: looked for the environment .* found .*; run it without --only"
+        ):
+            run.merged(KNOWN, alone | other, ["New"])
+
+
+def test_only_some_fixtures_are_run(monkeypatch: pytest.MonkeyPatch, wheel: Path, tmp_path: Path) -> None:
+    engine = ENGINES["sglang"]
+    needs = [Needs("toy", {"draft": {"graph": ()}, "dense": {"graph": ()}, "other": {"graph": ()}})]
+    monkeypatch.setitem(ENGINES, "toy", replace(engine, needs=tuple(needs), unexamined=lambda wheel: []))
+    monkeypatch.setattr(run, "prepare", lambda *arguments: "python")
+    report = {
+        "lines": {}, "skipped": {}, "environment": {}, "values": {"dense": {"graph": []}}, "left out": {"more": "lacks"},
+    }  # fmt: skip
+    commands: list[list[str]] = []
+
+    def kit(command: list[str], **keywords: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout=json.dumps(report), stderr="")
+
+    monkeypatch.setattr("subprocess.run", kit)
+    assert run.check("toy", wheel, tmp_path, ["New"])["paths"].keys() == {"dense", "more"}
+    assert run.check("toy", wheel, tmp_path)["paths"].keys() == {"draft", "dense", "other", "more"}
+    assert [command[-1] for command in commands] == ["New", "toy"]

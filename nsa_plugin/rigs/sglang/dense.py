@@ -20,7 +20,8 @@ from nsa_plugin.rigs.sglang import flash_attention
 from nsa_plugin.rigs.sglang.flash_attention import Sizes, model_runner, slots
 
 FLASHMLA = "sglang.srt.layers.attention.flashmla_backend"
-INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
+INTERFACES = ("sglang.kernels.ops.attention.flash_mla_interface", "sgl_kernel.flash_mla")
+"""Where sglang has FlashMLA's functions from. Until 0.5.22: the second."""
 Name = Literal["fa3", "flashmla"]
 """As sglang's `--attention-backend` names it."""
 CPU = torch.device("cpu")
@@ -49,14 +50,20 @@ class _OnTheCpu:
 
 
 @contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """Let sglang's code of both backends be imported without its compiled kernels."""
+    interface: Any = types.ModuleType(INTERFACES[0])
+    interface.get_mla_metadata, interface.flash_mla_with_kvcache = flash_mla, mock.Mock()
+    with flash_attention.importable(), contextlib.ExitStack() as stack:
+        if FLASHMLA not in sys.modules:
+            stack.enter_context(mock.patch.dict(sys.modules, dict.fromkeys(INTERFACES, interface)))
+        yield
+
+
+@contextlib.contextmanager
 def stand_ins(draft_tokens: int = 4) -> Iterator[None]:
     """Run sglang's code of both backends on CPU tensors. Needs TRITON_INTERPRET=1, as Triton is imported."""
-    interface: Any = types.ModuleType(INTERFACE)
-    interface.get_mla_metadata, interface.flash_mla_with_kvcache = flash_mla, mock.Mock()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(flash_attention.stand_ins(draft_tokens))
-        if FLASHMLA not in sys.modules:
-            stack.enter_context(mock.patch.dict(sys.modules, {INTERFACE: interface}))
+    with importable(), flash_attention.stand_ins(draft_tokens), contextlib.ExitStack() as stack:
         module = importlib.import_module(FLASHMLA)
         stack.enter_context(mock.patch.object(module, "get_mla_metadata", flash_mla))
         if not torch.cuda.is_available():

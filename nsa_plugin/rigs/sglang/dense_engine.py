@@ -15,10 +15,11 @@ from unittest import mock
 
 import torch
 
+from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.sglang import dense as rows
 from nsa_plugin.adapters.sglang import hooked, refusals
 from nsa_plugin.adapters.sglang.registry import beneath_hooks
-from nsa_plugin.adapters.sglang.releases import lacking
+from nsa_plugin.adapters.sglang.releases import Part, lacking
 from nsa_plugin.rigs.sglang import dense
 from nsa_plugin.rigs.sglang.engine import SglangEngine
 from nsa_plugin.rigs.sglang.flash_attention import Sizes
@@ -49,18 +50,19 @@ class DenseCase(Case):
     steps: int = 4
     sizes: tuple[int, ...] = (4,)
     sliding_window: bool = False
+    part: Part = "dense FlashAttention"
 
     @property
     def column(self) -> str:
         """What the release matrix has it under."""
-        return "dense backends"
+        return self.part
 
     @property
-    def batches(self) -> list[tuple[int, tuple[list[int], list[int]]]]:
+    def batches(self) -> list[tuple[int, tuple[list[int], ...]]]:
         """Captured size and batch of each round."""
         return [(size, batch) for size in self.sizes for batch in BATCHES[size]]
 
-    def rig(self) -> dense.Dense:
+    def rig(self) -> Any:
         """Backends that nothing else uses."""
         return dense.Dense(self.backend, self.mode, Sizes(self.page_size, self.sliding_window), self.steps)
 
@@ -80,7 +82,7 @@ def case(
     backend: dense.Name = "fa3" if row.part == "dense FlashAttention" else "flashmla"
     return DenseCase(
         name, row.path, sum(len(BATCHES[size]) for size in sizes), frozenset(covers), frozenset(),
-        frozenset({"graph", "share"}), backend, row.mode, page_size, steps, sizes, windows,
+        frozenset({"graph", "share"}), backend, row.mode, page_size, steps, sizes, windows, row.part,
     )  # fmt: skip
 
 
@@ -145,9 +147,9 @@ class DenseSession(Session):
 
 
 class DenseEngine(SglangEngine):
-    """The dense backends of the installed sglang."""
+    """The dense backends of the installed sglang, from 0.5.22 on."""
 
-    strategies = ("graph", "share")
+    strategies: tuple[Strategy, ...] = ("graph", "share")
     never: Mapping[str, str] = {
         **SglangEngine.never,
         "int32 lengths": "the runners of these releases have int64 lengths",
@@ -156,13 +158,11 @@ class DenseEngine(SglangEngine):
 
     def __init__(self, cases: Sequence[DenseCase] = CASES, plugins: Sequence[object] = ()) -> None:
         super().__init__((), plugins)
-        self._dense = cases
-        self.strategies = DenseEngine.strategies
-        self.never = DenseEngine.never
-        with self.running():
-            lacks = [refusals.not_graph(), *(lacking(row.part) for row in rows.ROWS)]
-        if problem := next(filter(None, lacks), ""):
-            raise ImportError(problem)
+        self.strategies, self.never = type(self).strategies, type(self).never
+        with super().running(), dense.importable():
+            lacks = {case.column: lacking(case.part) or refusals.not_graph() for case in cases}
+        self.left_out = {column: problem for column, problem in lacks.items() if problem}
+        self._dense = [case for case in cases if case.column not in self.left_out]
 
     def cases(self) -> Sequence[DenseCase]:  # type: ignore[override]
         """Drafts, target verify and draft extend."""

@@ -43,12 +43,27 @@ class Sizes:
 
 
 @contextlib.contextmanager
-def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
-    """Run sglang's code on CPU tensors; yields the module of the backend. Needs TRITON_INTERPRET=1, as Triton is imported."""
+def importable() -> Iterator[None]:
+    """Let sglang's code be imported without its compiled kernels."""
     kernels: Any = types.ModuleType("sgl_kernel")
     flash: Any = types.ModuleType("sgl_kernel.flash_attn")
     kernels.__path__, kernels.flash_attn, kernels.merge_state_v2 = [], flash, mock.Mock()
     flash.flash_attn_varlen_func = flash.flash_attn_with_kvcache = flash.get_scheduler_metadata = mock.Mock()
+    if "sgl_kernel" in sys.modules:
+        yield
+        return
+    names = {"sgl_kernel": kernels, "sgl_kernel.flash_attn": flash}
+    sys.modules.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
+    """Run sglang's code on CPU tensors; yields the module of the backend. Needs TRITON_INTERPRET=1, as Triton is imported."""
     draft = SimpleNamespace(
         speculative_eagle_topk=1, speculative_num_draft_tokens=draft_tokens, speculative_algorithm="EAGLE"
     )
@@ -61,11 +76,7 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
         "get_exec": SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False)),
         "get_device_capability": (9, 0),
     }
-    with contextlib.ExitStack() as stack:
-        if "sgl_kernel" not in sys.modules:
-            names = {"sgl_kernel": kernels, "sgl_kernel.flash_attn": flash}
-            sys.modules.update(names)
-            stack.callback(lambda: [sys.modules.pop(name) for name in names])
+    with importable(), contextlib.ExitStack() as stack:
         backend = importlib.import_module(BACKEND)
         for name, value in settings.items():
             stack.enter_context(mock.patch.object(backend, name, lambda value=value: value))
@@ -132,12 +143,17 @@ class DraftExtend:
         runner = model_runner(sizes, self.table)
         self.translator = runner.kv_index_translator
         self.backend = (kind or importlib.import_module(BACKEND).FlashAttentionBackend)(runner)
-        self.backend.init_cuda_graph_state(sizes.max_batch_size, sizes.max_batch_size * sizes.draft_tokens)
+        self.allocate()
         tokens = sizes.max_batch_size * sizes.draft_tokens
         self._lens = torch.ones(sizes.max_batch_size, dtype=torch.int64)
         self._requests = torch.zeros(sizes.max_batch_size, dtype=torch.int64)
         self._extend = torch.full((sizes.max_batch_size,), sizes.draft_tokens, dtype=torch.int32)
         self._slots = torch.zeros(tokens, dtype=torch.int64)
+
+    def allocate(self) -> None:
+        """Make CUDA-graph buffers, as a runner does before its captures."""
+        size = self.sizes.max_batch_size
+        self.backend.init_cuda_graph_state(size, size * self.sizes.draft_tokens)
 
     def static(self, size: int) -> Any:
         """The batch that the runner captures: views of its static buffers."""
@@ -164,8 +180,8 @@ class DraftExtend:
         self._lens.fill_(1), self._requests.zero_(), self._slots.zero_(), self._extend.fill_(width)
         self._lens[:raw], self._requests[:raw] = torch.tensor(seq_lens), torch.tensor(requests)
         self._extend[:raw] = torch.tensor(extend, dtype=torch.int32)
-        written = [self.table[row, end - width : end] for row, end in zip(requests, seq_lens, strict=True)]
-        self._slots[: raw * width] = torch.cat(written).long()
+        for index, (row, end) in enumerate(zip(requests, seq_lens, strict=True)):
+            self._slots[index * width :][:width] = self.table[row, end - width : end]
         spec = self._spec()
         spec.extend_seq_lens_cpu, spec.extend_seq_lens_tensor = self._extend[:size].tolist(), self._extend[:size]
         live = self._slots[: raw * width]
