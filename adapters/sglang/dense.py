@@ -86,13 +86,7 @@ class DensePreparation(Preparation):
 
     def __init__(self, *arguments: Any) -> None:
         self._expected: dict[int, Any] = {}
-        self._written = arguments[2].out_cache_loc
         super().__init__(*arguments)
-
-    def capture(self, batch: Any) -> None:
-        """As in the base class; the runner's slots to write are among its static buffers."""
-        self._written = batch.out_cache_loc
-        super().capture(batch)
 
     def _store(self, backend: Any) -> dict[int, Any]:
         return self._native_mode.layout.store(backend, self._native_mode.mode)
@@ -122,7 +116,7 @@ class DensePreparation(Preparation):
             TokenTable(table, batch.req_pool_indices),
             steps,
             offsets,
-            slot_map=row.layout.slot_map(first, row.mode, batch, self._written),
+            slot_map=row.layout.slot_map(first, row.mode, batch),
         )
 
     def _sizes(self) -> Geometry:
@@ -262,7 +256,7 @@ class DenseBackends(HookedBackend):
         if row is not None and not self._undone:
             try:
                 for backend in self.backends(owner):
-                    row.layout.captured(backend, row.mode, batch.batch_size)
+                    row.layout.captured(backend, row.mode, batch)
             except Exception as error:
                 self._fell_back(row, "capture", "graph", error)
                 return

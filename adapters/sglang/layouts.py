@@ -12,6 +12,7 @@ import torch
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.verification import SpareBuffers
 from nsa_plugin.core.batch import SlotMap
+from nsa_plugin.core.errors import reject
 
 Tables = list[tuple[MutableMapping[str, Any], str]]
 """Page tables, each as the mapping that holds it and its name there."""
@@ -32,8 +33,8 @@ class Layout(Protocol):
     def store(self, backend: Any, mode: str) -> dict[int, Any]:
         """Captured metadata of one forward mode by batch size."""
 
-    def captured(self, backend: Any, mode: str, size: int) -> None:
-        """Keep the metadata that sglang has just made for a capture, if sglang does not."""
+    def captured(self, backend: Any, mode: str, batch: Any) -> None:
+        """Keep what belongs to the metadata that sglang has just made for the capture of a batch, and sglang does not keep."""
 
     def compute(self, backend: Any, batch: Any) -> None:
         """Let sglang's own code compute the metadata of a batch, by a method that is not hooked."""
@@ -52,8 +53,8 @@ class Layout(Protocol):
     def mapped(self, backend: Any, mode: str, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Page table [size, pages] of the KV pool of sliding windows, and int64 slots there that a step writes; None without."""
 
-    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
-        """Where that pool has the tokens of a batch; None without. `captured` is the `out_cache_loc` of the captured batch."""
+    def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
+        """Where that pool has the tokens of a batch; None without."""
 
     def shared(self, first: Any, own: Any) -> Any:
         """Metadata of a further step over the page tables of the first."""
@@ -74,6 +75,20 @@ class Layout(Protocol):
         """Attributes of a shadow of `backend` that writes into spare buffers."""
 
 
+class OfCaptures:
+    """What captures leave behind, as long as sglang's CUDA-graph buffers are those of the captures."""
+
+    def __init__(self, name: str) -> None:
+        self._kept: Attached[dict[str, tuple[Any, dict[Any, Any]]]] = Attached(name)
+
+    def of(self, backend: Any, mode: str, buffers: Any) -> dict[Any, Any]:
+        """That of one forward mode over `buffers`; empty if there are new ones."""
+        known = self._kept.setdefault(backend, {})
+        if mode not in known or known[mode][0] is not buffers:
+            known[mode] = buffers, {}
+        return known[mode][1]
+
+
 class FlashAttention:
     """`FlashAttentionBackend` with top-k 1: metadata in a store for each forward mode, one page-table row per request."""
 
@@ -81,13 +96,21 @@ class FlashAttention:
     page_tables: tuple[str, ...] = ("page_table", "swa_page_table")
     _stores: ClassVar = {"DECODE": "decode_cuda_graph_metadata", "TARGET_VERIFY": "target_verify_metadata"}
 
+    def __init__(self) -> None:
+        self._written = OfCaptures("written")
+
     def store(self, backend: Any, mode: str) -> dict[int, Any]:
         """As sglang has it."""
         found: dict[int, Any] = getattr(backend, self._stores[mode])
         return found
 
-    def captured(self, backend: Any, mode: str, size: int) -> None:
-        """Nothing: sglang keeps it."""
+    def captured(self, backend: Any, mode: str, batch: Any) -> None:
+        """The slots that it writes, by its size and where its lengths are.
+
+        With two-batch overlap batches of one size are captured that are different parts of the runner's buffers.
+        """
+        known = self._written.of(backend, mode, self.store(backend, mode))
+        known[batch.batch_size, batch.seq_lens.data_ptr()] = batch.out_cache_loc
 
     def compute(self, backend: Any, batch: Any) -> None:
         """As its `init_forward_metadata_out_graph` does."""
@@ -113,15 +136,21 @@ class FlashAttention:
         metadata = self.store(backend, mode)[size]
         return metadata.swa_page_table, metadata.swa_out_cache_loc
 
-    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+    def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
         """Of what a draft writes, which sglang lists by request, one row per step.
 
         sglang may pass the slots of the requests alone. The runner's own buffer then has them, and 0 for those that are padding.
         """
         if not backend.use_sliding_window_kv_pool:
             return None
-        written = batch.out_cache_loc if batch.out_cache_loc.shape == captured.shape else captured
         steps = backend.speculative_num_steps if mode == "DECODE" else 1
+        written = batch.out_cache_loc
+        if len(written) != batch.batch_size * (steps if mode == "DECODE" else backend.speculative_num_draft_tokens):
+            written = self._written.of(backend, mode, self.store(backend, mode)).get(
+                (batch.batch_size, batch.seq_lens.data_ptr())
+            )
+            if written is None:
+                reject("batch.seq_lens", "the lengths of a captured batch", "others; its slots are not all there")
         return SlotMap(backend.token_to_kv_pool.full_to_swa_index_mapping, written.view(-1, steps).t())
 
     def shared(self, first: Any, own: Any) -> Any:
@@ -165,19 +194,15 @@ class FlashMLA:
     _views = ("cuda_graph_mla_metadata_view", "cuda_graph_num_splits_view")
 
     def __init__(self) -> None:
-        self._captured: Attached[dict[str, tuple[torch.Tensor, dict[int, Any]]]] = Attached("captured")
+        self._captured = OfCaptures("captured")
 
     def store(self, backend: Any, mode: str) -> dict[int, Any]:
         """The metadata of captures over the present buffers."""
-        known = self._captured.setdefault(backend, {})
-        buffer = getattr(backend, self._tables)
-        if mode not in known or known[mode][0] is not buffer:
-            known[mode] = buffer, {}
-        return known[mode][1]
+        return self._captured.of(backend, mode, getattr(backend, self._tables))
 
-    def captured(self, backend: Any, mode: str, size: int) -> None:
-        """Keep it, in place of that of an earlier capture."""
-        self.store(backend, mode)[size] = backend.forward_metadata
+    def captured(self, backend: Any, mode: str, batch: Any) -> None:
+        """The metadata, in place of that of an earlier capture."""
+        self.store(backend, mode)[batch.batch_size] = backend.forward_metadata
 
     def compute(self, backend: Any, batch: Any) -> None:
         """As its `init_forward_metadata_out_graph` does."""
@@ -209,7 +234,7 @@ class FlashMLA:
         """None: it has no sliding windows."""
         return None, None
 
-    def slot_map(self, backend: Any, mode: str, batch: Any, captured: torch.Tensor) -> SlotMap | None:
+    def slot_map(self, backend: Any, mode: str, batch: Any) -> SlotMap | None:
         """None."""
         return None
 

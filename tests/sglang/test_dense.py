@@ -298,7 +298,7 @@ def test_page_tables_that_can_not_be_shared_are_sglangs_own(
         rig = made(row, steps=3)
     assert len({table.data_ptr() for table in page_tables(rig)}) == len(list(page_tables(rig)))
     assert list(host.fallbacks) == [("sglang", row.path, "capture", "share", "ZeroDivisionError")]
-    monkeypatch.setattr(type(row.layout), "captured", lambda self, backend, mode, size: 1 / 0)
+    monkeypatch.setattr(type(row.layout), "captured", lambda self, backend, mode, batch: 1 / 0)
     assert not Captured(rig, monkeypatch).is_spoiled()
     assert ("sglang", row.path, "capture", "graph", "ZeroDivisionError") in host.fallbacks
 
