@@ -19,7 +19,7 @@ REGISTRY: tuple[Need, ...] = (
 
 FLASH_ATTENTION = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
 
-_FLASH_ATTENTION_REFUSALS: tuple[Need, ...] = (  # since 0.5.22
+_FLASH_ATTENTION_REFUSALS: tuple[Need, ...] = (
     Need(f"{FLASH_ATTENTION}._kv_shard_pool", (), "know whether the KV cache is in shards"),
     Need(f"{FLASH_ATTENTION}._maybe_init_local_attn_builder", (), "know whether attention is local"),
 )

@@ -126,9 +126,9 @@ PARTS: Mapping[Part, tuple[Need, ...]] = {
         Need(f"{GLUE_GRAPH}.is_captured", (), "prepare where sglang would replay what it has recorded", hooked=True,
              known=("key",)),
     ),
-    "recorded draft extend": needs.RECORDED_DRAFT_EXTEND,
-    "dense FlashAttention": needs.DENSE_FLASH_ATTENTION,
-    "dense FlashMLA": needs.DENSE_FLASHMLA,
+    "recorded draft extend": needs.RECORDED_DRAFT_EXTEND,  # since 0.5.22, as far as what is refused can be told
+    "dense FlashAttention": needs.DENSE_FLASH_ATTENTION,  # since 0.5.22
+    "dense FlashMLA": needs.DENSE_FLASHMLA,  # since 0.5.22
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
-"""sglang's real DSA backends without a model runner.
+"""sglang's real backends without a model runner.
 
-`backends` makes, captures and replays them, `engine` is what the conformance kit sees of them. `original_loop` is older
-than both: the release whose code this package starts from, loaded from its wheel.
+`backends` makes, captures and replays those of DSA, `engine` is what the conformance kit sees of them. `dense` and
+`flash_attention` make dense ones, for `dense_engine` and `recorded_engine`. `original_loop` is older than all: the release
+whose code this package starts from, loaded from its wheel.
 """
