@@ -25,6 +25,7 @@ AGAIN = "no plugin again"
 COLOURS = {"sglang": "#1f77b4", "vllm": "#d95f02"}
 LEFT, TOP, WIDTH, HEIGHT = 70, 60, 780, 380
 NULL = "#999999"
+NOTE = f"Full: batch 1, empty: larger. Numbers: layers. Bars: 95 % intervals, of {FEWEST_PAIRS} pairs or more."
 
 
 @dataclass(frozen=True)
@@ -148,15 +149,8 @@ def draw() -> str:
     for colour, label in (*((COLOURS[name], name) for name in COLOURS), (NULL, "equals: no plugin against no plugin")):
         parts += [svg.bar(at, 38, 12, 12, colour), svg.text(at + 18, 48, label, "12px")]
         at += 50 + 7 * len(label)
-    parts.append(
-        svg.text(
-            at,
-            48,
-            "full: batch 1, empty: larger; number: layers; bars: 95 % intervals, where there are 10 pairs or more",
-            "12px",
-        )
-    )
-    return svg.document(parts, LEFT + WIDTH + 60, TOP + HEIGHT + 40)
+    parts.append(svg.text(LEFT, TOP + HEIGHT + 40, NOTE, "11px"))
+    return svg.document(parts, LEFT + WIDTH + 60, TOP + HEIGHT + 56)
 
 
 def _ticks(values: list[float]) -> tuple[float, float]:
