@@ -3,7 +3,8 @@
 
 For each row of the adapter's table a real backend is captured with the plugin, in a real CUDA graph, and replayed with
 random batches. After each replay every value that captured kernels read is compared with what sglang's own code computes for
-the same batch in a backend of its own. FlashMLA's compiled schedule has a stand-in; attention kernels are not run.
+the same batch in a backend of its own. FlashMLA's compiled schedule has a stand-in where it can't be had; attention kernels are
+not run.
 
     python -m benchmarks.gpu.dense --batches 1000
 

@@ -41,6 +41,11 @@ class Sizes:
     max_batch_size: int = 4
     draft_tokens: int = 4
 
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have; the token table has some columns more."""
+        return self.width - 8
+
 
 @contextlib.contextmanager
 def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
@@ -106,7 +111,7 @@ def model_runner(sizes: Sizes, table: torch.Tensor, draft_worker: bool = True) -
         token_to_kv_pool=pool, page_size=sizes.page_size, device=str(table.device), is_draft_worker=draft_worker,
     )  # fmt: skip
     model = SimpleNamespace(
-        is_encoder_decoder=False, context_len=sizes.width - 8, attention_arch=AttentionArch.MLA,
+        is_encoder_decoder=False, context_len=sizes.context, attention_arch=AttentionArch.MLA,
         is_local_attention_model=False, head_dim=128, hf_text_config=SimpleNamespace(num_attention_heads=32),
         get_num_kv_heads=lambda ranks: 8,
     )  # fmt: skip
