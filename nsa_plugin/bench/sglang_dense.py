@@ -97,7 +97,7 @@ class SglangDense:
             yield self._newest.contender
 
     def check(self, contender: Contender) -> list[str]:
-        """Values that differ from sglang's own; of those, the ones that differ from plain torch."""
+        """Values that differ from sglang's own, and of sglang's own those that differ from plain torch."""
         wrong: set[str] = set()
         for index in range(len(self._lens)):
             contender.run(index)

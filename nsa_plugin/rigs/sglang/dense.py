@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -71,14 +71,23 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[None]:
         stack.enter_context(flash_attention.stand_ins(draft_tokens))
         compiled = has_compiled_schedule()
         if FLASHMLA not in sys.modules and not compiled:
+            before = {name: sys.modules.get(name) for name in (INTERFACE, FLASHMLA)}
+            stack.callback(_put_back, before)
             sys.modules[INTERFACE] = interface
-            stack.callback(lambda: [sys.modules.pop(name, None) for name in (INTERFACE, FLASHMLA)])
         module = importlib.import_module(FLASHMLA)
         if not compiled:
             stack.enter_context(mock.patch.object(module, "get_mla_metadata", flash_mla))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch.object(module, "torch", _OnTheCpu()))
         yield
+
+
+def _put_back(modules: Mapping[str, types.ModuleType | None]) -> None:
+    for name, module in modules.items():
+        if module is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = module
 
 
 def pages(metadata: Any) -> torch.Tensor:
@@ -89,8 +98,18 @@ def pages(metadata: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a runner holds of its largest batch: lengths and rows of the token table [requests], slots to write
-    [requests × width], and the tokens of each request in a draft extend [requests]."""
+    """What a runner holds of its largest batch.
+
+    Attributes
+    ----------
+    lens : int64 tensor [requests]
+    requests : int64 tensor [requests]
+        Rows of the token table.
+    slots : int64 tensor [requests * width]
+        To be written.
+    extend : int32 tensor [requests]
+        Tokens of each request in a draft extend.
+    """
 
     lens: torch.Tensor
     requests: torch.Tensor
