@@ -67,7 +67,7 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
         "get_device_capability": (9, 0),
     }
     with contextlib.ExitStack() as stack:
-        if "sgl_kernel" not in sys.modules:
+        if not _has_kernels():
             names = {"sgl_kernel": kernels, "sgl_kernel.flash_attn": flash}
             sys.modules.update(names)
             stack.callback(lambda: [sys.modules.pop(name) for name in names])
@@ -77,6 +77,14 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
         stack.enter_context(mock.patch(f"{TRANSLATOR}.get_parallel", lambda: PARALLEL))
         stack.enter_context(mock.patch("sglang.srt.speculative.spec_utils.get_spec", lambda: draft))
         yield backend
+
+
+def _has_kernels() -> bool:
+    """Whether sglang's compiled kernels, or what stands for them, can be had."""
+    if "sgl_kernel" not in sys.modules and torch.cuda.is_available():
+        with contextlib.suppress(ImportError, OSError):  # not installed, or made for another torch or driver
+            importlib.import_module("sgl_kernel.flash_attn")
+    return "sgl_kernel" in sys.modules
 
 
 def slots(sizes: Sizes, seed: int = 0) -> torch.Tensor:
