@@ -67,6 +67,8 @@ def terminal(results: Results) -> Group:
         "Floor: bytes that must move over the measured copy rate. The GPU's ratio to it is shown where the floor is over "
         f"{LAUNCH_US:.0f} µs, what one launch takes."
     )
+    if any("launch_us" in row for cell in results["cells"] for row in cell["contenders"].values()):
+        caption += " Launch: the kernels of this package alone."
     return Group(*parts, Text(caption, style="italic"))
 
 

@@ -269,7 +269,7 @@ def _original_wheel(given: Path | None, console: Console) -> Path | None:
 def where(device: torch.device) -> dict[str, Any]:
     """Machine, versions, date and command, for a result file."""
     versions = {"python": platform.python_version()}
-    for name in ("nsa-plugin", "torch", "triton", "sglang", "sgl-kernel", "sglang-kernel", "vllm"):
+    for name in ("nsa-plugin", "torch", "triton", "sglang", "sgl-kernel", "sglang-kernel", "sgl-flash-mla", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     versions["torch"] = torch.__version__
