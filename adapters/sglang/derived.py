@@ -52,19 +52,19 @@ def _constant_flashmla(backend: Any, metadata: Any) -> Any:
         return None
     if same_buffer(held.num_splits, of_all_sizes.num_splits):
         return made
-    held.copy_(made)  # another capture has made it
+    held.copy_(made)  # an earlier capture has made it
     return held
 
 
 def _whatever_the_lengths(backend: Any, lengths: torch.Tensor) -> Any:
-    """The backend's FlashMLA metadata for as many lengths, or None if they are not the same for all."""
+    """The backend's FlashMLA metadata for as many rows as `lengths` has; None if they depend on what the lengths are."""
     topk = getattr(backend, releases.generation().of("_index_topk"))
-    rising = torch.arange(lengths.numel(), dtype=lengths.dtype, device=lengths.device) % (topk + 1)
-    filled = [torch.full_like(lengths, value) for value in (0, 1, topk // 2 + 1, topk, 4 * topk + 1)]
+    rising = torch.arange(lengths.numel(), dtype=lengths.dtype, device=lengths.device) % topk + 1
+    filled = [torch.full_like(lengths, value) for value in (1, topk // 2 + 1, topk, 4 * topk + 1)]
     with filled_memory():
         made = [
             backend._compute_flashmla_metadata(cache_seqlens=seen, seq_len_q=1)
-            for seen in (lengths, lengths, *filled, rising, topk - rising)
+            for seen in (lengths, lengths, *filled, rising, topk + 1 - rising)
         ]
     words = torch.stack([torch.cat([each.flashmla_metadata.flatten(), each.num_splits]) for each in made]).cpu()
     undefined = words[0] != words[1]  # equal lengths

@@ -142,7 +142,7 @@ class Graphs:
         count, columns = 0, torch.zeros(schedule.shape[1], dtype=torch.bool, device=DEVICE)
         for turn in range(number):
             longest = topk + 1 if turn % 4 else 64 * topk
-            lengths = torch.randint(longest, captured.shape, generator=generator, device=DEVICE).to(captured.dtype)
+            lengths = torch.randint(1, longest, captured.shape, generator=generator, device=DEVICE).to(captured.dtype)
             other, others_splits = made(lengths)
             wrong = (other != schedule) & defined
             columns |= wrong.any(0)
