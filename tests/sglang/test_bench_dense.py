@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -157,3 +158,16 @@ def test_a_compiled_schedule_stays(monkeypatch: pytest.MonkeyPatch) -> None:
             with dense.stand_ins():
                 assert (module.get_mla_metadata is real) is compiled
     assert dense.FLASHMLA not in sys.modules and sys.modules.get(dense.INTERFACE) is before
+
+
+def test_every_kernel_that_is_imported_has_a_stand_in() -> None:
+    if importlib.util.find_spec("sgl_kernel") is not None:
+        pytest.skip("the compiled kernels are installed")
+    with dense.stand_ins():
+        kernels: Any = importlib.import_module("sgl_kernel.quantization.deep")
+        assert kernels.any_kernel and importlib.import_module("sgl_kernel").int8_scaled_mm
+        with dense.stand_ins():
+            assert importlib.import_module("sgl_kernel.quantization.deep") is kernels
+        assert sys.modules["sgl_kernel.quantization.deep"] is kernels
+    assert not [name for name in sys.modules if name.startswith("sgl_kernel.quantization")]
+    assert importlib.util.find_spec("sgl_kernel") is None

@@ -1,6 +1,6 @@
 """The real FlashAttention backend of sglang without a model runner, and batches of its draft extend, on CPU tensors.
 
-`stand_ins` replaces the module of compiled kernels, which sglang's metadata code imports and does not call, and the
+`stand_ins` replaces compiled kernels that are not installed, which sglang's metadata code imports and does not call, and the
 settings of a server. Every line of metadata code that then runs is sglang's.
 """
 
@@ -12,6 +12,8 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,6 +21,7 @@ from unittest import mock
 import torch
 
 BACKEND = "sglang.srt.layers.attention.flashattention_backend"
+KERNELS = "sgl_kernel"
 TRANSLATOR = "sglang.srt.mem_cache.kv_index_translator"
 PARALLEL = SimpleNamespace(attn_cp_size=1, attn_tp_size=1, attn_dcp_size=1, dcp_enabled=False, enable_prefill_cp=False,
                            attn_dp_enabled=False, dcp_size=1, dcp_rank=0)  # fmt: skip
@@ -47,13 +50,55 @@ class Sizes:
         return self.width - 8
 
 
+class _Kernels(types.ModuleType):
+    """A module of compiled kernels that nothing of metadata calls: every name is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.Mock()
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a stand-in for each module of the package of compiled kernels."""
+
+    def find_spec(self, fullname: str, *rest: object) -> ModuleSpec | None:
+        """The spec of a stand-in."""
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == KERNELS else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        """The stand-in."""
+        return _Kernels(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing: it has no code."""
+
+
+@contextlib.contextmanager
+def _no_kernels() -> Iterator[None]:
+    finder, before = _Finder(), set(sys.modules)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == KERNELS:
+                del sys.modules[name]
+
+
+def _has_kernels() -> bool:
+    """Whether the compiled kernels are there: on a GPU sglang's modules import more of them than stand-ins have."""
+    try:
+        importlib.import_module(KERNELS)
+    except (ImportError, OSError, RuntimeError):  # not installed, or made for another torch or device
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
     """Run sglang's code on CPU tensors; yields the module of the backend. Needs TRITON_INTERPRET=1, as Triton is imported."""
-    kernels: Any = types.ModuleType("sgl_kernel")
-    flash: Any = types.ModuleType("sgl_kernel.flash_attn")
-    kernels.__path__, kernels.flash_attn, kernels.merge_state_v2 = [], flash, mock.Mock()
-    flash.flash_attn_varlen_func = flash.flash_attn_with_kvcache = flash.get_scheduler_metadata = mock.Mock()
     draft = SimpleNamespace(
         speculative_eagle_topk=1, speculative_num_draft_tokens=draft_tokens, speculative_algorithm="EAGLE"
     )
@@ -68,23 +113,13 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[Any]:
     }
     with contextlib.ExitStack() as stack:
         if not _has_kernels():
-            names = {"sgl_kernel": kernels, "sgl_kernel.flash_attn": flash}
-            sys.modules.update(names)
-            stack.callback(lambda: [sys.modules.pop(name) for name in names])
+            stack.enter_context(_no_kernels())
         backend = importlib.import_module(BACKEND)
         for name, value in settings.items():
             stack.enter_context(mock.patch.object(backend, name, lambda value=value: value))
         stack.enter_context(mock.patch(f"{TRANSLATOR}.get_parallel", lambda: PARALLEL))
         stack.enter_context(mock.patch("sglang.srt.speculative.spec_utils.get_spec", lambda: draft))
         yield backend
-
-
-def _has_kernels() -> bool:
-    """Whether sglang's compiled kernels, or what stands for them, can be had."""
-    if "sgl_kernel" not in sys.modules and torch.cuda.is_available():
-        with contextlib.suppress(ImportError, OSError):  # not installed, or made for another torch or driver
-            importlib.import_module("sgl_kernel.flash_attn")
-    return "sgl_kernel" in sys.modules
 
 
 def slots(sizes: Sizes, seed: int = 0) -> torch.Tensor:
