@@ -58,7 +58,7 @@ def _cells() -> Iterator[dict[str, Any]]:
             plugin = next((cell["variants"][name] for name in WITH_PLUGIN if name in cell["variants"]), None)
             if shipped is None or plugin is None or not shipped["round_us_median"]:
                 continue
-            hosts = [_host(results["engine"], one) for one in (shipped, plugin)]
+            hosts = [host_ms(results["engine"], one) for one in (shipped, plugin)]
             if None in hosts:
                 continue
             pairs = list(zip(plugin["tokens_per_s_all"], shipped["tokens_per_s_all"], strict=False))
@@ -74,7 +74,8 @@ def _cells() -> Iterator[dict[str, Any]]:
             }
 
 
-def _host(engine: str, variant: dict[str, Any]) -> float | None:
+def host_ms(engine: str, variant: dict[str, Any]) -> float | None:
+    """The host's work in a round, in milliseconds; None if it was not timed."""
     calls = [variant[name] for name in HOST[engine] if name in variant]
     if len(calls) < len(HOST[engine]):
         return None

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.end_to_end.report import markdown as end_to_end
 from benchmarks.matrix.render import table as releases
 from benchmarks.measured import FILE, measured
-from nsa_plugin.bench.report import number, title
+from nsa_plugin.bench.report import BOUND_TEXT, number, title, to_bound
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -25,19 +25,24 @@ SHOWN = {"batch_size": (1, 8, 32, 128), "context": (16384, 65536, 131072)}
 
 
 def bench(results: dict[str, Any]) -> str:
-    """Host time, GPU time and kernels of every way to prepare, one line for each cell."""
+    """Host time, GPU time and kernels of every way to prepare, one line for each cell; the own launch where it is known."""
     cells = [cell for cell in results["cells"] if all(cell[key] in shown for key, shown in SHOWN.items())]
     names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
+    launched = [name for name in names if any(to_bound(cell, name) for cell in cells)]
+    columns = [*names, "floor", *([f"{BOUND_TEXT}: {' / '.join(launched)}"] if launched else [])]
     lines = [
         f"{title(results)}; host / GPU / kernels, times in µs:",
         "",
-        f"| mode | batch | context | steps | {' | '.join(names)} | floor |",
-        "|---|---|---|---|" + "---|" * (len(names) + 1),
+        f"| mode | batch | context | steps | {' | '.join(columns)} |",
+        "|---|---|---|---|" + "---|" * len(columns),
     ]
     for cell in cells:
         head = f"| {cell['mode']} | {cell['batch_size']} | {cell['context'] // 1024}K | {cell['steps']} | "
         entries = [_entry(cell["contenders"].get(name)) for name in names]
-        lines.append(head + " | ".join(entries) + f" | {number(cell['floor_us'])} |")
+        entries.append(number(cell["floor_us"]))
+        if launched:
+            entries.append(" / ".join(number(to_bound(cell, name), 2) for name in launched))
+        lines.append(head + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
@@ -95,8 +100,8 @@ def _accepted(found: dict[str, Any]) -> str:
 
 
 def graph_time(results: dict[str, Any]) -> str:
-    """What metadata add to the time of a captured graph: derived planes in turn, and side by side."""
-    ways = ("in turn", "side by side", "saved")
+    """What metadata add to the time of a captured graph, by how derived planes are computed; the last way saves so much."""
+    ways = [way for way in ("in turn", "side by side", "FlashMLA once", "saved") if way in results["cells"][0]]
     lines = [
         f"{results['machine']}, {results['date']}; {results['ctx'] // 1024}K, {results['steps']} steps; µs, median and "
         "95 % interval:",

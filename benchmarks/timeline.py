@@ -1,6 +1,6 @@
 """Draws one round of drafting, verifying and extending, as shipped and with the plugin, from end-to-end results.
 
-    python benchmarks/timeline.py SMALL.json LARGE.json OUT.svg
+    python -m benchmarks.timeline SMALL.json LARGE.json OUT.svg
 
 `SMALL.json` is of a model for which the host is the longer lane, `LARGE.json` of one for which the GPU is. Every length
 is a median of those files. The order within a lane is sglang's; where the GPU's work lies in it was not measured, so it
@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+
+from benchmarks import svg
 
 STEPS, PROMPT, BATCH = 4, 1024, 1
 """The cell that is drawn: the one whose GPU time was profiled."""
@@ -76,26 +77,26 @@ def panel(rounds: dict[str, Round], title: str, top: float) -> tuple[list[str], 
     """The lanes of one model below `top`; returns also where they end."""
     longest = max(one.total for one in rounds.values())
     scale = WIDTH / longest
-    lines = [_text(20, top, title, "bold 15px")]
+    lines = [svg.text(20, top, title, "bold 15px")]
     y = top + 14.0
     for variant, one in rounds.items():
-        lines.append(_text(20, y + BAR, VARIANTS[variant], "13px"))
+        lines.append(svg.text(20, y + BAR, VARIANTS[variant], "13px"))
         for lane, bars in (("host", one.host), ("GPU", [("GPU", f"kernels: at most {one.gpu:.1f} ms", one.gpu)])):
-            lines.append(_text(LEFT - 8, y + 15, lane, "13px", "end"))
+            lines.append(svg.text(LEFT - 8, y + 15, lane, "13px", "end"))
             x = float(LEFT)
             for colour, label, length in bars:
                 width = length * scale
-                lines.append(_bar(x, y, width, COLOURS[colour]))
+                lines.append(svg.bar(x, y, width, BAR, COLOURS[colour]))
                 if label and width > 7 * len(label):
-                    lines.append(_text(x + width / 2, y + 15, label, "11px", "middle"))
+                    lines.append(svg.text(x + width / 2, y + 15, label, "11px", "middle"))
                 x += width
             if lane == "host":
                 said = f"{one.busy:.1f} ms of work, {one.metadata:.2f} of it metadata"
-                lines.append(_text(LEFT + WIDTH + 12, y + 15, said, "12px"))
+                lines.append(svg.text(LEFT + WIDTH + 12, y + 15, said, "12px"))
             y += BAR + 3
         end = LEFT + one.total * scale
-        lines.append(_bar(end - 1, y - 2 * BAR - 8, 2, "#333333", 2 * BAR + 9))
-        lines.append(_text(LEFT + WIDTH + 12, y - 9, f"{one.total:.1f} ms from round to round", "bold 12px"))
+        lines.append(svg.bar(end - 1, y - 2 * BAR - 8, 2, 2 * BAR + 9, "#333333"))
+        lines.append(svg.text(LEFT + WIDTH + 12, y - 9, f"{one.total:.1f} ms from round to round", "bold 12px"))
         y += 10
     return lines, y
 
@@ -121,27 +122,15 @@ def draw(small: dict[str, Any], large: dict[str, Any]) -> str:
         f"61 layers {changes(large)}. The host's speed changes between runs.",
     ]
     for note in notes:
-        lines.append(_text(20, y, note, "11px"))
+        lines.append(svg.text(20, y, note, "11px"))
         y += 16
     legend = {"metadata": "attention metadata", "host": "other work of the phase", "other": "scheduling", "GPU": "GPU"}
     x = 20.0
     for colour, label in legend.items():
-        lines += [_bar(x, 42, 14, COLOURS[colour], 14), _text(x + 20, 54, label, "12px")]
+        lines += [svg.bar(x, 42, 14, 14, COLOURS[colour]), svg.text(x + 20, 54, label, "12px")]
         x += 50 + 7 * len(label)
-    head = _text(20, 26, "One round of speculative decoding: draft, verify, extend", "bold 17px")
-    size = f'width="1200" height="{y:.0f}" viewBox="0 0 1200 {y:.0f}"'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
-    ground = '<rect width="100%" height="100%" fill="#fff"/>'
-    return "\n".join([opening, ground, head, *lines, "</svg>", ""])
-
-
-def _bar(x: float, y: float, width: float, colour: str, height: float = BAR) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
-
-
-def _text(x: float, y: float, text: str, font: str, anchor: str = "start") -> str:
-    style = f"font: {font} sans-serif; fill: #222"
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(text)}</text>'
+    head = svg.text(20, 26, "One round of speculative decoding: draft, verify, extend", "bold 17px")
+    return svg.document([head, *lines], 1200, y)
 
 
 def main() -> None:

@@ -143,17 +143,19 @@ class ReplayPlan:
         InvalidTypeError, InvalidValueError
             The batch has another mode, size or layout (`LAYOUT`) than the planned one. Nothing was written.
         """
-        size, mode, draft_tokens, step_offsets, uniform, all_exist, all_accepted, one_cache, slots = self._bound
+        size, mode, draft_tokens, step_offsets, no_extend_lens, no_query_start_loc, no_accepted, no_map, slots = (
+            self._bound
+        )
         try:
             other = (
                 batch.batch_size != size
                 or batch.mode is not mode
                 or batch.draft_tokens != draft_tokens
                 or batch.step_offsets != step_offsets
-                or (batch.extend_lens is None) is not uniform
-                or (batch.query_start_loc is None) is not all_exist
-                or (batch.accepted is None) is not all_accepted
-                or (batch.slot_map is None) is not one_cache
+                or (batch.extend_lens is None) is not no_extend_lens
+                or (batch.query_start_loc is None) is not no_query_start_loc
+                or (batch.accepted is None) is not no_accepted
+                or (batch.slot_map is None) is not no_map
                 or batch.slots.__class__ is not slots
             )
         except AttributeError:

@@ -124,6 +124,14 @@ def _bench(bench: argparse.ArgumentParser) -> None:
         help=f"sglang's decode kernel: {', '.join(DECODE_KERNELS)} (default: %(default)s)",
     )  # fmt: skip
     bench.add_argument(
+        "--backend", choices=("dsa", "fa3", "flashmla"), default="dsa",
+        help="sglang's attention backend: sparse (dsa), or dense (fa3, flashmla) (sglang only; default: %(default)s)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--page-size", type=_positive, metavar="TOKENS",
+        help="tokens per page of the cache: 1, 16, 32, 64 or 128 with fa3 (default: 1, as in sglang), 64 with the others",
+    )  # fmt: skip
+    bench.add_argument(
         "--index-kpool", type=int, choices=(1, 2, 4, 8, 16), default=1, metavar="K",
         help="tokens that share an index key: 1, 2, 4, 8 or 16 (sglang only; default: %(default)s)",
     )  # fmt: skip

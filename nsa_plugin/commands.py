@@ -51,7 +51,7 @@ def bench(options: argparse.Namespace) -> int:
     wanted = Options(
         options.engine, tuple(options.mode), tuple(options.bs), tuple(options.ctx), tuple(options.steps), options.width,
         options.decode_impl, options.original_wheel, random.randrange(1 << 30) if options.seed is None else options.seed,
-        options.trace, options.index_kpool,
+        options.trace, options.index_kpool, options.backend, options.page_size,
     )  # fmt: skip
     try:
         run(wanted, console, keep)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -331,20 +332,34 @@ class Preparation:
                 made = spare_metadata(self._used[0], spares)
             self._spares[offset] = made
 
+    @cached_property
+    def _constants(self) -> Mapping[str, Any]:
+        """Fields of the `DSAMetadata` that no replay writes to. A copy writes all of them, where sglang has them."""
+        return {} if self.strategy == "copy" else derived.constants(self._backends[0], self._own[0])
+
+    @cached_property
+    def _first(self) -> Any:
+        """The first backend's `DSAMetadata`."""
+        own = self._own[0]
+        is_held = all(getattr(own, name) is value for name, value in self._constants.items())
+        return own if is_held else replace(own, **self._constants)
+
     def _buffers(self, drop_wide_table: bool, exact: bool) -> tuple[Any, ...]:
         """The `DSAMetadata` for each backend."""
         if self.strategy == "copy":
             return self._own
-        first = replace(self._own[0], page_table_1=None) if drop_wide_table else self._own[0]
+        first = replace(self._first, page_table_1=None) if drop_wide_table else self._first
         if not exact:
             return (first,) * len(self._own)
-        tables = {"page_table_1": first.page_table_1, "real_page_table": first.real_page_table}
-        return (first, *(replace(metadata, **tables) for metadata in self._own[1:]))
+        shared = {"page_table_1": first.page_table_1, "real_page_table": first.real_page_table, **self._constants}
+        return (first, *(replace(metadata, **shared) for metadata in self._own[1:]))
 
     def _refresher(self, exact: bool) -> Refresh | None:
         """A function that refreshes the derived planes of all buffers that the plan writes; None if there are none."""
         planes = list(zip(self._backends, self._used, strict=True))[: None if exact else 1]
-        made = [derived.refreshers(*plane, self._native_mode, self._batch_size) for plane in planes]
+        made = [
+            derived.refreshers(*plane, self._native_mode, self._batch_size, self._constants.keys()) for plane in planes
+        ]
         return side_by_side([refresh for refreshes in made for refresh in refreshes])
 
     def _point(self) -> None:

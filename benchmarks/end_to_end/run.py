@@ -274,6 +274,13 @@ def profiles(options: argparse.Namespace, engines: dict[str, Engine]) -> Iterato
             yield name, {"error": str(error)[:300]}
 
 
+def up(number: int, options: argparse.Namespace) -> None:
+    """Say how many engines are up, and wait for the file that says when to measure."""
+    say(f"{number} engines are up")
+    while options.wait_for is not None and not options.wait_for.exists():
+        time.sleep(0.2)
+
+
 def say(text: str) -> None:
     """Print at once, with the seconds since the start."""
     print(f"[{time.perf_counter() - STARTED:6.1f}] {text}", flush=True)
@@ -346,9 +353,7 @@ def main() -> None:
     options = parse(parser)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"stopped by signal {number}"))
     engines = start_all(options)
-    say(f"{len(engines)} engines are up")
-    while options.wait_for is not None and not options.wait_for.exists():
-        time.sleep(0.2)
+    up(len(engines), options)
     results: dict[str, Any] = {
         "engine": options.engine, "tp": options.tp, "dp_attention": options.dp_attention,
         "date": datetime.date.today().isoformat(), "command": command(),

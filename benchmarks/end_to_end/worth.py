@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from report import BASELINE, GIVEN_BACK, reduce
-from run import HERE, Engine, command, parse, parser_of, random_prompts, say, start, take_turns
+from run import HERE, Engine, command, parse, parser_of, random_prompts, say, start, take_turns, up
 
 AGAIN, AUTO = "no plugin again", "auto"
 WIDTH = 163840
@@ -211,6 +211,7 @@ def measure(units: list[Unit], options: argparse.Namespace, until: float, compil
                 running[0].wait(cores)
         for one in running[0 if compiled else 1 :]:
             one.wait(cores)
+        up(sum(len(one.engines) for one in running), options)
         for one in running:
             file = options.json.with_name(f"{options.json.stem}_{one.unit.name}.json")
             cells = []
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=40, help="turns of a cell at most")
     parser.add_argument("--seconds-per-cell", type=float, default=90, help="no further turn after this time")
     parser.add_argument("--seconds", type=float, default=1500, help="no further cell after this time")
+    parser.add_argument("--wait-for", type=Path, help="measure only when this file is there")
     parser.set_defaults(model=HERE / "model_61_layers")
     options = parse(parser)
     waves = PLANS[options.engine].get(options.plan)

@@ -3,7 +3,8 @@
 
 For each row of the adapter's table a real backend is captured with the plugin, in a real CUDA graph, and replayed with
 random batches. After each replay every value that captured kernels read is compared with what sglang's own code computes for
-the same batch in a backend of its own. FlashMLA's compiled schedule has a stand-in; attention kernels are not run.
+the same batch in a backend of its own. FlashMLA's compiled schedule has a stand-in where it can't be had; attention kernels are
+not run.
 
     python -m benchmarks.gpu.dense --batches 1000
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.sglang.dense import ROWS
+from nsa_plugin.adapters.sglang.derived import filled_memory
 from nsa_plugin.adapters.sglang.registry import beneath_hooks
 from nsa_plugin.bench.run import where
 from nsa_plugin.host import Host
@@ -40,9 +42,9 @@ class Captured:
         owner.init_forward_metadata_out_graph(static, in_capture=True)
         self._seen = [backend.forward_metadata for backend in rig.backends]
         owner.init_forward_metadata_in_graph(static)
-        self._graph, spare = torch.cuda.CUDAGraph(), torch.zeros(1, device=rig.table.device)
+        self._graph, self._spare = torch.cuda.CUDAGraph(), torch.zeros(1, device=rig.table.device)
         with torch.cuda.graph(self._graph):
-            spare.add_(1)  # a graph may not be empty
+            self._spare.add_(1)  # a graph may not be empty
             owner.init_forward_metadata_in_graph(static)
 
     def replay(self, seq_lens: list[int], requests: list[int]) -> list[dict[str, torch.Tensor]]:
@@ -99,7 +101,8 @@ def main() -> int:
             for page_size, steps, windows in itertools.product(
                 (1, 16, 64, 128) if fa3 else (64,), (2, 4, 8) if row.draft else (4,), (False, True) if fa3 else (False,)
             ):
-                wrong = differing(row, page_size, steps, windows, options.batches, options.bs, options.width)
+                with filled_memory():
+                    wrong = differing(row, page_size, steps, windows, options.batches, options.bs, options.width)
                 told = {"path": row.path, "page_size": page_size, "steps": steps, "sliding_window": windows}
                 results.append({**told, "differs": dict(wrong)})
                 print(f"{told}: {options.batches} batches, {dict(wrong)}")

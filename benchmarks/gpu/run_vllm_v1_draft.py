@@ -133,10 +133,9 @@ def measure(draft: V1Draft, size: int, rounds: int) -> Outcome:
     draft.model.watch = True
     outcome: Outcome = {"host_us": statistics.median(samples), "propose_host_us": statistics.median(whole)}
     if draft.device.type == "cuda":
-        base, base_kernels = gpu_time([begin], rounds=10)
-        whole_gpu, kernels = gpu_time([lambda: steps(begin())], rounds=10)
-        assert base is not None and base_kernels is not None and whole_gpu is not None and kernels is not None
-        outcome |= {"gpu_us": whole_gpu - base, "kernels": kernels - base_kernels}
+        before, both = gpu_time([begin], rounds=10), gpu_time([lambda: steps(begin())], rounds=10)
+        assert before is not None and both is not None
+        outcome |= {"gpu_us": both.spread.median - before.spread.median, "kernels": both.kernels - before.kernels}
     return outcome
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -45,6 +46,7 @@ class Cell:
     seed : of the inputs; cells of the same batch size and context get the same
     recorded : inputs from a trace, in place of random ones
     index_kpool : tokens that share an index key
+    page_size : tokens per page of the cache
     """
 
     mode: ForwardMode
@@ -55,6 +57,7 @@ class Cell:
     seed: int
     recorded: Recorded | None = None
     index_kpool: int = 1
+    page_size: int = PAGE_SIZE
 
     def __post_init__(self) -> None:
         if self.width <= MAX_STEPS:
@@ -79,7 +82,7 @@ class Cell:
     def geometry(self, device: torch.device) -> Geometry:
         """Model and cache constants of DeepSeek V3.2; with pooled index keys those of GLM-5 Next."""
         return Geometry(
-            INDEX_TOPK, PAGE_SIZE, self.width, num_sms=multiprocessors(device), index_kpool=self.index_kpool
+            INDEX_TOPK, self.page_size, self.width, num_sms=multiprocessors(device), index_kpool=self.index_kpool
         )
 
     def batches(self, device: torch.device) -> list[BatchDescriptor]:
@@ -94,7 +97,7 @@ class Cell:
                 for index, lengths in enumerate(self.recorded.lengths)
             ]
         else:
-            page = PAGE_SIZE * self.index_kpool
+            page = self.page_size * self.index_kpool
             shape = (self.batch_size + SPARE_ROWS, -(-self.width // page), 1)
             first = torch.randint(0, (1 << 30) // page, shape, dtype=torch.int32, device=device) * page
             within = torch.arange(page, dtype=torch.int32, device=device)
@@ -134,7 +137,7 @@ class Cell:
         )
         rows = batches[0].rows_per_request
         pooled = 0 if self.index_kpool == 1 else 1 / self.index_kpool
-        return 4 * tokens * (1 + rows * (1 + (1 + pooled) / PAGE_SIZE))
+        return 4 * tokens * (1 + rows * (1 + (1 + pooled) / self.page_size))
 
 
 def recorded_cells(mode: ForwardMode, rounds: Sequence[Round], steps: Sequence[int], width: int) -> list[Cell]:
@@ -196,17 +199,21 @@ class Contender:
     ) -> Contender:
         """A contender whose work is recorded in a graph.
 
-        `load` writes input i to where the graph reads. `before` is what the host still has to call before a replay. `keep`
-        holds what the graph's kernels read, for as long as the contender lives.
+        `load` writes input i to where the graph reads. `before` is what the host still has to call before a replay, one call
+        for each input or one for all; its kernels count with the graph's. `keep` holds what the graph's kernels read, for as
+        long as the contender lives.
         """
 
         def run(index: int, keep: object = keep) -> None:
             load(index)
-            if before is not None:
-                before[index]()
+            replay(None if before is None else before[index % len(before)])
+
+        def replay(prepare: Call | None) -> None:
+            if prepare is not None:
+                prepare()
             graph.replay()
 
-        return cls(name, before, [graph.replay], run, consumers)
+        return cls(name, before, [partial(replay, call) for call in before or (None,)], run, consumers)
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -1,15 +1,19 @@
-"""Host time, GPU time and launches of a call. Without a GPU only the host is measured."""
+"""Host time, GPU time and kernels of a call. Without a GPU only the host is measured."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 Call = Callable[[], object]
+NAME = 120
+"""Characters of a kernel's name that are kept: those of templates go on and on."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,30 @@ def host_spread(calls: Sequence[Call], repeats: int = 7, rounds: int = 12) -> Sp
     return Spread.of(means)
 
 
-def gpu_time(calls: Sequence[Call], rounds: int = 15) -> tuple[float | None, float | None]:
-    """The median of `gpu_spread`, and the kernels."""
-    spread, kernels = gpu_spread(calls, rounds)
-    return None if spread is None else spread.median, kernels
+@dataclass(frozen=True)
+class GpuTime:
+    """Kernels of a call.
+
+    Attributes
+    ----------
+    spread : of the sum of their times
+    kernels : their number
+    by_kernel : µs of all launches of a kernel by its name, the longest first
+    """
+
+    spread: Spread
+    kernels: float
+    by_kernel: dict[str, float]
 
 
-def gpu_spread(calls: Sequence[Call], rounds: int = 15) -> tuple[Spread | None, float | None]:
-    """Sum of kernel times, and number of kernels, of a call; (None, None) without a GPU.
+def gpu_time(calls: Sequence[Call], rounds: int = 15) -> GpuTime | None:
+    """Kernels of a call; None without a GPU.
 
     torch's profiler measures them. `calls` take turns. The spread is over `rounds`, each the mean over the calls; if rounds
     differ in their number of kernels, there is one mean over all.
     """
     if not torch.cuda.is_available():
-        return None, None
+        return None
     from torch.profiler import ProfilerActivity, profile
 
     for call in calls:
@@ -84,7 +98,15 @@ def gpu_spread(calls: Sequence[Call], rounds: int = 15) -> tuple[Spread | None, 
     size, rest = divmod(len(events), rounds)
     parts = [in_order] if rest or not size else [in_order[at : at + size] for at in range(0, len(events), size)]
     times = [sum(event.device_time for event in part) * len(parts) / number for part in parts]
-    return Spread.of(times), len(events) / number
+    return GpuTime(Spread.of(times), len(events) / number, by_kernel(events, number))
+
+
+def by_kernel(events: Iterable[Any], calls: int) -> dict[str, float]:
+    """µs of one of `calls` that the profiler's `events` took, by the first characters of a kernel's name."""
+    found: Counter[str] = Counter()
+    for event in events:
+        found[event.name[:NAME]] += event.device_time / calls
+    return dict(found.most_common())
 
 
 def copy_rate(device: torch.device) -> float:
@@ -92,8 +114,8 @@ def copy_rate(device: torch.device) -> float:
     size = (64 if device.type == "cuda" else 16) << 20
     source = torch.randint(0, 1 << 20, (size,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    gpu, _ = gpu_time([lambda: target.copy_(source)])
-    elapsed = host_time([lambda: target.copy_(source)], rounds=3) if gpu is None else gpu
+    gpu = gpu_time([lambda: target.copy_(source)])
+    elapsed = host_time([lambda: target.copy_(source)], rounds=3) if gpu is None else gpu.spread.median
     return 2 * source.numel() * source.element_size() / elapsed
 
 

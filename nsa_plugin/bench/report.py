@@ -11,6 +11,9 @@ from nsa_plugin.bench.results import Results
 
 LAUNCH_US = 4.0
 """Below this floor the ratio to it says how long a launch takes, not how well bytes are moved."""
+BOUND = 1.3
+"""Times the floor: what a launch may take that moves the floor's bytes, besides `LAUNCH_US`."""
+BOUND_TEXT = f"launch / ({BOUND} × floor + {LAUNCH_US:.0f} µs)"
 
 
 def title(results: Results) -> str:
@@ -19,7 +22,15 @@ def title(results: Results) -> str:
     note = " (a CPU: the times say nothing about a GPU)" if results["machine"] == "CPU" else ""
     planned = results.get("planned_cells", "more")
     rest = "" if results.get("complete", True) else f"; incomplete: {len(results['cells'])} of {planned} cells"
-    return f"{results['machine']}{note}, {versions}, {results['date']}{rest}"
+    return f"{results['machine']}{note}, {versions}, {results['date']}{backend(results)}{rest}"
+
+
+def backend(results: Results) -> str:
+    """Which dense backend was measured, as a part of a sentence; empty for others."""
+    if "backend" not in results:
+        return ""
+    schedule = f", {results['schedule']} schedule" if "schedule" in results else ""
+    return f", {results['backend']}, page size {results['page_size']}{schedule}"
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -48,12 +59,16 @@ def terminal(results: Results) -> Group:
                 differs,
             )  # fmt: skip
         parts.append(table)
+        launches = [f"{name} {number(bound, 2)}" for name in cell["contenders"] if (bound := to_bound(cell, name))]
+        parts += [Text(f"{BOUND_TEXT}: {', '.join(launches)}")] if launches else []
         for name, row in cell["contenders"].items():
             parts += [Text(f"{name} differs: {', '.join(row['differs'])}")] if row["differs"] else []
     caption = (
         "Floor: bytes that must move over the measured copy rate. The GPU's ratio to it is shown where the floor is over "
         f"{LAUNCH_US:.0f} µs, what one launch takes."
     )
+    if any("launch_us" in row for cell in results["cells"] for row in cell["contenders"].values()):
+        caption += " Launch: the kernels of this package alone."
     return Group(*parts, Text(caption, style="italic"))
 
 
@@ -69,3 +84,9 @@ def ratio(cell: Results, name: str) -> float | None:
     if row is None or row["gpu_us"] is None or cell["floor_us"] < LAUNCH_US:
         return None
     return float(row["gpu_us"]) / float(cell["floor_us"])
+
+
+def to_bound(cell: Results, name: str) -> float | None:
+    """Time of this package's own launch over what it may take; None if it was not measured or there is none."""
+    launch = cell["contenders"].get(name, {}).get("launch_us")
+    return None if launch is None else float(launch) / (BOUND * float(cell["floor_us"]) + LAUNCH_US)

@@ -79,6 +79,10 @@ def _spread(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_number, value)) and value[0] <= value[1]
 
 
+def _times_by_name(value: object) -> bool:
+    return isinstance(value, dict) and _texts([*value]) and all(map(_number, value.values()))
+
+
 def _text(value: object) -> bool:
     return isinstance(value, str) and value.isprintable()
 
@@ -98,6 +102,9 @@ RESULTS = {
     "cells": ("a list", lambda value: isinstance(value, list)),
     "complete": ("true or false", lambda value: isinstance(value, bool)),
     "planned_cells": COUNT,
+    "backend": TEXT,
+    "page_size": COUNT,
+    "schedule": TEXT,
 }
 CELL = {
     "mode": TEXT,
@@ -114,7 +121,12 @@ CONTENDER = {
     "host_spread_us": SPREAD,
     "gpu_spread_us": SPREAD,
     "kernels": ("a number, or null", _time),
+    "launch_us": ("a time in µs", _number),
+    "gpu_us_by_kernel": ("an object of times in µs", _times_by_name),
     "differs": ("a list of fields, or null", lambda value: value is None or _texts(value)),
 }
-OPTIONAL = frozenset(("complete", "planned_cells", "host_spread_us", "gpu_spread_us"))
-"""Older files lack them."""
+OPTIONAL = frozenset((
+    "complete", "planned_cells", "host_spread_us", "gpu_spread_us", "launch_us", "gpu_us_by_kernel",
+    "backend", "page_size", "schedule",
+))  # fmt: skip
+"""Older files lack them, or those that they are not about."""

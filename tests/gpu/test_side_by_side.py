@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SIZE = 1 << 16
 
 
+@pytest.mark.allocates_in_graph
 def test_branches_read_what_was_written_before_and_are_read_afterwards() -> None:
     source = torch.zeros(SIZE, device="cuda", dtype=torch.int64)
     lengths, total = torch.zeros_like(source), torch.zeros_like(source)

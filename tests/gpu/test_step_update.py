@@ -81,6 +81,7 @@ def moved(value: Any) -> Any:
     return value
 
 
+@pytest.mark.allocates_in_graph
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_every_step_of_a_graph_equals_the_reference(rows: int, ratio: int) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from benchmarks.tables import bench as markdown
 from nsa_plugin import ForwardMode, TokenTable, UnavailableError
 from nsa_plugin.bench import run
 from nsa_plugin.bench.cell import Cell, recorded_cells
+from nsa_plugin.bench.measure import GpuTime, Spread, by_kernel
+from nsa_plugin.bench.report import terminal
 from nsa_plugin.bench.results import load as load_results
+from nsa_plugin.bench.results import save as save_results
 from nsa_plugin.cli import main
-from nsa_plugin.core import reference
+from nsa_plugin.core import kernels, reference
+from nsa_plugin.core.errors import InvalidValueError
 from nsa_plugin.core.metadata import PrecomputedMetadata
 from nsa_plugin.rigs.sglang import original_loop
 from nsa_plugin.trace import Round, load, save
@@ -211,7 +219,7 @@ def test_pooled_index_keys_are_sglangs_and_of_random_inputs(
     more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*ONE_CELL, "--index-kpool", "4", *more]) != 0
-    assert "--index-kpool: expected 1 without --engine sglang, and with --trace, got 4" in capsys.readouterr().err
+    assert "--index-kpool: expected 1 without --engine sglang, with --trace, " in capsys.readouterr().err
 
 
 def test_slots_of_a_cell_are_those_of_whole_pages_of_pools() -> None:
@@ -222,3 +230,81 @@ def test_slots_of_a_cell_are_those_of_whole_pages_of_pools() -> None:
         assert table.shape == (10, 500) and bool((table[:, ::256] % 256 == 0).all())
         assert bool((table[:, 1:256] == table[:, :1] + torch.arange(1, 256)).all())
         assert bool((batch.seq_lens >= 4).all()) and 1 <= int(batch.accepted.min()) <= int(batch.accepted.max()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--backend", "fa3"], "--backend: expected dsa without --engine sglang, and with --trace, got fa3"),
+        (
+            ["--backend", "flashmla", "--engine", "sglang", "--trace", "some.jsonl"],
+            "--backend: expected dsa without --engine sglang, and with --trace, got flashmla",
+        ),
+        (
+            ["--backend", "flashmla", "--engine", "sglang", "--page-size", "1"],
+            "--page-size: expected 64 with --backend flashmla, got 1",
+        ),
+        (["--page-size", "1"], "--page-size: expected 64 with --backend dsa, got 1"),
+        (
+            ["--backend", "fa3", "--engine", "sglang", "--page-size", "48"],
+            "--page-size: expected 1 or 16 or 32 or 64 or 128 with --backend fa3, got 48",
+        ),
+        (["--backend", "fa3", "--engine", "sglang", "--index-kpool", "2"], "--index-kpool: expected 1 "),
+    ],
+)
+def test_a_dense_backend_is_sglangs_with_its_own_pages(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ONE_CELL, *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_kernels_are_kept_by_name_and_this_packages_own_are_its_launch() -> None:
+    times = [
+        ("metadata_kernel", 6.0),
+        ("void at::native::copy_kernel<1>", 2.0),
+        ("metadata_kernel", 4.0),
+        ("x" * 500, 1),
+    ]
+    events = [SimpleNamespace(name=name, device_time=time) for name, time in times]
+    found = by_kernel(events, calls=2)
+    assert found == {"metadata_kernel": 5.0, "void at::native::copy_kernel<1>": 1.0, "x" * 120: 0.5}
+    gpu = GpuTime(Spread(6.5, 6.5, 6.5), 2, found)
+    assert run._by_kernel("graph", gpu) == {"launch_us": 5.0, "gpu_us_by_kernel": found}
+    assert run._by_kernel("sglang shipped", gpu) == {"gpu_us_by_kernel": found}
+    assert run._by_kernel("graph", GpuTime(gpu.spread, 1, {"sglangs": 1.0})) == {"gpu_us_by_kernel": {"sglangs": 1.0}}
+    assert run._by_kernel("graph", None) == {}
+    many = {f"kernel {number}": 40.0 - number for number in range(30)} | {"copy_kernel": 0.1}
+    kept = run._by_kernel("copy", GpuTime(gpu.spread, 31, many))
+    assert kept["launch_us"] == 0.1 and list(kept["gpu_us_by_kernel"]) == [f"kernel {number}" for number in range(12)]
+
+
+def test_launches_are_this_packages_kernels() -> None:
+    folder = Path(str(kernels.__file__)).parent
+    sources = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert all(f"\ndef {name}(" in sources for name in run.LAUNCHES)
+
+
+def test_a_launch_is_shown_against_what_it_may_take(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    assert main([*ONE_CELL, "--ctx", "440", "--json", str(file)]) == 0
+    results = load_results(file)
+    cell = results["cells"][0]
+    cell["batch_size"], cell["context"], cell["floor_us"] = 1, 16384, 20.0
+    assert "launch /" not in shown(results) and "launch /" not in markdown(results)
+    cell["contenders"]["share"] |= {"gpu_us": 40.0, "launch_us": 24.0, "gpu_us_by_kernel": {"metadata_kernel": 24.0}}
+    save_results(file, results)
+    assert load_results(file) == results
+    assert "launch / (1.3 × floor + 4 µs): share 0.80" in shown(results)
+    assert "| floor | launch / (1.3 × floor + 4 µs): share |" in markdown(results)
+    assert markdown(results).endswith("| 20.0 | 0.80 |")
+    cell["contenders"]["share"]["gpu_us_by_kernel"] = {"metadata_kernel": "long"}
+    save_results(file, results)
+    with pytest.raises(InvalidValueError, match="gpu_us_by_kernel"):
+        load_results(file)
+
+
+def shown(results: dict[str, Any]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(terminal(results))
+    return console.export_text()

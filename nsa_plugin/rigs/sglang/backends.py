@@ -203,11 +203,18 @@ def topk_plan(seq_lens: torch.Tensor, static_threshold: int = -1, *, out: torch.
     return plan
 
 
-def flash_mla(cache_seqlens: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand-in for FlashMLA's `get_mla_metadata`: int32 [132, 8] and the cumulative number of blocks [rows + 1]."""
-    blocks = torch.cumsum((cache_seqlens + 63) // 64, 0, dtype=torch.int32)
-    metadata = torch.zeros(num_sms(), 8, dtype=torch.int32)
-    metadata[:, 0] = int(cache_seqlens.sum())
+def flash_mla(
+    cache_seqlens: torch.Tensor, *args: Any, topk: int | None = None, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-in for FlashMLA's `get_mla_metadata`: int32 [132, 8] and the cumulative number of blocks [rows + 1].
+
+    As in the compiled one, a row has `topk` keys, whatever its length, if that is given. One word of eight is not written.
+    """
+    keys = cache_seqlens if topk is None else torch.full_like(cache_seqlens, topk)
+    blocks = torch.cumsum((keys + 63) // 64, 0, dtype=torch.int32)
+    metadata = torch.empty(num_sms(), 8, dtype=torch.int32)
+    metadata[:, :7] = 0
+    metadata[:, 0] = int(keys.sum())
     return metadata, torch.nn.functional.pad(blocks, (1, 0))
 
 

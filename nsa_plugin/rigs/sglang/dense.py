@@ -1,6 +1,7 @@
 """The real dense backends of sglang without a model runner, in any forward mode, and batches for them, on CPU tensors or a GPU.
 
 `stand_ins` replaces compiled kernels and the settings of a server. Every line of metadata code that then runs is sglang's.
+FlashMLA's compiled schedule is the real one where it can be had.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
@@ -20,7 +22,8 @@ from nsa_plugin.rigs.sglang import flash_attention
 from nsa_plugin.rigs.sglang.flash_attention import Sizes, model_runner, slots
 
 FLASHMLA = "sglang.srt.layers.attention.flashmla_backend"
-INTERFACES = ("sglang.kernels.ops.attention.flash_mla_interface", "sgl_kernel.flash_mla")
+INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
+INTERFACES = (INTERFACE, "sgl_kernel.flash_mla")
 """Where sglang has FlashMLA's functions from. Until 0.5.22: the second."""
 Name = Literal["fa3", "flashmla"]
 """As sglang's `--attention-backend` names it."""
@@ -49,14 +52,27 @@ class _OnTheCpu:
         return lambda *arguments, **keywords: found(*arguments, **{**keywords, "device": "cpu"})
 
 
+def has_compiled_schedule() -> bool:
+    """Whether FlashMLA's compiled `get_mla_metadata` can be had: sglang's wheel of FlashMLA on a GPU."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        importlib.import_module("flash_mla")
+        importlib.import_module(INTERFACE)
+    except (ImportError, OSError):  # not installed, or made for another sglang, torch or driver
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def importable() -> Iterator[None]:
-    """Let sglang's code of both backends be imported without its compiled kernels."""
-    interface: Any = types.ModuleType(INTERFACES[0])
+    """Let sglang's code of both backends be imported, with stand-ins for what is not there of its compiled kernels."""
+    interface: Any = types.ModuleType(INTERFACE)
     interface.get_mla_metadata, interface.flash_mla_with_kvcache = flash_mla, mock.Mock()
     with flash_attention.importable(), contextlib.ExitStack() as stack:
-        if FLASHMLA not in sys.modules:
-            stack.enter_context(mock.patch.dict(sys.modules, dict.fromkeys(INTERFACES, interface)))
+        if FLASHMLA not in sys.modules and not has_compiled_schedule():
+            stack.callback(_put_back, {name: sys.modules.get(name) for name in (*INTERFACES, FLASHMLA)})
+            sys.modules.update(dict.fromkeys(INTERFACES, interface))
         yield
 
 
@@ -65,16 +81,63 @@ def stand_ins(draft_tokens: int = 4) -> Iterator[None]:
     """Run sglang's code of both backends on CPU tensors. Needs TRITON_INTERPRET=1, as Triton is imported."""
     with importable(), flash_attention.stand_ins(draft_tokens), contextlib.ExitStack() as stack:
         module = importlib.import_module(FLASHMLA)
-        stack.enter_context(mock.patch.object(module, "get_mla_metadata", flash_mla))
+        if not has_compiled_schedule():
+            stack.enter_context(mock.patch.object(module, "get_mla_metadata", flash_mla))
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch.object(module, "torch", _OnTheCpu()))
         yield
+
+
+def _put_back(modules: Mapping[str, types.ModuleType | None]) -> None:
+    for name, module in modules.items():
+        if module is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = module
 
 
 def pages(metadata: Any) -> torch.Tensor:
     """The page table of a metadata of either backend."""
     table: torch.Tensor = metadata.page_table if "page_table" in vars(metadata) else metadata.block_kv_indices
     return table
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a runner holds of its largest batch.
+
+    Attributes
+    ----------
+    lens : int64 tensor [requests]
+    requests : int64 tensor [requests]
+        Rows of the token table.
+    slots : int64 tensor [requests * width]
+        To be written.
+    extend : int32 tensor [requests]
+        Tokens of each request in a draft extend.
+    """
+
+    lens: torch.Tensor
+    requests: torch.Tensor
+    slots: torch.Tensor
+    extend: torch.Tensor
+
+    @classmethod
+    def allocate(cls, requests: int, width: int, device: torch.device) -> Buffers:
+        """Buffers of an empty batch, `width` tokens for each request."""
+        lens = torch.ones(requests, dtype=torch.int64, device=device)
+        slots = torch.zeros(requests * width, dtype=torch.int64, device=device)
+        extend = torch.full((requests,), width, dtype=torch.int32, device=device)
+        return cls(lens, torch.zeros_like(lens), slots, extend)
+
+    def clear(self) -> None:
+        """Every request at the fill length 1, row 0."""
+        self.lens.fill_(1), self.requests.zero_(), self.slots.zero_()
+
+    def load(self, other: Buffers) -> None:
+        """Copy the batch of others."""
+        for name in vars(self):
+            getattr(self, name).copy_(getattr(other, name))
 
 
 class Dense:
@@ -92,17 +155,24 @@ class Dense:
     steps : int
         Speculative steps: a draft has one backend fewer.
     device : torch.device
+    table : int32 tensor [max_requests, width], optional
+        On that device; shuffled pages by default.
 
     Attributes
     ----------
     owner : object whose methods sglang's runners call
     backends : list of single backends
     table : int32 tensor [max_requests, width]
+    buffers : Buffers
+        The static ones of the runner.
     """
 
-    def __init__(self, name: Name, mode: str, sizes: Sizes, steps: int = 4, device: torch.device = CPU) -> None:
+    def __init__(
+        self, name: Name, mode: str, sizes: Sizes, steps: int = 4, device: torch.device = CPU,
+        table: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.mode, self.sizes, self.steps = name, mode, sizes, steps
-        self.table = slots(sizes).to(device)
+        self.table = slots(sizes).to(device) if table is None else table
         runner = model_runner(sizes, self.table, draft_worker=mode != "TARGET_VERIFY")
         self._translator = runner.kv_index_translator
         make = {"fa3": self._flash_attention, "flashmla": self._flashmla}[name]
@@ -110,9 +180,7 @@ class Dense:
         self.backends: list[Any] = self.owner.attn_backends if mode == "DECODE" else [self.owner]
         self._width = steps if mode == "DECODE" else sizes.draft_tokens
         self.allocate()
-        self._lens = torch.ones(sizes.max_batch_size, dtype=torch.int64, device=device)
-        self._requests = torch.zeros(sizes.max_batch_size, dtype=torch.int64, device=device)
-        self._slots = torch.zeros(sizes.max_batch_size * self._width, dtype=torch.int64, device=device)
+        self.buffers = self.more_buffers()
 
     def _flash_attention(self, runner: Any) -> Any:
         module = importlib.import_module(flash_attention.BACKEND)
@@ -126,7 +194,7 @@ class Dense:
         def bare() -> Any:
             backend: Any = object.__new__(module.FlashMLABackend)
             vars(backend).update(
-                max_context_len=self.sizes.width - 8, req_to_token=self.table, num_draft_tokens=self.sizes.draft_tokens,
+                max_context_len=self.sizes.context, req_to_token=self.table, num_draft_tokens=self.sizes.draft_tokens,
                 num_q_heads=128, is_fp8_kvcache=False, page_size=64, device=str(self.table.device), is_draft_runner=True,
                 skip_prefill=True, kv_index_translator=runner.kv_index_translator, cuda_graph_mla_metadata_view=None,
                 cuda_graph_num_splits_view=None, cuda_graph_draft_extend_seq_lens_k=None, forward_metadata=None,
@@ -147,8 +215,21 @@ class Dense:
         size = self.sizes.max_batch_size
         self.owner.init_cuda_graph_state(size, size * (1 if self.mode == "DECODE" else self._width))
 
-    def values(self, metadata: Any, index: int, size: int) -> dict[str, torch.Tensor]:
-        """What captured kernels read of a metadata of the backend of that index, for the batch that `live` has made."""
+    def more_buffers(self) -> Buffers:
+        """Buffers like the runner's, for a batch besides."""
+        return Buffers.allocate(self.sizes.max_batch_size, self._width, self.table.device)
+
+    def seen(self, index: int) -> int:
+        """Tokens that the kernels of the backend of that index see beyond the batch's lengths."""
+        if self.mode == "DECODE":
+            return 0 if self.name == "flashmla" else index + 1
+        return self._width if self.mode == "TARGET_VERIFY" else 0
+
+    def values(self, metadata: Any, index: int, size: int, lens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """What captured kernels read of a metadata of the backend of that index.
+
+        It is for a batch of `lens` [size], by default the one that `live` has made in the runner's buffers.
+        """
         fields = (
             "cache_seqlens_int32",
             "cu_seqlens_k",
@@ -159,8 +240,7 @@ class Dense:
             "swa_out_cache_loc",
         )
         found = {name: value.clone() for name in fields if (value := vars(metadata).get(name)) is not None}
-        more = {"DRAFT_EXTEND_V2": 0, "TARGET_VERIFY": self._width}.get(self.mode, index + 1)
-        lengths = self._lens[:size] + (0 if self.name == "flashmla" and self.mode == "DECODE" else more)
+        lengths = (self.buffers.lens[:size] if lens is None else lens) + self.seen(index)
         columns = torch.arange(self.sizes.width // self.sizes.page_size, device=lengths.device)
         live = columns * self.sizes.page_size < lengths[:, None]
         for name, table in (("table", pages(metadata)), ("swa_page_table", vars(metadata).get("swa_page_table"))):
@@ -174,44 +254,58 @@ class Dense:
         """The batch that the runner captures: views of its static buffers, every request at the fill length 1, row 0."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
-        self._lens.fill_(1), self._requests.zero_(), self._slots.zero_()
+        self.buffers.clear()
         tokens = size * (1 if self.mode == "DECODE" else self._width)
         batch = ForwardBatch(
             forward_mode=ForwardMode[self.mode], batch_size=size, input_ids=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
-            req_pool_indices=self._requests[:size], seq_lens=self._lens[:size],
-            out_cache_loc=self._slots[: size * self._width], seq_lens_sum=size, seq_lens_cpu=None,
-            spec_info=self._spec(), positions=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
+            req_pool_indices=self.buffers.requests[:size], seq_lens=self.buffers.lens[:size],
+            out_cache_loc=self.buffers.slots[: size * self._width], seq_lens_sum=size, seq_lens_cpu=None,
+            extend_seq_lens=self.buffers.extend[:size] if self._extends else None,
+            spec_info=self._spec(self.buffers, size), positions=torch.zeros(tokens, dtype=torch.int64, device=self.table.device),
         )  # fmt: skip
         self._translator.bind_runner_slots(batch)
         return batch
 
-    def live(self, size: int, seq_lens: Sequence[int], requests: Sequence[int]) -> Any:
-        """What the runner passes before a replay of a batch that is padded to `size`; fills its static buffers.
+    def live(self, size: int, seq_lens: Sequence[int], requests: Sequence[int], buffers: Buffers | None = None) -> Any:
+        """What the runner passes before a replay of a batch that is padded to `size`; fills `buffers`, by default its own.
 
         Slots to write are those of a draft's padded batch, but of the requests that exist in other modes.
         """
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-        raw = len(seq_lens)
-        self._lens.fill_(1), self._requests.zero_(), self._slots.zero_()
-        self._lens[:raw], self._requests[:raw] = torch.tensor(seq_lens), torch.tensor(requests)
+        into, raw = self.buffers if buffers is None else buffers, len(seq_lens)
+        into.clear()
+        into.lens[:raw], into.requests[:raw] = torch.tensor(seq_lens), torch.tensor(requests)
         for index, (row, end) in enumerate(zip(requests, seq_lens, strict=True)):
             written = self.table[row, end : end + self._width]
-            self._slots[index * self._width :][: len(written)] = written
-        written = self._slots[: raw * self._width]
-        plan = self._translator.plan(
-            req_pool_indices=self._requests[:size], seq_lens=self._lens[:size], seq_lens_cpu=None, write_virtual=written
-        )
-        live = self._slots[: size * self._width] if self.mode == "DECODE" else written
+            into.slots[index * self._width :][: len(written)] = written
+        return self.batch(size, raw, into)
+
+    def batch(self, size: int, raw: int, buffers: Buffers) -> Any:
+        """What the runner passes of `buffers`, which hold `raw` requests, before a replay."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        requests, lens, written = buffers.requests[:size], buffers.lens[:size], buffers.slots[: raw * self._width]
+        plan = self._translator.plan(req_pool_indices=requests, seq_lens=lens, seq_lens_cpu=None, write_virtual=written)
+        live = buffers.slots[: size * self._width] if self.mode == "DECODE" else written
         return SimpleNamespace(
-            batch_size=size, forward_mode=ForwardMode[self.mode], req_pool_indices=self._requests[:size],
-            seq_lens=self._lens[:size], seq_lens_cpu=None, seq_lens_sum=None, encoder_lens=None, out_cache_loc=live,
-            out_cache_loc_virtual=None, kv_loc_plan=plan, kv_loc_cols=None, spec_info=self._spec(), positions=None,
+            batch_size=size, forward_mode=ForwardMode[self.mode], req_pool_indices=requests, seq_lens=lens,
+            seq_lens_cpu=None, seq_lens_sum=None, encoder_lens=None, out_cache_loc=live, out_cache_loc_virtual=None,
+            kv_loc_plan=plan, kv_loc_cols=None, spec_info=self._spec(buffers, size), positions=None,
         )  # fmt: skip
 
-    def _spec(self) -> Any:
-        from sglang.srt.speculative.eagle_info import EagleDraftInput
+    @property
+    def _extends(self) -> bool:
+        """Whether the backend reads how many tokens each request extends by; FlashMLA's graphs do not."""
+        return self.name == "fa3" and self.mode == "DRAFT_EXTEND_V2"
+
+    def _spec(self, buffers: Buffers, size: int) -> Any:
+        from sglang.srt.speculative import eagle_info
 
         if self.mode == "DECODE":
-            return EagleDraftInput(topk_p=None, topk_index=None, hidden_states=None)
-        return SimpleNamespace(draft_token_num=self._width, num_tokens_per_req=self._width)
+            return eagle_info.EagleDraftInput(topk_p=None, topk_index=None, hidden_states=None)
+        if not self._extends:
+            return SimpleNamespace(draft_token_num=self._width, num_tokens_per_req=self._width)
+        spec = eagle_info.EagleDraftExtendInput(
+            hidden_states=None, num_correct_drafts=None, num_accept_tokens=None, num_tokens_per_req=self._width
+        )
+        spec.extend_seq_lens_cpu, spec.extend_seq_lens_tensor = [self._width] * size, buffers.extend[:size]
+        return spec

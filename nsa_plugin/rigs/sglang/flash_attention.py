@@ -1,6 +1,6 @@
 """The real FlashAttention backend of sglang without a model runner, and batches of its draft extend, on CPU tensors.
 
-`stand_ins` replaces the module of compiled kernels, which sglang's metadata code imports and does not call, and the
+`stand_ins` replaces compiled kernels that are not installed, which sglang's metadata code imports and does not call, and the
 settings of a server. Every line of metadata code that then runs is sglang's.
 """
 
@@ -12,6 +12,8 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,6 +21,7 @@ from unittest import mock
 import torch
 
 BACKEND = "sglang.srt.layers.attention.flashattention_backend"
+KERNELS = "sgl_kernel"
 TRANSLATOR = "sglang.srt.mem_cache.kv_index_translator"
 PARALLEL = SimpleNamespace(attn_cp_size=1, attn_tp_size=1, attn_dcp_size=1, dcp_enabled=False, enable_prefill_cp=False,
                            attn_dp_enabled=False, dcp_size=1, dcp_rank=0)  # fmt: skip
@@ -41,24 +44,63 @@ class Sizes:
     max_batch_size: int = 4
     draft_tokens: int = 4
 
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have; the token table has some columns more."""
+        return self.width - 8
+
+
+class _Kernels(types.ModuleType):
+    """A module of compiled kernels that nothing of metadata calls: every name is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.Mock()
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a stand-in for each module of the package of compiled kernels."""
+
+    def find_spec(self, fullname: str, *rest: object) -> ModuleSpec | None:
+        """The spec of a stand-in."""
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == KERNELS else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        """The stand-in."""
+        return _Kernels(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing: it has no code."""
+
 
 @contextlib.contextmanager
-def importable() -> Iterator[None]:
-    """Let sglang's code be imported without its compiled kernels."""
-    kernels: Any = types.ModuleType("sgl_kernel")
-    flash: Any = types.ModuleType("sgl_kernel.flash_attn")
-    kernels.__path__, kernels.flash_attn, kernels.merge_state_v2 = [], flash, mock.Mock()
-    flash.flash_attn_varlen_func = flash.flash_attn_with_kvcache = flash.get_scheduler_metadata = mock.Mock()
-    if "sgl_kernel" in sys.modules:
-        yield
-        return
-    names = {"sgl_kernel": kernels, "sgl_kernel.flash_attn": flash}
-    sys.modules.update(names)
+def _no_kernels() -> Iterator[None]:
+    finder, before = _Finder(), set(sys.modules)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        for name in names:
-            del sys.modules[name]
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == KERNELS:
+                del sys.modules[name]
+
+
+def _has_kernels() -> bool:
+    """Whether the compiled kernels are there: on a GPU sglang's modules import more of them than stand-ins have."""
+    try:
+        importlib.import_module(KERNELS)
+    except (ImportError, OSError, RuntimeError):  # not installed, or made for another torch or device
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """Let sglang's code be imported, with stand-ins for its compiled kernels where they are not there."""
+    with contextlib.nullcontext() if _has_kernels() else _no_kernels():
+        yield
 
 
 @contextlib.contextmanager
@@ -117,7 +159,7 @@ def model_runner(sizes: Sizes, table: torch.Tensor, draft_worker: bool = True) -
         token_to_kv_pool=pool, page_size=sizes.page_size, device=str(table.device), is_draft_worker=draft_worker,
     )  # fmt: skip
     model = SimpleNamespace(
-        is_encoder_decoder=False, context_len=sizes.width - 8, attention_arch=AttentionArch.MLA,
+        is_encoder_decoder=False, context_len=sizes.context, attention_arch=AttentionArch.MLA,
         is_local_attention_model=False, head_dim=128, hf_text_config=SimpleNamespace(num_attention_heads=32),
         get_num_kv_heads=lambda ranks: 8,
     )  # fmt: skip

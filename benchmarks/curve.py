@@ -1,0 +1,168 @@
+"""What the plugin is worth by the time of a round: a table and a picture of the models of different depths.
+
+    python -m benchmarks.curve docs/images/worth.svg
+
+They are drawn from `end_to_end_ENGINE_N_layers_*.json` among the results: cells of complete engines, `auto` against no plugin.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import svg
+from benchmarks.end_to_end.report import BASELINE, FEWEST_PAIRS, paired
+from benchmarks.measured import RESULTS, host_ms
+
+FILES = re.compile(r"end_to_end_(sglang|vllm)_(\d+)_layers_h[12]00")
+AGAIN = "no plugin again"
+COLOURS = {"sglang": "#1f77b4", "vllm": "#d95f02"}
+LEFT, TOP, WIDTH, HEIGHT = 70, 60, 780, 380
+NULL = "#999999"
+NOTE = f"Full: batch 1, empty: larger. Numbers: layers. Bars: 95 % intervals, of {FEWEST_PAIRS} pairs or more."
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell: the gain in percent with its 95 % interval, and both times of a round, in milliseconds."""
+
+    engine: str
+    machine: str
+    layers: int
+    steps: int
+    prompt: int
+    batch: int
+    round_ms: float
+    host_ms: tuple[float | None, float | None]
+    gain: tuple[float, float, float]
+    null: tuple[float, float, float] | None
+    pairs: int
+
+    @property
+    def seen(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return not self.gain[1] <= 0 <= self.gain[2]
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough pairs for an interval."""
+        return self.pairs >= FEWEST_PAIRS
+
+
+def points() -> list[Point]:
+    """All cells, from the shortest round to the longest."""
+    found = []
+    for path in sorted(RESULTS.glob("end_to_end_*_layers_*.json")):
+        if named := FILES.fullmatch(path.stem):
+            results = json.loads(path.read_text())
+            found += list(_points(results, named[1], int(named[2])))
+    return sorted(found, key=lambda one: (one.engine, one.layers, one.prompt, one.batch))
+
+
+def _points(results: dict[str, Any], engine: str, layers: int) -> Iterator[Point]:
+    for cell in results["cells"]:
+        shipped, plugin, again = (cell["variants"].get(name) for name in (BASELINE, "auto", AGAIN))
+        if shipped is None or plugin is None or shipped["round_us_median"] is None:
+            continue
+        yield Point(
+            engine, results["machine"]["machine"].removeprefix("NVIDIA ").split(" ")[0], layers,
+            cell["steps"], cell["prompt"], cell["batch"], shipped["round_us_median"] / 1e3,
+            (host_ms(engine, shipped), host_ms(engine, plugin)), _gain(plugin, shipped),
+            again and _gain(again, shipped), min(plugin["turns"], shipped["turns"]),
+        )  # fmt: skip
+
+
+def _gain(one: dict[str, Any], shipped: dict[str, Any]) -> tuple[float, float, float]:
+    ratios = paired(list(zip(one["tokens_per_s_all"], shipped["tokens_per_s_all"], strict=False)))
+    mean, low, high = (100 * (ratio - 1) for ratio in ratios)
+    return mean, low, high
+
+
+def table() -> str:
+    """Every point, in Markdown."""
+    lines = [
+        "`auto` against no plugin, tokens per second as a paired ratio with its 95 % interval; times per round in ms. Equals: a "
+        "second engine or block without the plugin:",
+        "",
+        "| engine | layers | steps | prompt | batch | round | host: shipped → plugin | gain | equals | GPU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in points():
+        host = " → ".join("–" if value is None else f"{value:.1f}" for value in one.host_ms)
+        gain = _said(one.gain) if one.seen else f"no difference seen ({_range(one.gain)})"
+        gain = gain if one.enough else f"{one.gain[0]:+.1f} %, too few for an interval"
+        equals = _said(one.null) if one.null else "–"
+        lines.append(
+            f"| {one.engine} | {one.layers} | {one.steps} | {one.prompt} | {one.batch} | {one.round_ms:.1f} | {host} "
+            f"| {gain}; {one.pairs} pairs | {equals} | {one.machine} |"
+        )
+    return "\n".join(lines)
+
+
+def _said(gain: tuple[float, float, float]) -> str:
+    return f"{gain[0]:+.1f} % ({_range(gain)})"
+
+
+def _range(gain: tuple[float, float, float]) -> str:
+    return f"{gain[1]:+.1f} to {gain[2]:+.1f} %"
+
+
+def draw() -> str:
+    """The picture, as SVG: the gain against the time of a round as shipped."""
+    drawn = points()
+    first, last = _ticks([one.round_ms for one in drawn])
+    lowest = 5 * math.floor(min(min(one.gain[1], *(one.null or (0, 0))) for one in drawn) / 5)
+    highest = 5 * math.ceil(max(one.gain[2] for one in drawn) / 5)
+
+    def x(ms: float) -> float:
+        return LEFT + WIDTH * math.log(ms / first) / math.log(last / first)
+
+    def y(percent: float) -> float:
+        return TOP + HEIGHT * (highest - percent) / (highest - lowest)
+
+    parts = [svg.text(20, 26, "Tokens per second with the plugin, by the time of a round as shipped", "bold 17px")]
+    for percent in range(lowest, highest + 1, 10 if highest - lowest > 50 else 5):
+        parts.append(svg.line(LEFT, y(percent), LEFT + WIDTH, y(percent), "#333" if percent == 0 else "#ddd"))
+        parts.append(svg.text(LEFT - 8, y(percent) + 4, f"{percent:+d} %" if percent else "0", "12px", "end"))
+    for ms in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100):
+        if first <= ms <= last:
+            parts.append(svg.line(x(ms), TOP, x(ms), TOP + HEIGHT, "#eee"))
+            parts.append(svg.text(x(ms), TOP + HEIGHT + 18, f"{ms} ms", "12px", "middle"))
+    for one in drawn:
+        if one.null:
+            at = x(one.round_ms) + 7
+            parts.append(svg.line(at, y(one.null[1]), at, y(one.null[2]), NULL, 3))
+    for one in drawn:
+        at, colour = x(one.round_ms), COLOURS[one.engine]
+        if one.enough:
+            parts.append(svg.line(at, y(one.gain[1]), at, y(one.gain[2]), colour, 1.5))
+        fill = colour if one.batch == 1 else "#fff"
+        parts.append(f'<circle cx="{at:.1f}" cy="{y(one.gain[0]):.1f}" r="5" fill="{fill}" stroke="{colour}"/>')
+        parts.append(svg.text(at + 8, y(one.gain[0]) - 7, f"{one.layers}", "11px"))
+    at = 20.0
+    for colour, label in (*((COLOURS[name], name) for name in COLOURS), (NULL, "equals: no plugin against no plugin")):
+        parts += [svg.bar(at, 38, 12, 12, colour), svg.text(at + 18, 48, label, "12px")]
+        at += 50 + 7 * len(label)
+    parts.append(svg.text(LEFT, TOP + HEIGHT + 40, NOTE, "11px"))
+    return svg.document(parts, LEFT + WIDTH + 60, TOP + HEIGHT + 56)
+
+
+def _ticks(values: list[float]) -> tuple[float, float]:
+    return min(values) / 1.15, max(values) * 1.15
+
+
+def main() -> None:
+    """Write the picture."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    Path(sys.argv[1]).write_text(draw())
+
+
+if __name__ == "__main__":
+    main()
