@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-LOOKED_FOR = re.compile(r"unsupported: looked for (?P<path>[\w.]+)(?:\([^)]*\))? .*, found ", re.DOTALL)
+LOOKED_FOR = re.compile(
+    r"unsupported: looked for (?P<path>[\w.]+)(?:\([^)]*\))? .*, found (?:it without (?P<names>\w+(?:, \w+)*))?",
+    re.DOTALL,
+)
 
 
 def cell(strategies: dict[str, str]) -> str:
@@ -21,7 +24,10 @@ def cell(strategies: dict[str, str]) -> str:
 
 def _short(state: str) -> str:
     found = LOOKED_FOR.match(state)
-    return f"unsupported: no `{'.'.join(found['path'].split('.')[-2:])}`" if found else state.partition(": ")[0]
+    if not found:
+        return state.partition(": ")[0]
+    what = f"`{'.'.join(found['path'].split('.')[-2:])}`"
+    return f"unsupported: {what} without {found['names']}" if found["names"] else f"unsupported: no {what}"
 
 
 def _kind(path: str) -> str:

@@ -154,6 +154,11 @@ def test_the_table() -> None:
     ]
 
 
+def test_parameters_and_fields_that_are_missing_are_named() -> None:
+    state = "unsupported: looked for a.b.C.d(x, y, z) (why, found), found it without x, z; use another"
+    assert render.cell({"graph": state}) == "unsupported: `C.d` without x, z"
+
+
 def test_a_path_that_a_release_was_not_tried_on_is_said_to_be_not_run() -> None:
     rows = [
         ROWS[0],
