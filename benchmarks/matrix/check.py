@@ -39,7 +39,15 @@ def main(name: str, only: Sequence[str] = ()) -> dict[str, Any]:
     """Problems by line of the contract, wrong values by column and strategy, what is left out and why, and versions.
 
     `only` names fixtures: the classes of `FIXTURES`.
+
+    Raises
+    ------
+    ValueError
+        An engine has no such fixture.
     """
+    known = tuple(map(short, FIXTURES[name]))
+    if unknown := [fixture for fixture in only if fixture not in known]:
+        raise ValueError(f"fixtures of {name}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     spare_overflow_checks()
     lines: dict[str, list[str]] = {line: [] for line in LINES}
     skipped: dict[str, str] = {}

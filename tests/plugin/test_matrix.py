@@ -251,6 +251,8 @@ def test_what_a_release_lacks_is_unsupported_in_its_column(monkeypatch: pytest.M
     assert found["left out"] == {"dense": lacking, "pooled index keys": absent, "target verify": absent}
     assert found["skipped"] == {"Lacking": f"{lacking}; x", "Absent": absent} and not found["values"]
     assert check.main("torch", ["Lacking"])["left out"] == found_lacking.left_out
+    with pytest.raises(ValueError, match=r"fixtures of torch: expected some of There, Lacking, Absent, got Lack$"):
+        check.main("torch", ["There", "Lack"])
 
 
 KNOWN: dict[str, Any] = {

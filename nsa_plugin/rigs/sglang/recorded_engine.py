@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 
 from nsa_plugin.adapters.sglang.recorded import ROWS, RecordedGraph
-from nsa_plugin.adapters.sglang.releases import Part
 from nsa_plugin.rigs.sglang import dense_engine, flash_attention
 from nsa_plugin.rigs.sglang.flash_attention import Sizes
 from nsa_plugin.testing.engine import Fault
@@ -55,7 +54,7 @@ class RecordedCase(dense_engine.DenseCase):
 
     @property
     def column(self) -> str:
-        """What the release matrix has it under."""
+        """What the release matrix has it under: that of the other passes of the backend."""
         return "dense FlashAttention"
 
     @property
@@ -72,9 +71,6 @@ class RecordedCase(dense_engine.DenseCase):
         return DraftExtend(Sizes(self.page_size, self.sliding_window))
 
 
-PART: Part = ROW.part
-
-
 def case(page_size: int, windows: bool = False, sizes: tuple[int, ...] = (4,)) -> RecordedCase:
     """A case."""
     covers = {"draft extend", "padded rows", "idle batch", "int64 lengths"}
@@ -82,7 +78,7 @@ def case(page_size: int, windows: bool = False, sizes: tuple[int, ...] = (4,)) -
     return RecordedCase(
         f"{ROW.path}, page size {page_size}, sizes {sizes}" + (", sliding windows" if windows else ""), ROW.path,
         sum(len(dense_engine.BATCHES[size]) for size in sizes), frozenset(covers), mode=ROW.mode, page_size=page_size,
-        sizes=sizes, sliding_window=windows, part=PART,
+        sizes=sizes, sliding_window=windows, part=ROW.part,
     )  # fmt: skip
 
 
