@@ -16,6 +16,8 @@ from nsa_plugin.adapters.sglang import ledger, refusals, releases
 from nsa_plugin.adapters.sglang.recorded import ROWS, RecordedGraph
 from nsa_plugin.adapters.sglang.registry import beneath_hooks
 from nsa_plugin.rigs.sglang.flash_attention import DraftExtend, Sizes, stand_ins
+from nsa_plugin.rigs.sglang.recorded_engine import CASES, RecordedEngine
+from nsa_plugin.testing.conformance import assert_conforms
 from tests.sglang.batches import record
 from tests.sglang.conftest import Install
 
@@ -298,3 +300,8 @@ def test_what_is_not_covered_is_left_to_sglang_by_name(
         record(made.backend, static, patch)
     assert not untouched(made, made.live(4, *BATCHES[0]))
     assert f"{ROW.path}: strategy off (not covered: {what})" in caplog.text and not host.fallbacks
+
+
+def test_the_kit() -> None:
+    """A page size with and without sliding windows; `make matrix` checks all cases and all lines."""
+    assert_conforms(RecordedEngine([CASES[0], CASES[-1]]), ["faithful", "addresses", "errors", "switch"])
