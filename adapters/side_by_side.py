@@ -9,6 +9,9 @@ import torch
 
 Refresh = Callable[[], None]
 
+_branches: dict[int, list[Any]] = {}
+"""Streams for each device, that all captures use: torch has no more than 32, and hands them out to engines too."""
+
 
 def side_by_side(refreshes: Sequence[Refresh]) -> Refresh | None:
     """What calls refreshes that do not depend on each other; None without any.
@@ -18,8 +21,6 @@ def side_by_side(refreshes: Sequence[Refresh]) -> Refresh | None:
     """
     if len(refreshes) < 2:
         return refreshes[0] if refreshes else None
-    branches: list[Any] = []
-    new_stream: Any = torch.cuda.Stream
 
     def derive() -> None:
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -27,7 +28,7 @@ def side_by_side(refreshes: Sequence[Refresh]) -> Refresh | None:
                 refresh()
             return
         trunk = torch.cuda.current_stream()
-        branches.extend(new_stream() for _ in range(len(refreshes) - 1 - len(branches)))
+        branches = _streams(len(refreshes) - 1)
         for branch in branches:
             branch.wait_stream(trunk)
         try:
@@ -39,3 +40,11 @@ def side_by_side(refreshes: Sequence[Refresh]) -> Refresh | None:
                 trunk.wait_stream(branch)
 
     return derive
+
+
+def _streams(number: int) -> list[Any]:
+    """The first streams for branches on the current device."""
+    new_stream: Any = torch.cuda.Stream
+    made = _branches.setdefault(torch.cuda.current_device(), [])
+    made.extend(new_stream() for _ in range(number - len(made)))
+    return made[:number]

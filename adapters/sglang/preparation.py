@@ -17,15 +17,13 @@ from nsa_plugin.adapters.sglang.compare import differing_values, spare_metadata
 from nsa_plugin.adapters.sglang.describe import consumer, describe, geometry
 from nsa_plugin.adapters.sglang.own_path import native_replay
 from nsa_plugin.adapters.sglang.refusals import repairs
+from nsa_plugin.adapters.sglang.rehearsal import rehearse
 from nsa_plugin.adapters.sglang.releases import generation
 from nsa_plugin.adapters.sglang.reports import MODES, report
 from nsa_plugin.adapters.side_by_side import Refresh, side_by_side
 from nsa_plugin.adapters.verification import Afterwards, SpareBuffers, Verification, shadow, snapshot
 from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.metadata import StepMetadata, planes_of
-
-GRAPHS = ("CUDAGraph", "XPUGraph", "NPUGraph")
-"""Names of the graph class in torch's modules for kinds of devices (`torch.cuda`, `torch.xpu`, …)."""
 
 
 class Preparation:
@@ -192,19 +190,7 @@ class Preparation:
 
     def rehearse(self) -> None:
         """Record the work in a graph that is thrown away. It raises what the real capture would raise, before that begins."""
-        device: Any = torch.get_device_module()
-        graph_type = next((getattr(device, name) for name in GRAPHS if hasattr(device, name)), None)
-        if graph_type is None or not device.is_available():
-            return
-        graph, stream = graph_type(), device.Stream()
-        stream.wait_stream(device.current_stream())
-        with device.stream(stream):
-            graph.capture_begin(**({"capture_error_mode": "thread_local"} if device is torch.cuda else {}))
-            try:
-                self._run(self._static)
-            finally:
-                graph.capture_end()
-        device.current_stream().wait_stream(stream)
+        rehearse(lambda: self._run(self._static))
 
     def _obey(self, on: bool) -> None:
         """Write the flag that recorded work reads, if it is not what it should be."""
