@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end.report import BASELINE
+from benchmarks.end_to_end.report import BASELINE, mostly_prompts
 
 RESULTS = Path(__file__).parent / "results"
 FILE = Path(__file__).parents[1] / "nsa_plugin" / "estimate" / "measured.json"
@@ -62,6 +62,8 @@ def _cells() -> Iterator[dict[str, Any]]:
             if None in hosts:
                 continue
             pairs = list(zip(plugin["tokens_per_s_all"], shipped["tokens_per_s_all"], strict=False))
+            if mostly_prompts(plugin):
+                pairs = list(zip(shipped["round_us_by_turn"], plugin["round_us_by_turn"], strict=False))
             yield {
                 "file": path.stem,
                 "engine": results["engine"],

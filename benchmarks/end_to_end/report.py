@@ -26,6 +26,8 @@ GIVEN_BACK = re.compile(r"([\d.]+) MiB given back")
 FEWEST_PAIRS = 10
 """Turns of a cell from which on a change has an interval."""
 RESAMPLES = 2000
+MOSTLY_PROMPTS = 0.5
+"""Part of a request's time that goes into its prompt, from which on what is left of it says nothing of tokens per second."""
 SKIPPED = 8
 """Rounds at the start of a request that are not counted, because its prompt is being read."""
 Cell = dict[str, Any]
@@ -68,12 +70,13 @@ def _figures(cell: Cell, runs: list[Cell], first_token_s: float, ranks: list[dic
         "tokens_per_s": statistics.median((generated - cell["batch"]) / max(seconds, 1e-9) for seconds in decode),
         "tokens_per_s_all": [(generated - cell["batch"]) / max(seconds, 1e-9) for seconds in decode],
         "rounds": runs[0]["rounds"],
-        "round_us_all": [
-            1e6 * (entries[-1][0] - entries[0][0]) / (len(entries) - 1)
+        "round_us_by_turn": [
+            1e6 * statistics.median(b[0] - a[0] for a, b in itertools.pairwise(entries))
             for window in calls.get("round", [])
             for entries in window[:1]
             if len(entries) > 1
         ],
+        "prompt_share": first_token_s / statistics.median(run["end"] - run["start"] for run in runs),
         "round_us_median": statistics.median(gaps) if gaps else None,
         "round_us_p99": _p99(gaps) if gaps else None,
     }
@@ -140,7 +143,7 @@ def markdown(results: dict[str, Any]) -> str:
     names = ", ".join(variants)
     lines = [
         f"{_title(results)}: decode tokens/s (median; change "
-        f"against {BASELINE}, of cells with {FEWEST_PAIRS} turns or more as a paired ratio with its 95 % interval), µs from round to round (median / p99), µs of host time for metadata per round, tokens of "
+        f"against {BASELINE}, of cells with {FEWEST_PAIRS} turns or more as a paired ratio with its 95 % interval), µs from round to round (median / p99; change of a turn's median), µs of host time for metadata per round, tokens of "
         "all turns compared:",
         "",
         f"| steps | prompt | batch | {' | '.join(variants)} | round: {names} | metadata: {names} | tokens |",
@@ -150,12 +153,7 @@ def markdown(results: dict[str, Any]) -> str:
         found = [cell["variants"].get(variant) for variant in variants]
         baseline = cell["variants"].get(BASELINE)
         rates = [_rate(one, baseline) for one in found]
-        rounds = ", ".join(
-            "–"
-            if one is None or one["round_us_median"] is None
-            else f"{one['round_us_median']:,.0f} / {one['round_us_p99']:,.0f}"
-            for one in found
-        )
+        rounds = ", ".join(_rounds(one, baseline) for one in found)
         metadata = ", ".join("–" if one is None else _metadata(one) for one in found)
         same = "same" if all(one["same_tokens"] for one in found if one) else "differ"
         lines.append(
@@ -181,6 +179,7 @@ def _changes(results: dict[str, Any], variants: list[str]) -> list[str]:
             cell["variants"][variant]["tokens_per_s"] / cell["variants"][BASELINE]["tokens_per_s"]
             for cell in results["cells"]
             if variant != BASELINE and {variant, BASELINE} <= set(cell["variants"])
+            if not mostly_prompts(cell["variants"][variant])
         ]
         if ratios:
             mean = math.exp(statistics.fmean(map(math.log, ratios)))
@@ -244,15 +243,37 @@ def _metadata(one: dict[str, Any]) -> str:
 def _rate(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
     if one is None:
         return "–"
+    if mostly_prompts(one):
+        return "– (mostly prompts)"
     rate = f"{one['tokens_per_s']:,.{int(one['tokens_per_s'] < 100)}f}"
     if baseline is None or one is baseline:
         return rate
     pairs = list(zip(one["tokens_per_s_all"], baseline["tokens_per_s_all"], strict=False))
     if len(pairs) < FEWEST_PAIRS:
         return f"{rate} ({_change(one['tokens_per_s'] / baseline['tokens_per_s'])})"
+    return f"{rate} ({_paired(pairs)})"
+
+
+def mostly_prompts(one: dict[str, Any]) -> bool:
+    """Whether a variant's tokens per second say little, as its prompts took most of the time."""
+    return float(one.get("prompt_share", 0)) > MOSTLY_PROMPTS
+
+
+def _paired(pairs: list[tuple[float, float]]) -> str:
     mean, low, high = paired(pairs)
     said = f"{_change(mean)}, {_change(low)} to {_change(high)}" if not low <= 1 <= high else "no difference seen"
-    return f"{rate} ({said}; {len(pairs)} pairs)"
+    return f"{said}; {len(pairs)} pairs"
+
+
+def _rounds(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
+    """From round to round: median and p99, and how many more rounds there are in the same time."""
+    if one is None or one["round_us_median"] is None:
+        return "–"
+    said = f"{one['round_us_median']:,.0f} / {one['round_us_p99']:,.0f}"
+    ours, theirs = (found.get("round_us_by_turn", []) for found in (one, baseline or {}))
+    if one is baseline or min(len(ours), len(theirs)) < FEWEST_PAIRS:
+        return said
+    return f"{said} (rounds/s {_paired(list(zip(theirs, ours, strict=False)))})"
 
 
 def paired(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:

@@ -244,7 +244,7 @@ def test_what_it_is_worth_is_measured_unit_by_unit(tmp_path: Path) -> None:
     for cell in found["cells"]:
         assert set(cell["variants"]) == {"no plugin", "no plugin again", "auto"}
         for figures in cell["variants"].values():
-            assert len(figures["tokens_per_s_all"]) == len(figures["round_us_all"]) == figures["turns"] == 12
+            assert len(figures["tokens_per_s_all"]) == len(figures["round_us_by_turn"]) == figures["turns"] == 12
             assert figures["same_tokens"] and "first_difference" not in figures
     table = subprocess.run(
         [sys.executable, "report.py", str(tmp_path / f"r_{unit}.json")],
