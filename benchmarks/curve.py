@@ -1,8 +1,8 @@
-"""What the plugin is worth by the time of a round: a table and a picture of the models of different depths.
+"""What the plugin is worth by the time of a round: a table and a picture of models of different depths.
 
     python -m benchmarks.curve docs/images/worth.svg
 
-They are drawn from `end_to_end_ENGINE_N_layers_*.json` among the results: cells of complete engines, `auto` against no plugin.
+They are drawn from `end_to_end_ENGINE_N_layers_….json` among the results: cells of complete engines, `auto` against no plugin.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from benchmarks import svg
 from benchmarks.end_to_end.report import BASELINE, FEWEST_PAIRS, paired
 from benchmarks.measured import RESULTS, host_ms
 
-FILES = re.compile(r"end_to_end_(sglang|vllm)_(\d+)_layers_h[12]00")
+FILES = re.compile(r"end_to_end_(sglang|vllm)_(\d+)_layers(?:_\w+)?_h[12]00")
+LONG = 16384
+"""Prompts from here on are named in the picture."""
 AGAIN = "no plugin again"
 COLOURS = {"sglang": "#1f77b4", "vllm": "#d95f02"}
 LEFT, TOP, WIDTH, HEIGHT = 70, 60, 780, 380
 NULL = "#999999"
-NOTE = f"Full: batch 1, empty: larger. Numbers: layers. Bars: 95 % intervals, of {FEWEST_PAIRS} pairs or more."
+NOTE = f"Full: batch 1, empty: larger. Numbers: layers, and the prompt if it is long. Bars: 95 % intervals, of {FEWEST_PAIRS} pairs or more."
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,11 @@ def draw() -> str:
             parts.append(svg.line(at, y(one.gain[1]), at, y(one.gain[2]), colour, 1.5))
         fill = colour if one.batch == 1 else "#fff"
         parts.append(f'<circle cx="{at:.1f}" cy="{y(one.gain[0]):.1f}" r="5" fill="{fill}" stroke="{colour}"/>')
-        parts.append(svg.text(at + 8, y(one.gain[0]) - 7, f"{one.layers}", "11px"))
+        named = f"{one.layers}" + (f", {one.prompt // 1024}K" if one.prompt >= LONG else "")
+        parts.append(svg.text(at + 8, y(one.gain[0]) - 7, named, "11px"))
     at = 20.0
-    for colour, label in (*((COLOURS[name], name) for name in COLOURS), (NULL, "equals: no plugin against no plugin")):
+    engines = [(COLOURS[name], name) for name in COLOURS if any(one.engine == name for one in drawn)]
+    for colour, label in (*engines, (NULL, "equals: no plugin against no plugin")):
         parts += [svg.bar(at, 38, 12, 12, colour), svg.text(at + 18, 48, label, "12px")]
         at += 50 + 7 * len(label)
     parts.append(svg.text(LEFT, TOP + HEIGHT + 40, NOTE, "11px"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import curve
 from benchmarks.end_to_end.report import markdown as end_to_end
 from benchmarks.matrix.render import table as releases
 from benchmarks.measured import FILE, measured
@@ -126,16 +127,18 @@ class Table:
     document : path from the root of the repository
     name : what its markers say
     render : makes the Markdown text of one result file
-    results : result files, without folder and suffix
+    results : result files, without folder and suffix; none if `render` finds what it needs
     """
 
     document: str
     name: str
-    render: Callable[[Any], str]
-    results: tuple[str, ...]
+    render: Callable[..., str]
+    results: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The Markdown text, made from the result files."""
+        if not self.results:
+            return self.render()
         return "\n\n".join(self.render(json.loads((RESULTS / f"{name}.json").read_text())) for name in self.results)
 
 
@@ -151,6 +154,15 @@ TABLES = (
     Table(PERFORMANCE, "side by side", graph_time, ("graph_time_h200",)),
     Table(PERFORMANCE, "pooled, 163,840 columns", bench, ("bench_sglang_pooled_163840_h200",)),
     Table(PERFORMANCE, "pooled, 1,048,576 columns", bench, ("bench_sglang_pooled_1048576_h200",)),
+    Table(PERFORMANCE, "curve", curve.table),
+    Table(PERFORMANCE, "long contexts", end_to_end, ("end_to_end_sglang_8_layers_long_4_steps_h200",)),
+    Table(
+        PERFORMANCE, "accepted, equal weights", accepted_in_engine,
+        ("acceptance_equal_weights_sglang_h200", "acceptance_equal_weights_vllm_h200"),
+    ),
+    Table(PERFORMANCE, "pooled, sglang", end_to_end, ("end_to_end_sglang_glm5_next_h200",)),
+    Table(PERFORMANCE, "dense, sglang", end_to_end, ("end_to_end_sglang_dense_fa3_h200",)),
+    Table(PERFORMANCE, "bench sglang, fa3", bench, ("bench_sglang_fa3_h200",)),
     Table(PERFORMANCE, "pooled, vLLM", end_to_end, ("end_to_end_vllm_glm5_next_h200",)),
     Table(PERFORMANCE, "dense, FLASH_ATTN_MLA", end_to_end, ("end_to_end_vllm_dense_flash_attn_mla_h200",)),
     Table(PERFORMANCE, "dense, FLASHMLA, bf16", end_to_end, ("end_to_end_vllm_dense_flashmla_bf16_h200",)),
@@ -176,8 +188,9 @@ def replaced(document: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write every table into its document, and the file of `nsa-plugin estimate`."""
+    """Write every table into its document, the picture of the worth, and the file of `nsa-plugin estimate`."""
     FILE.write_text(measured())
+    (ROOT / "docs" / "images" / "worth.svg").write_text(curve.draw())
     for table in TABLES:
         path = ROOT / table.document
         path.write_text(replaced(path.read_text(), table.name, table.text()))

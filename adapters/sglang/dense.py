@@ -55,7 +55,7 @@ class DenseRow(BackendRow):
 def _flash_attention(path: str, backend: str, mode: str, draft: bool = False) -> DenseRow:
     return DenseRow(
         f"{path} (FlashAttention)", backend, mode, "dense FlashAttention",
-        partial(uncovered, FLASH_ATTENTION), proved=False, gpus=HOPPER,
+        partial(uncovered, FLASH_ATTENTION), proved=True, gpus=HOPPER,
         layout=FLASH_ATTENTION_LAYOUT, draft=draft,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ ROWS = (
         tables=("page_table", "swa_page_table"),
         slots=("swa_out_cache_loc",),
         unsupported=partial(uncovered, (*FLASH_ATTENTION_REFUSALS, UNRECORDED)),
-        proved=False,
+        proved=True,
         gpus=frozenset({"9"}),
     ),
 )

@@ -22,7 +22,7 @@ def test_the_committed_picture_is_drawn_from_the_committed_results(pytestconfig:
 def test_every_cell_with_a_round_time_is_a_point() -> None:
     """Counted again from the files, without the code that makes the points."""
     expected = []
-    for path in map(Path, sorted(RESULTS.glob("end_to_end_*_layers_h*.json"))):
+    for path in map(Path, sorted(RESULTS.glob("end_to_end_*_layers_*.json"))):
         for cell in json.loads(path.read_text())["cells"]:
             shipped, plugin = cell["variants"].get(BASELINE), cell["variants"].get("auto")
             if shipped and plugin and shipped["round_us_median"]:

@@ -312,12 +312,15 @@ def page_tables(rig: Dense) -> Iterator[torch.Tensor]:
             yield from (value for name, value in getattr(backend, store).items() if "page_table" in str(name))
 
 
-def test_auto_leaves_it_to_sglang(install: Install) -> None:
+def test_auto_takes_what_a_gpu_has_run(install: Install) -> None:
     before = {row.backend: dict(vars(type(made(row).owner))) for row in ROWS}
     host, adapter = install("auto")
-    assert {row.backend: dict(vars(type(made(row).owner))) for row in ROWS} == before
     plans = {plan.path: plan for plan in adapter.paths(host)}
-    assert all((plans[row.path].strategy, plans[row.path].why) == ("off", UNPROVED) for row in ROWS)
+    for row in ROWS:
+        hooked = dict(vars(type(made(row).owner))) != before[row.backend]
+        assert hooked == row.proved
+        assert row.proved or (plans[row.path].strategy, plans[row.path].why) == ("off", UNPROVED)
+        assert not row.proved or plans[row.path].strategy == "graph"
 
 
 def test_the_ledger_has_its_methods_and_an_undo_puts_them_back(install: Install) -> None:

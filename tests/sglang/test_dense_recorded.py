@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 
-from nsa_plugin.adapters.base import UNPROVED
 from nsa_plugin.adapters.sglang import ledger, refusals, releases
 from nsa_plugin.adapters.sglang.recorded import ROWS, RecordedGraph
 from nsa_plugin.adapters.sglang.registry import beneath_hooks
@@ -140,7 +139,7 @@ def _other(live: Any, name: str) -> Any:
     return live
 
 
-@pytest.mark.parametrize("strategy", ["auto", "share", "copy"])
+@pytest.mark.parametrize("strategy", ["share", "copy"])
 def test_other_settings_leave_it_to_sglang(
     install: Install, monkeypatch: pytest.MonkeyPatch, module: Any, strategy: str
 ) -> None:
@@ -153,8 +152,7 @@ def test_other_settings_leave_it_to_sglang(
     assert (module.FlashAttentionBackend.init_forward_metadata_out_graph is not method) == hooked
     assert any(row.target.startswith(ROW.backend) for row in adapter.ledger()) == hooked
     (plan,) = (plan for plan in adapter.paths(host) if plan.path == ROW.path)
-    why = UNPROVED if strategy == "auto" else "NSA_PLUGIN_STRATEGY asks for another strategy"
-    assert (plan.strategy, plan.why) == ("off", why)
+    assert (plan.strategy, plan.why) == ("off", "NSA_PLUGIN_STRATEGY asks for another strategy")
 
 
 def test_the_ledger_has_its_methods_and_an_undo_puts_them_back(

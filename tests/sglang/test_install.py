@@ -68,7 +68,7 @@ def test_a_release_without_the_static_draft_extend_keeps_it(
     assert "draft extend is left to sglang: looked for" in adapter.summary()
     plans = {plan.path: plan.strategy for plan in adapter.paths(host)}
     assert [plans.pop(path) for path in reports.PATHS.values()] == ["graph", "graph", "off"]
-    assert plans and set(plans.values()) == {"off"}  # those of dense backends
+    assert {strategy for path, strategy in plans.items() if "FlashMLA" in path} == {"off"}
     backend = kit.make_backend(CONFIG, TABLE)
     backend._refresh_topk_v2_plan = lambda metadata: None  # sglang's own code calls it here
     for mode in ("TARGET_VERIFY", "DRAFT_EXTEND_V2"):
