@@ -34,7 +34,8 @@ def measured() -> str:
         "tables": list(_tables()),
         "acceptance": sorted(
             [int(steps), *_accepted(one["exact"]["against no plugin"])]
-            for steps, one in _load("acceptance_sglang_h200")["steps"].items()
+            for name in ("acceptance_sglang_h200", "acceptance_equal_weights_sglang_h200")
+            for steps, one in _load(name)["steps"].items()
         ),
     }
     lists = (f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]" for name, rows in found.items())
