@@ -21,6 +21,7 @@ import torch
 from nsa_plugin.adapters.base import Strategy
 from nsa_plugin.adapters.sglang import hooked, refusals, releases, reports
 from nsa_plugin.adapters.sglang.pools import foreign_formulas
+from nsa_plugin.adapters.sglang.preparation import Preparation
 from nsa_plugin.rigs.sglang import backends
 from nsa_plugin.testing.engine import Case, Engine, Obstacle, Session, Values, without
 
@@ -195,12 +196,16 @@ class SglangSession(Session):
         self._preparations[round]()
 
     def read(self) -> list[Values]:
-        """Run the graph; then the defined values of every backend's metadata."""
+        """Run the graph; then the defined values of every backend's metadata.
+
+        A graph runs what it has recorded, whatever the host says by then. So does what stands for one.
+        """
         size = self._batch.batch_size
         if size in self._graphs:
             self._graphs[size].replay()
         else:
-            backends.in_graph(self._owner, self._static[size])
+            with mock.patch.object(Preparation, "native", False):
+                backends.in_graph(self._owner, self._static[size])
         return [
             read_values(self._case, metadata, backend, self._batch)
             for backend, metadata in zip(self._backends, self._captured[size], strict=True)
