@@ -1,4 +1,4 @@
-"""On a CUDA device: a rehearsal leaves alone what cuBLAS holds for the graphs of an engine."""
+"""On a CUDA device: a rehearsal leaves alone what cuBLAS and torch hold for the graphs of an engine."""
 
 from __future__ import annotations
 
@@ -36,3 +36,26 @@ def test_graphs_of_all_streams_keep_their_workspaces() -> None:
     for graph, product in zip(graphs, products, strict=True):
         graph.replay()
         assert torch.equal(product, want)
+
+
+def test_work_that_cannot_be_captured_leaves_torch_as_it_was() -> None:
+    """Before: random numbers failed, and the allocator kept what a second stream had used, for ever."""
+    value = torch.zeros(1, device="cuda")
+    with pytest.raises(RuntimeError):
+        rehearse(lambda: value.item())
+    torch.rand(1, device="cuda")
+    new_stream: Any = torch.cuda.Stream
+    block = torch.empty(1 << 20, device="cuda")
+    block.record_stream(new_stream())
+    active = torch.cuda.memory_stats()["active_bytes.all.current"]
+    del block
+    torch.cuda.synchronize()
+    value += 1
+    spare = torch.empty(1, device="cuda")  # here the allocator takes back what streams have done with
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] < active
+    rehearse(lambda: spare.copy_(value))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        spare.copy_(value * 2)
+    graph.replay()
+    assert spare.item() == 2

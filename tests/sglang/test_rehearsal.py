@@ -12,6 +12,9 @@ import torch
 
 from nsa_plugin.adapters.sglang import rehearsal, reports
 
+POOL = (0, 7)
+INVALIDATED = "operation failed due to a previous error during capture"
+
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
@@ -21,9 +24,11 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
     for name, value in {
         "is_available": lambda: True, "current_device": lambda: 0, "current_stream": mock.MagicMock(), "stream": mock.MagicMock(),
         "CUDAGraph": lambda: made, "ExternalStream": mock.MagicMock(), "Stream": mock.Mock(side_effect=AssertionError),
+        "graph_pool_handle": lambda: POOL,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     rehearsal._own_stream.cache_clear()
+    monkeypatch.setattr(rehearsal, "_failed", [])
     yield made
     rehearsal._own_stream.cache_clear()
 
@@ -74,6 +79,63 @@ def test_without_a_stream_of_its_own_nothing_is_recorded(
 
 def test_an_error_of_the_work_ends_the_capture(graph: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", driver(with_handle))
+    monkeypatch.setattr(torch, "zeros", mock.Mock())
     with pytest.raises(ValueError, match="of the work"):
         rehearsal.rehearse(mock.Mock(side_effect=ValueError("of the work")))
-    graph.capture_end.assert_called_once()
+    assert graph.capture_begin.call_count == graph.capture_end.call_count
+
+
+class Torch:
+    """What torch keeps of captures: pools that its allocator fills and holds, and whether random numbers are captured."""
+
+    def __init__(self, ends_itself: bool) -> None:
+        self.ends_itself, self.invalidated = ends_itself, False
+        self.filled: list[Any] = []
+        self.held: list[Any] = []
+        self.random_is_captured = False
+
+    def begin(self, pool: Any = (1, 0), capture_error_mode: str = "global") -> None:
+        self.filled.append(pool)
+        self.held.append(pool)
+        self.random_is_captured = True
+
+    def end(self) -> None:
+        invalidated, self.invalidated = self.invalidated, False
+        if not invalidated or self.ends_itself:
+            self.held.remove(self.filled.pop())
+        if invalidated:
+            raise RuntimeError(INVALIDATED)
+        self.random_is_captured = False
+
+    def end_pool(self, device: int, pool: Any) -> None:
+        if pool not in self.filled:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.filled.remove(pool)
+
+    def release_pool(self, device: int, pool: Any) -> None:
+        self.held.remove(pool)
+
+
+@pytest.mark.parametrize("ends_itself", [False, True])
+def test_work_that_cannot_be_captured_leaves_torch_as_it_was(
+    graph: mock.MagicMock, monkeypatch: pytest.MonkeyPatch, ends_itself: bool
+) -> None:
+    """CUDA invalidates the capture. Before: the allocator kept its pool open, and the next random numbers failed."""
+    monkeypatch.setattr(ctypes, "CDLL", driver(with_handle))
+    kept = Torch(ends_itself)
+    graph.capture_begin.side_effect, graph.capture_end.side_effect = kept.begin, kept.end
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", kept.end_pool, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", kept.release_pool, raising=False)
+    monkeypatch.setattr(torch, "zeros", mock.Mock())
+
+    def synchronize() -> None:
+        kept.invalidated = True
+        raise ValueError("of the work")
+
+    with pytest.raises(RuntimeError, match=INVALIDATED):
+        rehearsal.rehearse(synchronize)
+    assert (kept.filled, kept.held, kept.random_is_captured) == ([], [], False)
+    graph.reset.assert_called_once()
+    assert rehearsal._failed == [graph]
+    rehearsal.rehearse(mock.Mock())
+    assert (kept.filled, kept.held) == ([], [])
