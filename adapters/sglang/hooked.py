@@ -106,10 +106,11 @@ class HookedBackend:
         if preparation is None or preparation.native or preparation.strategy != "graph":
             return
         try:
+            if capturing():  # before: the graph also runs what was issued until an error
+                self._keep(owner, (native_mode, batch.batch_size), preparation)
             preparation.record()
             if capturing():
                 preparation.leave_to_graph()
-                self._keep(owner, (native_mode, batch.batch_size), preparation)
         except Exception as error:
             preparation.step_down()
             self._fell_back(native_mode, "capture", "graph", error)
@@ -213,11 +214,12 @@ class HookedBackend:
                 if strategy == "graph":
                     preparation.rehearse()
             except Exception as error:
-                if preparation is not None:
-                    preparation.discard()
                 if known is not None:
+                    known.retire()  # not discard: other graphs of this size read its buffers
                     self._uncount(native_mode, known)
                     known = None
+                elif preparation is not None:
+                    preparation.discard()
                 self.by_sglang(owner, batch, native_mode)
                 self._fell_back(native_mode, "capture", strategy, error)
             else:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import reports
+from nsa_plugin.adapters.sglang import preparation, reports
 from nsa_plugin.rigs.sglang import backends as kit
 from tests.sglang.batches import DEVICE, record
 from tests.sglang.conftest import Install
@@ -216,3 +216,29 @@ def test_a_kernel_that_refuses_lengths_is_asked_at_every_replay(
     Runner("DECODE", monkeypatch).capture(2)
     assert "FlashMLA's metadata are computed at every replay: ValueError: planted" in caplog.text
     assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize("strategy", ["graph", "share"])
+@pytest.mark.parametrize("kernel", [by_topk], indirect=True)
+def test_a_second_capture_that_fails_leaves_the_first_graph_its_memory(
+    install: Install, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """sglang captures a size twice, with and without a feature. Before: what the first graph read was freed."""
+    host, _ = install(strategy)
+    runner = Runner("DECODE", monkeypatch)
+    runner.capture(2)
+    static, held, _ = runner.graphs[2]
+    capture, left = preparation.Preparation.capture, [RuntimeError("planted")]
+
+    def fails_once(self: Any, batch: Any) -> None:
+        if left:
+            raise left.pop()
+        capture(self, batch)
+
+    monkeypatch.setattr(preparation.Preparation, "capture", fails_once)
+    runner.owner.init_forward_metadata_out_graph(static, in_capture=True)
+    assert sum(host.fallbacks.values()) == 1
+    for backend, metadata in zip(runner.backends, held, strict=True):
+        assert backend.decode_cuda_graph_metadata[2].flashmla_metadata is metadata.flashmla_metadata
+    runner.graphs[2] = static, held, None
+    assert runner.replay([70, 9], [3, 1]) == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_plugin.adapters.sglang import reports
+from nsa_plugin.adapters.sglang import hooked, preparation, reports
 from nsa_plugin.rigs.sglang import backends as kit
 from nsa_plugin.testing.lasting import live_bytes
 from tests.sglang.batches import record
@@ -51,6 +51,28 @@ def test_what_a_live_graph_runs_is_kept_after_undo(install: Install, monkeypatch
     del runner
     gc.collect()
     assert kept() is None
+
+
+def test_what_a_graph_runs_until_an_error_is_kept_after_undo(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel was recorded, then something raised, and sglang's capture went on. The graph reads the kernel's tables."""
+    host, adapter = install("graph")
+    runner = Runner("DECODE", monkeypatch)
+    static = runner.batch([1, 1], [0, 0])
+    runner.owner.init_forward_metadata_out_graph(static, in_capture=True)
+    whole = preparation.Preparation.record
+
+    def half(self: Any) -> None:
+        whole(self)
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(preparation.Preparation, "record", half)
+    record(runner.owner, static, monkeypatch)
+    assert sum(host.fallbacks.values()) == 1
+    (prepared,) = vars(runner.owner)["_nsa_plugin_prepared"].values()
+    adapter.undo()
+    kept = hooked._recorded.get(runner.owner)
+    assert kept is not None
+    assert list(kept.values()) == [[prepared]]
 
 
 def stale(num_steps: int) -> tuple[Any, list[Any], Any]:
