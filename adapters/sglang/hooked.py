@@ -103,7 +103,11 @@ class HookedBackend:
         """Issue the work within a capture: what is launched here becomes part of the CUDA graph."""
         native_mode = self.native_mode(owner, batch)
         preparation = self._find(owner, batch, native_mode)
-        if preparation is None or preparation.native or preparation.strategy != "graph":
+        if preparation is None or preparation.strategy != "graph":
+            return
+        if preparation.native:
+            if capturing():
+                preparation.leave_to_host()
             return
         try:
             if capturing():  # before: the graph also runs what was issued until an error

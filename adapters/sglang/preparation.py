@@ -71,7 +71,7 @@ class Preparation:
     ) -> None:  # fmt: skip
         first = backends[0]
         self.strategy = self.bound_as = strategy
-        self.recorded = self._failed = False
+        self.recorded = self._failed = self._lacking = False
         self._dispatch = f"set_{generation().prefix}_prefill_impl"
         self._host, self._backends, self._native_mode = host, tuple(backends), native_mode
         self._batch_size = batch.batch_size
@@ -164,8 +164,13 @@ class Preparation:
         self._run(self._static)
 
     def leave_to_graph(self) -> None:
-        """Do nothing before replays from now on: a captured graph does the work."""
-        self.recorded = True
+        """Do nothing before replays from now on: a captured graph does the work, and none over these buffers lacks it."""
+        self.recorded = not self._lacking
+        self._choose()
+
+    def leave_to_host(self) -> None:
+        """Do the work before replays for good: a captured graph lacks it, and which of several is replayed is not known."""
+        self.recorded, self._lacking = False, True
         self._choose()
 
     def step_down(self) -> None:

@@ -162,3 +162,28 @@ def test_a_capture_that_records_nothing_is_prepared_before_its_replays(
     runner.owner.init_forward_metadata_out_graph(static, in_capture=True)
     runner.graphs[2] = static, runner.graphs[2][1], False
     assert runner.replay([70, 9], [3, 1]) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_graph_that_lacks_the_work_is_prepared_before_its_replays(
+    install: Install, monkeypatch: pytest.MonkeyPatch, anew: bool, order: tuple[bool, bool], mode: str
+) -> None:
+    """sglang captures several graphs for one size, after one preparation or after one each; one is captured while off."""
+    host, _ = install("graph")
+    runner = Runner(mode, monkeypatch)
+    static = runner.batch([1, 1], [0, 0])
+    runner.owner.init_forward_metadata_out_graph(static, in_capture=True)
+    held = [backend.forward_metadata for backend in runner.backends]
+    for number, on in enumerate(order):
+        if host.on is not on:
+            host.switch(on, "test")
+        if anew and number:
+            runner.owner.init_forward_metadata_out_graph(static, in_capture=True)
+        record(runner.owner, static, monkeypatch)
+    if not host.on:
+        host.switch(True, "test")
+    runner.graphs[2] = static, held, False  # the graph that lacks it
+    assert runner.replay([70, 9], [3, 1]) == []
+    assert not host.fallbacks
