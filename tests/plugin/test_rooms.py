@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -37,6 +38,12 @@ DRIVE_RIGS = ("nsa_plugin.demo.", "nsa_plugin.bench.", "nsa_plugin.rigs.")
 """Modules of the package that may import rigs; so may `tests` and `benchmarks`, which are not in it."""
 DRIVE_ENGINES = ("nsa_plugin.rigs.vllm.",)
 """Modules that drive real engine parts, and are imported only where the engine is installed."""
+
+GPU_OBJECTS = re.compile(
+    r"\bStream\b\s*(?:\(|$)|\b(?:CUDA|XPU|NPU)Graph\b|\bcapture_begin\b|\bempty_cache\b", re.MULTILINE
+)
+OWN_GPU_OBJECTS = {"nsa_plugin.adapters.side_by_side", "nsa_plugin.adapters.sglang.rehearsal"}
+"""Who may make streams and graphs in an engine's process: torch frees what engines use when one of them goes."""
 
 
 def module(path: Path) -> str:
@@ -157,3 +164,11 @@ def test_no_file_is_longer_than_one_reads() -> None:
         if not path.relative_to(ROOT).parts[0].startswith((".", "build"))
     }
     assert lines and not {name: count for name, count in lines.items() if count > LONGEST}
+
+
+def test_streams_and_graphs_are_made_where_their_hazards_are_known() -> None:
+    makers = {
+        name for name, path in FILES.items()
+        if room_of(name) != "nsa_plugin" and GPU_OBJECTS.search(path.read_text())
+    }  # fmt: skip
+    assert makers == OWN_GPU_OBJECTS
