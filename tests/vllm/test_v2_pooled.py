@@ -274,6 +274,17 @@ def test_a_plan_that_is_elsewhere_is_not_replayed(
     assert sum(host.fallbacks.values()) == len(BATCHES)
 
 
+def test_ranks_that_plan_for_batches_of_their_own_are_left_to_vllm(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose plan failed would leave its graph, and the others would wait in theirs."""
+    install("graph")
+    draft = PooledDraft(3)
+    monkeypatch.setattr(draft.config.parallel_config, "data_parallel_size", 2)
+    (builder,) = plans.planning(draft.speculator)
+    assert "data parallelism" in builders.row_of(builder).refused(builder)
+
+
 @pytest.mark.parametrize("failing", ["when bound", "in a step"])
 def test_an_error_leaves_no_stale_tail(install: Install, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     expected = propose(PooledDraft(3), poison=False)

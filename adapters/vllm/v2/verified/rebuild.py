@@ -73,7 +73,11 @@ class Rebuild:
             self._drafted = torch.zeros(most, 1, dtype=torch.int64, device=device)
         self._tokens, self._sampled = tokens, tokens.clone()
         self._speculator = shadow(
-            speculator, input_buffers=self._buffers, block_tables=self._tables, attn_groups=spare, **_no_graphs(speculator)
+            speculator,
+            input_buffers=self._buffers,
+            block_tables=self._tables,
+            attn_groups=spare,
+            **_no_graphs(speculator),
         )
 
     def steps(self, draft: Draft) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
