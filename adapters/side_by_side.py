@@ -23,7 +23,7 @@ def side_by_side(refreshes: Sequence[Refresh]) -> Refresh | None:
         return refreshes[0] if refreshes else None
 
     def derive() -> None:
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if not capturing():
             for refresh in refreshes:
                 refresh()
             return
@@ -40,6 +40,11 @@ def side_by_side(refreshes: Sequence[Refresh]) -> Refresh | None:
                 trunk.wait_stream(branch)
 
     return derive
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _streams(number: int) -> list[Any]:

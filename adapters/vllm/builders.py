@@ -42,6 +42,11 @@ def _is_batch_invariant(builder: Any) -> bool:
     return bool(pkgutil.resolve_name("vllm.envs").VLLM_BATCH_INVARIANT)
 
 
+def _uses_data_parallelism(builder: Any) -> bool:
+    parallel = getattr(getattr(builder, "vllm_config", None), "parallel_config", None)
+    return bool(getattr(parallel, "data_parallel_size", 1) > 1)
+
+
 def _uses_pcp(builder: Any) -> bool:
     return bool(getattr(builder, "use_pcp", False))
 
@@ -56,6 +61,10 @@ PARALLELISM = (
 )  # fmt: skip
 """Of a builder, or of vLLM's `ParallelConfig`."""
 HISPARSE = Refusal("HiSparse is not covered", _has_hisparse)
+PLANS_ALONE = Refusal(
+    "data parallelism is not covered: a rank whose plan failed would leave its graph, and the others in their collectives",
+    _uses_data_parallelism,
+)
 COMPRESSED = Refusal(
     "a compressed indexer cache has slots of its own, computed anew for every step", above_one("compress_ratio")
 )
@@ -167,7 +176,7 @@ FLASHINFER_SPARSE_SM90 = BuilderRow(
      Need(f"{_SM90}._SM90State.plan", ("num_tokens", "kv_lens", "cam", "req_id_per_token"),
           "plan for the lengths of all steps before the draft"),
      FUSED_DRAFT),
-    (*PARALLELISM, HISPARSE), proved=False, gpus=frozenset({"9"}),
+    (*PARALLELISM, HISPARSE, PLANS_ALONE), proved=False, gpus=frozenset({"9"}),
 )  # fmt: skip
 """It plans on the host. One plan, made before each draft, serves all steps: each clamps it on the device to its lengths."""
 TAIL_SLOTS = Need(

@@ -195,8 +195,10 @@ FUSED_DRAFT = Need(
     "see a draft begin",
 )  # fmt: skip
 UPDATE_INPUTS = f"{SPECULATORS[0].rpartition('.')[0]}.update_draft_inputs"
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager"
 WATCH_NEEDS: tuple[Need, ...] = (
     FUSED_DRAFT,
+    Need(GRAPHS, (), "leave graphs out of what is kept"),
     Need(f"{SPECULATORS[0]}.advance_draft_positions", (), "know that positions move on from step to step"),
     Need(f"{SPECULATORS[0]}._build_uniform_attn_metadata",
          ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"), "rebuild a step's metadata"),

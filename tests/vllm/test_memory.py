@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -61,3 +62,15 @@ def test_memory_is_flat_over_captures(install: Install, verify: int) -> None:
             draft.propose(*BATCHES[0])
             held.append(live_bytes())
     assert held[1] <= held[0] + 4096, held
+
+
+@pytest.mark.parametrize("mode", ["before", "graph"])
+def test_graphs_that_vllm_drops_are_not_kept(install: Install, mode: str) -> None:
+    """vLLM captures drafts to measure their memory, drops those graphs, and captures again."""
+    install(verify=1, verify_mode=mode)
+    draft = Draft(*LAYOUT, TOKENS)
+    draft.warm_up()
+    dropped = weakref.ref(draft.speculator.prefill_cudagraph_manager)
+    draft.speculator.prefill_cudagraph_manager = None
+    gc.collect()
+    assert dropped() is None

@@ -255,16 +255,34 @@ def test_a_plan_fits_the_last_step_too(install: Install, requests: int) -> None:
     assert unequal_steps(expected, propose(PooledDraft(4), batches)) == set()
 
 
-def test_a_plan_that_is_elsewhere_is_not_replayed(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("without_graph", [False, True], ids=["", "after a draft that no graph runs"])
+def test_a_plan_that_is_elsewhere_is_not_replayed(
+    install: Install, monkeypatch: pytest.MonkeyPatch, without_graph: bool
+) -> None:
     expected = propose(PooledDraft(3), BATCHES, poison=False)
     host, _ = install("graph")
     draft = PooledDraft(3)
     propose(draft, (BATCHES[0],))
     places = plans._places
     monkeypatch.setattr(plans, "_places", lambda state: (*places(state), "moved"))
+    if without_graph:
+        (builder,) = plans.planning(draft.speculator)
+        for known in tuple((plans.recorded.get(builder) or {}).values()):
+            plans.clamp(builder, known.metadata)
     monkeypatch.setattr(draft.graphs, "run_fullgraph", lambda descriptor: pytest.fail("replayed"))
     assert unequal_steps(expected, propose(draft, BATCHES)) == set()
     assert sum(host.fallbacks.values()) == len(BATCHES)
+
+
+def test_ranks_that_plan_for_batches_of_their_own_are_left_to_vllm(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose plan failed would leave its graph, and the others would wait in theirs."""
+    install("graph")
+    draft = PooledDraft(3)
+    monkeypatch.setattr(draft.config.parallel_config, "data_parallel_size", 2)
+    (builder,) = plans.planning(draft.speculator)
+    assert "data parallelism" in builders.row_of(builder).refused(builder)
 
 
 @pytest.mark.parametrize("failing", ["when bound", "in a step"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nsa_plugin.adapters.attached import Attached
+from nsa_plugin.adapters.side_by_side import capturing
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.builders import FLASHINFER_SPARSE_SM90, row_of
 
@@ -42,8 +43,9 @@ recorded: Attached[dict[int, Recorded]] = Attached("recorded_plans")
 
 def clamp(builder: Any, metadata: Any) -> None:
     """Clamp the plan to the lengths that are there; capture-safe."""
-    rows = metadata.num_decode_tokens
-    recorded.setdefault(builder, {})[rows] = Recorded(metadata, _places(builder.state))
+    rows, known = metadata.num_decode_tokens, recorded.setdefault(builder, {})
+    if capturing() or rows not in known:  # a draft that no graph runs says nothing of where a graph reads
+        known[rows] = Recorded(metadata, _places(builder.state))
     builder.state._clamp_kv_end(metadata, metadata.req_id_per_token)
 
 

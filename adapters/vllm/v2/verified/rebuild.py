@@ -11,7 +11,7 @@ import torch
 
 from nsa_plugin.adapters.verification import SpareBuffers, shadow
 from nsa_plugin.adapters.vllm.rebuilds import spare_group
-from nsa_plugin.adapters.vllm.releases import UPDATE_INPUTS
+from nsa_plugin.adapters.vllm.releases import GRAPHS, UPDATE_INPUTS
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,13 @@ class Rebuild:
             self._ignored = torch.zeros(most, 1, device=device)  # instead of hidden states and drafted tokens
             self._drafted = torch.zeros(most, 1, dtype=torch.int64, device=device)
         self._tokens, self._sampled = tokens, tokens.clone()
-        self._speculator = shadow(speculator, input_buffers=self._buffers, block_tables=self._tables, attn_groups=spare)
+        self._speculator = shadow(
+            speculator,
+            input_buffers=self._buffers,
+            block_tables=self._tables,
+            attn_groups=spare,
+            **_no_graphs(speculator),
+        )
 
     def steps(self, draft: Draft) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
         """Of each step: metadata by layer, slot mappings [KV-cache groups, capacity], lengths [rows]; gone at the next."""
@@ -98,3 +104,13 @@ class Rebuild:
             self._tokens[:rows], self._step, self._ignored[:rows], self._drafted, self._ignored, self._buffers,
             self._sampled, rows, speculator.max_model_len, 2,
         )  # fmt: skip
+
+
+def _no_graphs(speculator: Any) -> dict[str, None]:
+    """None for each manager of graphs of a speculator. vLLM drops those of its profiling before it captures again.
+
+    Graphs that something else keeps go later. When torch destroys a graph it frees cuBLAS' workspace of the stream that the
+    graph was captured on, which graphs captured since may use.
+    """
+    kind = pkgutil.resolve_name(GRAPHS)
+    return {name: None for name, value in vars(speculator).items() if isinstance(value, kind)}

@@ -16,6 +16,7 @@ import torch
 
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
+from nsa_plugin.adapters.side_by_side import capturing
 from nsa_plugin.adapters.verification import Moment, Verification, moment
 from nsa_plugin.adapters.vllm import releases
 from nsa_plugin.adapters.vllm.reports import logger, recorded, report
@@ -214,9 +215,9 @@ class Watch:
     def _watched(self, known: _Speculator, speculator: Any, metadata: Mapping[str, Any], num_reqs: int) -> RunsStep:
         """A step as it is without verification, and what keeps what it reads."""
         compare, before = known.compare.get(num_reqs), known.arena.size
-        if compare is None and _capturing():
+        if compare is None and capturing():
             raise Uncovered("captured without a warm-up")
-        if compare is None or (self._draft is None and not _capturing()):
+        if compare is None or (self._draft is None and not capturing()):
             staged = Staged(
                 speculator, metadata, num_reqs, known.arena, functools.partial(known.rebuild, speculator), self._host
             )
@@ -238,7 +239,7 @@ class Watch:
         if self._prepared:
             return step
         prepare = known.prepare.get(num_reqs)
-        if _capturing():
+        if capturing():
             if prepare is None:
                 raise Uncovered("captured without a warm-up")
             return step
@@ -278,10 +279,6 @@ class _Measured:
     def record(self) -> None:
         """The draft has been run."""
         self._seconds(self._spent)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _warm_up(rows: int, speculator: Any) -> Draft:
