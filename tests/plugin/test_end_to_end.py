@@ -250,7 +250,7 @@ def test_what_it_is_worth_is_measured_unit_by_unit(tmp_path: Path) -> None:
         [sys.executable, "report.py", str(tmp_path / f"r_{unit}.json")],
         cwd=example, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert table.count("12 pairs") == 6
+    assert table.count("rounds/s") == 6 and table.count("12 pairs") == 12  # of tokens and of rounds
 
 
 def test_a_unit_that_no_plan_has_is_refused_by_name(tmp_path: Path) -> None:
