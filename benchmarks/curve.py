@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import svg
-from benchmarks.end_to_end.report import BASELINE, FEWEST_PAIRS, paired
+from benchmarks.end_to_end.report import AGAIN, BASELINE, FEWEST_PAIRS, paired
 from benchmarks.measured import RESULTS, host_ms
 
 FILES = re.compile(r"end_to_end_(sglang|vllm)_(\d+)_layers(?:_\w+)?_h[12]00")
 LONG = 16384
 """Prompts from here on are named in the picture."""
-AGAIN = "no plugin again"
 COLOURS = {"sglang": "#1f77b4", "vllm": "#d95f02"}
 LEFT, TOP, WIDTH, HEIGHT = 70, 60, 780, 380
 NULL = "#999999"
@@ -58,7 +57,7 @@ class Point:
 
 
 def points() -> list[Point]:
-    """All cells, from the shortest round to the longest."""
+    """All cells, by engine, layers, prompt and batch."""
     found = []
     for path in sorted(RESULTS.glob("end_to_end_*_layers_*.json")):
         if named := FILES.fullmatch(path.stem):
@@ -118,7 +117,7 @@ def _range(gain: tuple[float, float, float]) -> str:
 def draw() -> str:
     """The picture, as SVG: the gain against the time of a round as shipped."""
     drawn = points()
-    first, last = _ticks([one.round_ms for one in drawn])
+    first, last = min(one.round_ms for one in drawn) / 1.15, max(one.round_ms for one in drawn) * 1.15
     lowest = 5 * math.floor(min(min(one.gain[1], *(one.null or (0, 0))) for one in drawn) / 5)
     highest = 5 * math.ceil(max(one.gain[2] for one in drawn) / 5)
 
@@ -155,10 +154,6 @@ def draw() -> str:
         at += 50 + 7 * len(label)
     parts.append(svg.text(LEFT, TOP + HEIGHT + 40, NOTE, "11px"))
     return svg.document(parts, LEFT + WIDTH + 60, TOP + HEIGHT + 56)
-
-
-def _ticks(values: list[float]) -> tuple[float, float]:
-    return min(values) / 1.15, max(values) * 1.15
 
 
 def main() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
+
+import torch
 
 from nsa_plugin.adapters.sglang.reports import logger
 
@@ -41,3 +43,12 @@ def sharing(allocate: Callable[[], None], backends: Sequence[Any], share: Callab
             len(backends),
             given_back / 2**20,
         )
+
+
+def adopt(tables: MutableMapping[str, Any], name: str, kept: Any) -> int:
+    """Put `kept` in the place of a page table of its shape; returns the bytes that this gives back, 0 if nothing is replaced."""
+    own = tables.get(name)
+    if own is kept or not (isinstance(own, torch.Tensor) and isinstance(kept, torch.Tensor)) or own.shape != kept.shape:
+        return 0
+    tables[name] = kept
+    return own.numel() * own.element_size()

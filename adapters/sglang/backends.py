@@ -10,11 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from nsa_plugin.adapters.attached import Attached
 from nsa_plugin.adapters.base import Host
-from nsa_plugin.adapters.sglang.allocation import sharing
+from nsa_plugin.adapters.sglang.allocation import adopt, sharing
 from nsa_plugin.adapters.sglang.glue import GlueGraphs
 from nsa_plugin.adapters.sglang.hooked import HookedBackend
 from nsa_plugin.adapters.sglang.pools import POOLED_TABLE, keys_per_index_key, pooled_table
@@ -159,12 +157,4 @@ class SingleBackend(HookedBackend):
 def _share_tables(first: Any, backend: Any) -> int:
     """Drop the page tables that a draft backend has just made for those of `first`; returns the bytes that this gives back."""
     theirs, shared = backend.decode_cuda_graph_metadata, first.decode_cuda_graph_metadata
-    given_back = 0
-    for name in ("page_table", "real_page_table"):
-        table, other = theirs.get(name), shared.get(name)
-        if not (isinstance(table, torch.Tensor) and isinstance(other, torch.Tensor)) or table is other:
-            continue
-        if table.shape == other.shape:
-            given_back += table.numel() * table.element_size()
-            theirs[name] = other
-    return given_back
+    return sum(adopt(theirs, name, shared.get(name)) for name in ("page_table", "real_page_table"))

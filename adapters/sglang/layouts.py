@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from nsa_plugin.adapters.attached import Attached
+from nsa_plugin.adapters.sglang.allocation import adopt
 from nsa_plugin.adapters.verification import SpareBuffers
 from nsa_plugin.core.batch import SlotMap
 from nsa_plugin.core.errors import reject
@@ -283,10 +284,5 @@ def share_tables(layout: Layout, first: Any, backend: Any) -> int:
     given_back = 0
     for firsts, own in zip(layout.tables(first), layout.tables(backend), strict=True):
         holder, name = firsts[0]
-        kept = holder[name]
-        for tables, key in own:
-            table = tables.get(key)
-            if isinstance(table, torch.Tensor) and table is not kept and table.shape == kept.shape:
-                given_back += table.numel() * table.element_size()
-                tables[key] = kept
+        given_back += sum(adopt(tables, key, holder[name]) for tables, key in own)
     return given_back

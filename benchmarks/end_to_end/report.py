@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-BASELINE = "no plugin"
+BASELINE, AGAIN = "no plugin", "no plugin again"
+"""The second is a further engine, or block, without the plugin."""
 CAPTURE = re.compile(r"CUDA graph end.*elapsed=([\d.]+) s|Graph capturing finished in (\d+) secs")
 GIVEN_BACK = re.compile(r"([\d.]+) MiB given back")
 FEWEST_PAIRS = 10

@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import BASELINE, GIVEN_BACK, reduce
+from report import AGAIN, BASELINE, GIVEN_BACK, reduce
 from run import HERE, Engine, command, parse, parser_of, random_prompts, say, start, take_turns, up
 
-AGAIN, AUTO = "no plugin again", "auto"
+AUTO = "auto"
 WIDTH = 163840
 IDLE_S = 1.3
 """The probe writes its times when an engine has been idle for so long."""
