@@ -47,9 +47,9 @@ def started(options: argparse.Namespace) -> dict[tuple[int, str], tuple[Engine, 
         folder, settings = metrics(options, f"{steps} {variant}") if variant == VERIFIED else (None, {})
         engine = start(options, steps, variant, number, VARIANTS[variant] | settings)
         engines[steps, variant] = engine, folder
-        if number == 0:
+        if number == 0 and not options.warm:
             wait(engine, options)
-    for engine, _ in list(engines.values())[1:]:
+    for engine, _ in list(engines.values())[0 if options.warm else 1 :]:
         wait(engine, options)
     return {key: found for key, found in engines.items() if found[0].ready is not None}
 
@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON: lists of token ids, or of such in `prompts`")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 5, 7])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--warm", action="store_true", help="kernels are compiled: no engine need start alone")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     options = parse(parser)

@@ -79,9 +79,9 @@ Waves = tuple[tuple[Unit, ...], ...]
 
 
 def curve(steps: int) -> Waves:
-    """From the shortest round to the longest; the first wave has what is known least."""
-    first = tuple(Unit(layers, steps, again=True) for layers in (2, 8, 16))
-    return first, (Unit(32, steps, again=True), Unit(4, steps, again=True)), (Unit(61, steps),)
+    """From the shortest round to the longest."""
+    small = tuple(Unit(layers, steps, again=True) for layers in (2, 4))
+    return small, tuple(Unit(layers, steps) for layers in (8, 16, 32)), (Unit(61, steps),)
 
 
 LONG: dict[str, Any] = {"prompt": (131072, 65536), "batch": (8, 1), "cached": True}
