@@ -92,6 +92,7 @@ GPU: Waves = (
         Unit(8, 4, (1024,), (128, 32, 1), cached=True, named="width_163840"),
     ),
     (Unit(8, 4, (1024,), (128, 32, 1), width=1048576, cached=True, named="width_1048576"),),
+    (Unit(8, 5, **LONG, named="long_5_steps"),),
 )
 PLANS: dict[str, dict[str, Waves]] = {"sglang": {"curve": curve(4), "gpu": GPU}, "vllm": {"curve": curve(3)}}
 
