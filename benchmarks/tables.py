@@ -145,7 +145,7 @@ class Table:
 PERFORMANCE, ENGINES = "docs/performance.md", "docs/engines.md"
 TABLES = (
     Table(ENGINES, "releases", releases, ("releases",)),
-    Table(PERFORMANCE, "61 layers", end_to_end, ("end_to_end_sglang_61_layers_h100",)),
+    Table(PERFORMANCE, "61 layers", end_to_end, ("end_to_end_sglang_61_layers_h200", "end_to_end_vllm_61_layers_h200")),
     Table(PERFORMANCE, "stale", stale_schedules, ("stale_schedule_h100",)),
     Table(PERFORMANCE, "accepted", accepted, ("exact_lengths_small_model_h100",)),
     Table(PERFORMANCE, "bench sglang", bench, ("bench_sglang_decode_h100", "bench_sglang_verify_extend_h100")),
@@ -155,7 +155,13 @@ TABLES = (
     Table(PERFORMANCE, "pooled, 163,840 columns", bench, ("bench_sglang_pooled_163840_h200",)),
     Table(PERFORMANCE, "pooled, 1,048,576 columns", bench, ("bench_sglang_pooled_1048576_h200",)),
     Table(PERFORMANCE, "curve", curve.table),
-    Table(PERFORMANCE, "long contexts", end_to_end, ("end_to_end_sglang_8_layers_long_4_steps_h200",)),
+    Table(
+        PERFORMANCE, "long contexts", end_to_end,
+        ("end_to_end_sglang_8_layers_long_4_steps_h200", "end_to_end_sglang_8_layers_long_7_steps_h200"),
+    ),
+    Table(PERFORMANCE, "163,840 columns", end_to_end, ("end_to_end_sglang_8_layers_width_163840_h200",)),
+    Table(PERFORMANCE, "1,048,576 columns", end_to_end, ("end_to_end_sglang_8_layers_width_1048576_h200",)),
+    Table(PERFORMANCE, "batch 256", end_to_end, ("end_to_end_sglang_8_layers_large_batch_h200",)),
     Table(
         PERFORMANCE, "accepted, equal weights", accepted_in_engine,
         ("acceptance_equal_weights_sglang_h200", "acceptance_equal_weights_vllm_h200"),
@@ -163,6 +169,7 @@ TABLES = (
     Table(PERFORMANCE, "pooled, sglang", end_to_end, ("end_to_end_sglang_glm5_next_h200",)),
     Table(PERFORMANCE, "dense, sglang", end_to_end, ("end_to_end_sglang_dense_fa3_h200",)),
     Table(PERFORMANCE, "bench sglang, fa3", bench, ("bench_sglang_fa3_h200",)),
+    Table(PERFORMANCE, "bench sglang, FlashMLA", bench, ("bench_sglang_flashmla_h200",)),
     Table(PERFORMANCE, "pooled, vLLM", end_to_end, ("end_to_end_vllm_glm5_next_h200",)),
     Table(PERFORMANCE, "dense, FLASH_ATTN_MLA", end_to_end, ("end_to_end_vllm_dense_flash_attn_mla_h200",)),
     Table(PERFORMANCE, "dense, FLASHMLA, bf16", end_to_end, ("end_to_end_vllm_dense_flashmla_bf16_h200",)),

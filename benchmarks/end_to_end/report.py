@@ -260,6 +260,12 @@ def mostly_prompts(one: dict[str, Any]) -> bool:
     return float(one.get("prompt_share", 0)) > MOSTLY_PROMPTS
 
 
+def by_rounds(one: dict[str, Any], baseline: dict[str, Any]) -> list[tuple[float, float]]:
+    """Pairs of blocks whose ratio is that of rounds per second; prompts are in none. Empty where rounds were not kept by block."""
+    ours, theirs = (found.get("round_us_by_turn", []) for found in (one, baseline))
+    return list(zip(theirs, ours, strict=False))
+
+
 def _paired(pairs: list[tuple[float, float]]) -> str:
     mean, low, high = paired(pairs)
     said = f"{_change(mean)}, {_change(low)} to {_change(high)}" if not low <= 1 <= high else "no difference seen"
@@ -271,10 +277,10 @@ def _rounds(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
     if one is None or one["round_us_median"] is None:
         return "–"
     said = f"{one['round_us_median']:,.0f} / {one['round_us_p99']:,.0f}"
-    ours, theirs = (found.get("round_us_by_turn", []) for found in (one, baseline or {}))
-    if one is baseline or min(len(ours), len(theirs)) < FEWEST_PAIRS:
+    pairs = by_rounds(one, baseline or {})
+    if one is baseline or len(pairs) < FEWEST_PAIRS:
         return said
-    return f"{said} (rounds/s {_paired(list(zip(theirs, ours, strict=False)))})"
+    return f"{said} (rounds/s {_paired(pairs)})"
 
 
 def paired(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:

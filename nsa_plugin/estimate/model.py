@@ -11,7 +11,8 @@ where w is 1 in a round that the host bounds and 0 in one that the GPU bounds. A
   unknown: the interval has both, the expectation is between.
 - host part: the share of its host time that the plugin saved in host-bound cells of complete engines, by engine and steps.
 - schedule part (sglang, more than 3 steps): three draft backends of a round run the indexer with a stale schedule.
-- page tables part (sglang): GPU time of the metadata of draft decode, target verify and draft extend.
+- page tables part (sglang): GPU time of the metadata of draft decode, target verify and draft extend. Tables wider than that
+  benchmark's: by how much the rounds of a complete engine got shorter, which the GPU bounded.
 
 The last two are interpolated linearly between measured cells; their interval is that of the neighbours, and reaches down to
 nothing beyond the measured range. (With more requests than were measured, a fresh schedule's time is continued linearly.)
@@ -25,7 +26,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,7 @@ class Measured:
     cells: tuple[dict[str, Any], ...]
     stale: tuple[tuple[int, int, float, float], ...]
     tables: tuple[tuple[str, int, int, int, int, float], ...]
+    wide: tuple[tuple[int, int, float], ...]
     acceptance: tuple[tuple[int, float, float, float], ...]
 
     @classmethod
@@ -120,7 +122,7 @@ class Measured:
 
     def without(self, cell: Mapping[str, Any]) -> Measured:
         """All but one cell of the complete engines."""
-        return Measured(tuple(one for one in self.cells if one is not cell), self.stale, self.tables, self.acceptance)
+        return replace(self, cells=tuple(one for one in self.cells if one is not cell))
 
     @cached_property
     def limits(self) -> tuple[float, float]:
@@ -153,7 +155,10 @@ class Measured:
             others = self.without(cell)
             bound = others._bound(_ratio(cell))
             if bound.low == bound.high:
-                saved = bound.mid * others.share(cell["engine"], cell["steps"]) / _ratio(cell)
+                saved = others.share(cell["engine"], cell["steps"]) / _ratio(cell)
+                if not bound.mid:
+                    of = round_of(cell)
+                    saved = (self.schedule(of).mid + self.page_tables(of).mid) / of.round_ms
                 found.setdefault((cell["engine"], bool(bound.mid)), []).append(cell["log_ratio"] + math.log(1 - saved))
         return found
 
@@ -219,6 +224,17 @@ class Measured:
 
     def page_tables(self, of: Round) -> Range:
         """Milliseconds of GPU time of a round's metadata that `graph` saves in sglang."""
+        widest = max(row[2] for row in self.tables)
+        if of.engine != "sglang" or of.width <= widest:
+            return self._kernels(of)
+        points: dict[tuple[float, ...], float] = {(width, batch): us / 1e3 for width, batch, us in self.wide}
+        points |= {(width, 0): 0.0 for width, _, _ in self.wide}  # without requests there is nothing to save
+        for batch in {0, *(batch for _, batch, _ in self.wide)}:
+            points[widest, batch] = self._kernels(replace(of, width=widest, batch=batch)).mid
+        return interpolated(points, (of.width, of.batch))
+
+    def _kernels(self, of: Round) -> Range:
+        """The same of tables as wide as those of the benchmark."""
         total = NOTHING
         for mode in sorted({row[0] for row in self.tables}) if of.engine == "sglang" else ():
             rows = [row for row in self.tables if row[0] == mode]
@@ -229,6 +245,12 @@ class Measured:
                 points = {tuple(row[2:5]): row[5] for row in rows}
                 total = total.plus(interpolated(points, (of.width, of.batch, of.context)))
         return total.times(1e-3)
+
+
+def round_of(cell: Mapping[str, Any]) -> Round:
+    """The round of a measured cell, without the plugin."""
+    load = {"steps": cell["steps"], "context": cell["prompt"], "batch": cell["batch"], "width": cell["width"]}
+    return Round(cell["engine"], cell["round_ms"], cell["host_ms"], **load)
 
 
 def interpolated(points: Mapping[tuple[float, ...], float], at: tuple[float, ...]) -> Range:

@@ -27,7 +27,7 @@ def show(measured: Measured, of: Round, found: Estimate, console: Console) -> No
             "page tables",
             _ms(found.tables),
             _gain(found.tables, gpu, of),
-            "GPU time of metadata, from times of kernels",
+            "GPU time of metadata, from times of kernels; of wider tables from times of rounds",
         )
     console.print(table)
     low, mid, high = (None if value is None else f"{100 * value:+.1f} %" for value in found.gain)

@@ -84,11 +84,11 @@ class AsksTwice(ToyAdapter):
     """Between two looks at the switch it may have changed."""
 
     def _capture(self, forward: Any, batch: Any, *arguments: Any, **keywords: Any) -> None:
-        if self._host.strategies:
-            deadline = time.monotonic() + 0.5
-            while time.monotonic() < deadline:
-                assert self._host.strategies[0]
+        deadline = time.monotonic() + 0.1
+        while time.monotonic() < deadline:
+            if self._host.strategies:
                 time.sleep(0.001)
+                assert self._host.strategies[0]
         super()._capture(forward, batch, *arguments, **keywords)
 
 

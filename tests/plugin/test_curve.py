@@ -36,11 +36,14 @@ def test_every_cell_with_a_round_time_is_a_point() -> None:
 def test_a_gain_is_claimed_only_where_the_interval_leaves_out_0() -> None:
     rows = curve.table().splitlines()[4:]
     for one, row in zip(curve.points(), rows, strict=True):
-        assert one.gain[1] <= one.gain[0] <= one.gain[2]
-        if not one.enough:
-            assert "too few for an interval" in row
-        else:
-            assert ("no difference seen" in row) == (one.gain[1] <= 0 <= one.gain[2])
+        for gain, said in zip((one.gain, one.rounds), row.split(" | ")[8:10], strict=True):
+            if gain is None:
+                assert said == "–"
+            elif not one.enough:
+                assert "too few for an interval" in said
+            else:
+                assert gain[1] <= gain[0] <= gain[2]
+                assert ("no difference seen" in said) == (gain[1] <= 0 <= gain[2])
 
 
 def test_nothing_leaves_the_picture() -> None:
