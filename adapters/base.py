@@ -88,6 +88,9 @@ class Host(Protocol):
     def exact_step_lengths(self) -> bool:
         """Whether draft steps shall see the draft tokens before them, even where the engine's own path hides them."""
 
+    def with_exact_lengths(self, steps: int) -> str:
+        """What that gave a trained model that drafts so many steps, in words."""
+
     def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
         """The reports of a path of an engine. They go to counters, metrics, observers and the engine's own `logger`."""
 

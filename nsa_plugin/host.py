@@ -20,6 +20,7 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps
 from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate, TailRows
+from nsa_plugin.estimate import acceptance
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
@@ -111,6 +112,10 @@ class Host(Switch):
     def exact_step_lengths(self) -> bool:
         """Whether the lengths of draft steps count the draft tokens before them."""
         return self.settings.step_lengths == "exact"
+
+    def with_exact_lengths(self, steps: int) -> str:
+        """What that gave a trained model that drafts so many steps, in words."""
+        return acceptance.with_exact_lengths(steps)
 
     def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
         """The object that reports for one path of an engine, through the engine's `logger`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,9 @@ from nsa_plugin.adapters.sglang.releases import (
 )
 from nsa_plugin.adapters.sglang.reports import logger, report
 
+PAYS_FROM = 4
+"""Number of steps from which on exact step lengths are worth a line in the log."""
+
 
 class MultiStepDraft(HookedBackend):
     """`DeepseekSparseAttnMultiStepBackend`: all draft backends at once, always as DECODE."""
@@ -37,6 +41,7 @@ class MultiStepDraft(HookedBackend):
 
         self._decode = NativeMode.DECODE
         self._shares_topk: Attached[bool] = Attached("shares_topk")
+        self._has_told = False
 
     def backends(self, owner: Any) -> Sequence[Any]:
         """The draft backends."""
@@ -65,23 +70,40 @@ class MultiStepDraft(HookedBackend):
         (`speculative.eagle_worker_common.prepare_for_draft` reads them there).
         """
         if not self._host.exact_step_lengths:
+            self._say_what_they_give(owner, batch)
             return False
-        problem, captured = "", (backend.decode_cuda_graph_metadata for backend in self.backends(owner))
-        if keys_per_index_key(self.backends(owner)[0]) > 1:
-            problem = "pools of index keys are completed at the lengths of the batch itself (index_kpool above 1)"
-        elif owner.topk != 1:
-            problem = "the draft is a tree (--speculative-eagle-topk above 1)"
-        elif has_shared_topk(batch) or (known := self._shares_topk.get(owner)):
-            problem = "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
-        elif known is None:
-            problem = (
-                "whether its steps share top-k indices is not known: the draft was made before the plugin was installed"
-            )
-        elif any(reads_lengths_of(batch, store[batch.batch_size]) for store in captured):
-            problem = "all steps read the lengths of the batch itself, of which there is one set"
+        problem = self._why_not_exact(owner, batch)
         if problem:
             report(self._host, self._decode).using(f"with sglang's own step lengths: {problem}")
         return not problem
+
+    def _why_not_exact(self, owner: Any, batch: Any) -> str:
+        captured = (backend.decode_cuda_graph_metadata for backend in self.backends(owner))
+        if keys_per_index_key(self.backends(owner)[0]) > 1:
+            return "pools of index keys are completed at the lengths of the batch itself (index_kpool above 1)"
+        if owner.topk != 1:
+            return "the draft is a tree (--speculative-eagle-topk above 1)"
+        known = self._shares_topk.get(owner)
+        if has_shared_topk(batch) or known:
+            return "all steps use the top-k indices of one (index_share_for_mtp_iteration)"
+        if known is None:
+            return (
+                "whether its steps share top-k indices is not known: the draft was made before the plugin was installed"
+            )
+        if any(reads_lengths_of(batch, store[batch.batch_size]) for store in captured):
+            return "all steps read the lengths of the batch itself, of which there is one set"
+        return ""
+
+    def _say_what_they_give(self, owner: Any, batch: Any) -> None:
+        """Once, where they pay and can be had. Nothing depends on it, so that no error of it counts."""
+        steps = len(self.backends(owner)) + 1
+        if self._has_told or steps < PAYS_FROM:
+            return
+        self._has_told = True
+        with suppress(Exception):
+            if not self._why_not_exact(owner, batch):
+                said = self._host.with_exact_lengths(steps)
+                logger.info("nsa-plugin: draft decode: NSA_PLUGIN_STEP_LENGTHS=exact is not set; %s", said)
 
     def made(self, original: Callable[..., None], owner: Any, *arguments: Any, **keywords: Any) -> None:
         """Stand in for `__init__`: keep what the draft model's configuration says of shared top-k indices."""

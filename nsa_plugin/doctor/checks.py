@@ -20,6 +20,7 @@ from nsa_plugin.adapters.probe import installed_version
 from nsa_plugin.doctor.check import Check, Status
 from nsa_plugin.doctor.loading import LOADING, loading
 from nsa_plugin.doctor.patches import Ledger, ledger
+from nsa_plugin.estimate.acceptance import with_exact_lengths
 from nsa_plugin.host import Host
 from nsa_plugin.settings import PREFIX, SettingError, Settings
 
@@ -148,7 +149,9 @@ def _settings(settings: Settings) -> Iterator[Check]:
             "let NSA_PLUGIN_REPRO_DIR name a directory",
         )  # fmt: skip
     if settings.step_lengths == "exact":
-        meaning = "draft steps see the draft tokens before them: acceptance may change, the verified output never"
+        meaning = (
+            "draft steps see the draft tokens before them: acceptance changes; single answers may differ by rounding"
+        )
         yield Check("setting", "NSA_PLUGIN_STEP_LENGTHS", "note", meaning)
     for name, value, source in settings.rows():
         problem, fix = problems.get(name, ("", ""))
@@ -182,6 +185,9 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpus: list[str]) -> 
         yield Check(
             "engine", f"{name}: {variable}", "fail", "can't be had with this engine", f"unset {variable} for it"
         )
+    if "step_lengths" in getattr(adapter, "features", ()) and settings.step_lengths != "exact":
+        gain = "; ".join(map(with_exact_lengths, (4, 7)))
+        yield Check("engine", f"{name}: exact step lengths", "ok", f"off; {gain}", more=settings.strategy == "off")
     yield from _paths(name, _plans(host, adapter), settings.strategy, gpus, bool(problems))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from nsa_plugin.estimate.acceptance import with_exact_lengths
 from nsa_plugin.estimate.model import Estimate, Measured, Range, Round
 
 
@@ -40,7 +41,8 @@ def show(measured: Measured, of: Round, found: Estimate, console: Console) -> No
         said = f"Expect {mid} tokens/s, {low} to {high} ({kind})."
     console.print(said, markup=False)
     if of.engine == "sglang":
-        console.print(_acceptance(measured, of.steps), markup=False)
+        said = with_exact_lengths(of.steps, measured)
+        console.print(f"Not in it: NSA_PLUGIN_STEP_LENGTHS=exact, {said}.", markup=False)
 
 
 def _why_host(measured: Measured, of: Round, found: Estimate) -> str:
@@ -53,17 +55,6 @@ def _why_host(measured: Measured, of: Round, found: Estimate) -> str:
     if found.bound.high == 0:
         return f"{ratio}: nothing to gain from host time, the GPU hides it (measured from {least:.1f} on)"
     return f"{ratio}: not known whether the host bounds it (it does up to {most:.1f}, not from {least:.1f} on)"
-
-
-def _acceptance(measured: Measured, steps: int) -> str:
-    """What exact step lengths give, of the nearest measured number of steps."""
-    nearest, ratio, low, high = min(measured.acceptance, key=lambda row: abs(row[0] - steps))
-    change, least, most = (f"{100 * (value - 1):+.1f} %" for value in (ratio, low, high))
-    said = "no difference seen" if low <= 1 <= high else f"{change}, {least} to {most}"
-    return (
-        f"Not in it: NSA_PLUGIN_STEP_LENGTHS=exact, accepted tokens with {nearest} steps: {said} "
-        "(one small trained model)."
-    )
 
 
 def _ms(saved: Range) -> str:

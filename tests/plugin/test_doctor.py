@@ -91,6 +91,20 @@ def test_what_is_untested_is_a_note(toy: type[Toy], capsys: pytest.CaptureFixtur
     )
 
 
+def test_what_exact_step_lengths_gave_is_said_where_they_can_be_had(
+    toy: type[Toy], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "sglang: exact step lengths"
+    assert line not in report(capsys)[1]
+    monkeypatch.setattr(toy, "features", frozenset({"step_lengths"}))
+    said = report(capsys)[1][line]
+    assert (
+        said["status"] == "ok" and "with 4 steps: +1.5 %" in said["detail"] and "with 7 steps: +5.2 %" in said["detail"]
+    )
+    monkeypatch.setenv("NSA_PLUGIN_STEP_LENGTHS", "exact")
+    assert line not in report(capsys)[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "failing"),
     [

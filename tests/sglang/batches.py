@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nsa_plugin import hookimpl
-from nsa_plugin.adapters.sglang import hooked
+from nsa_plugin.adapters.sglang import hooked, reports
+from nsa_plugin.adapters.sglang.compare import differences
 from nsa_plugin.core import api
 from nsa_plugin.rigs.sglang import backends as kit
 
@@ -65,3 +66,12 @@ def addresses(backend: Any) -> dict[str, int]:
     """Where the tensors of a backend's metadata are."""
     metadata = backend.forward_metadata
     return {name: getattr(metadata, name).data_ptr() for name in FIELDS if getattr(metadata, name) is not None}
+
+
+def wrong(mode: str, reference: Any, live: Any, backends: list[Any]) -> list[str]:
+    """Fields in which any backend differs from sglang's own per-backend values."""
+    expected = kit.engine_metadata(reference, live, mode)
+    found = [
+        differences(expected, backend.forward_metadata, backend, live, reports.MODES[mode]) for backend in backends
+    ]
+    return sorted({name for names in found for name in names})

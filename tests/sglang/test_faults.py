@@ -26,10 +26,10 @@ from nsa_plugin.adapters.sglang.adapter import SglangAdapter
 from nsa_plugin.core.kernels import metadata
 from nsa_plugin.host import Host
 from nsa_plugin.rigs.sglang import backends as kit
-from tests.sglang.batches import CONFIG, TABLE, TritonPrecompute, batch, capture_batch, replays
+from tests.sglang.batches import CONFIG, TABLE, TritonPrecompute, batch, capture_batch, replays, wrong
 from tests.sglang.conftest import Install
 from tests.sglang.test_install import methods
-from tests.sglang.test_verification import made, wrong
+from tests.sglang.test_verification import made
 
 
 class Fault:
