@@ -28,7 +28,7 @@ def show(measured: Measured, of: Round, found: Estimate, console: Console) -> No
             "page tables",
             _ms(found.tables),
             _gain(found.tables, gpu, of),
-            "GPU time of metadata, from times of kernels; of wider tables from times of rounds",
+            "GPU time of metadata, from times of kernels; of wider tables from times of rounds, without pooled index keys",
         )
     console.print(table)
     low, mid, high = (None if value is None else f"{100 * value:+.1f} %" for value in found.gain)
