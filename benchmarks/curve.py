@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import svg
-from benchmarks.end_to_end.report import AGAIN, BASELINE, FEWEST_PAIRS, by_rounds, paired
+from benchmarks.end_to_end.report import AGAIN, BASELINE, FEWEST_PAIRS, by_rounds, by_tokens, paired
 from benchmarks.measured import RESULTS, WIDTH, host_ms
 
 FILES = re.compile(r"end_to_end_(sglang|vllm)_(\d+)_layers(?:_\w+)?_h[12]00")
@@ -81,17 +81,14 @@ def _points(results: dict[str, Any], engine: str, layers: int) -> Iterator[Point
         shipped, plugin, again = (cell["variants"].get(name) for name in (BASELINE, "auto", AGAIN))
         if shipped is None or plugin is None or shipped["round_us_median"] is None:
             continue
+        rounds = by_rounds(plugin, shipped)
         yield Point(
             engine, results["machine"]["machine"].removeprefix("NVIDIA ").split(" ")[0], layers,
             cell["steps"], cell["prompt"], cell["batch"], results.get("width", WIDTH), shipped["round_us_median"] / 1e3,
-            (host_ms(engine, shipped), host_ms(engine, plugin)), _gain(_by_tokens(plugin, shipped)),
-            _gain(by_rounds(plugin, shipped)) if by_rounds(plugin, shipped) else None,
-            again and _gain(by_rounds(again, shipped) or _by_tokens(again, shipped)), min(plugin["turns"], shipped["turns"]),
+            (host_ms(engine, shipped), host_ms(engine, plugin)), _gain(by_tokens(plugin, shipped)),
+            _gain(rounds) if rounds else None,
+            again and _gain(by_rounds(again, shipped) or by_tokens(again, shipped)), min(plugin["turns"], shipped["turns"]),
         )  # fmt: skip
-
-
-def _by_tokens(one: dict[str, Any], shipped: dict[str, Any]) -> list[tuple[float, float]]:
-    return list(zip(one["tokens_per_s_all"], shipped["tokens_per_s_all"], strict=False))
 
 
 def _gain(pairs: list[tuple[float, float]]) -> Gain:

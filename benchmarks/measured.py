@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end.report import BASELINE, by_rounds
+from benchmarks.end_to_end.report import BASELINE, by_rounds, by_tokens
 
 RESULTS = Path(__file__).parent / "results"
 FILE = Path(__file__).parents[1] / "nsa_plugin" / "estimate" / "measured.json"
@@ -69,8 +69,7 @@ def _cells() -> Iterator[dict[str, Any]]:
             hosts = [host_ms(results["engine"], one) for one in (shipped, plugin)]
             if None in hosts:
                 continue
-            tokens = list(zip(plugin["tokens_per_s_all"], shipped["tokens_per_s_all"], strict=False))
-            pairs = by_rounds(plugin, shipped) or tokens
+            pairs = by_rounds(plugin, shipped) or by_tokens(plugin, shipped)
             yield {
                 "file": path.stem,
                 "engine": results["engine"],

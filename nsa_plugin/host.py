@@ -20,7 +20,6 @@ from nsa_plugin.core.batch import BatchDescriptor, Geometry
 from nsa_plugin.core.draft_steps import DraftLimits, DraftStep, FillDraftSteps, bind_draft_steps
 from nsa_plugin.core.plan import Consumers, PlanStrategy, ReplayPlan
 from nsa_plugin.core.step_update import DraftRows, IndexerRows, SlotGroups, StepUpdate, TailRows
-from nsa_plugin.estimate import acceptance
 from nsa_plugin.hookspec import hookimpl
 from nsa_plugin.manager import Manager
 from nsa_plugin.monitoring import Labels, Monitor
@@ -115,7 +114,9 @@ class Host(Switch):
 
     def with_exact_lengths(self, steps: int) -> str:
         """What that gave a trained model that drafts so many steps, in words."""
-        return acceptance.with_exact_lengths(steps)
+        from nsa_plugin.estimate import acceptance, model  # most engines never ask
+
+        return acceptance.with_exact_lengths(model.Measured.load(), steps)
 
     def path(self, engine: str, path: str, logger: logging.Logger) -> PathReport:
         """The object that reports for one path of an engine, through the engine's `logger`."""

@@ -78,7 +78,6 @@ class MultiStepDraft(HookedBackend):
         return not problem
 
     def _why_not_exact(self, owner: Any, batch: Any) -> str:
-        captured = (backend.decode_cuda_graph_metadata for backend in self.backends(owner))
         if keys_per_index_key(self.backends(owner)[0]) > 1:
             return "pools of index keys are completed at the lengths of the batch itself (index_kpool above 1)"
         if owner.topk != 1:
@@ -90,7 +89,8 @@ class MultiStepDraft(HookedBackend):
             return (
                 "whether its steps share top-k indices is not known: the draft was made before the plugin was installed"
             )
-        if any(reads_lengths_of(batch, store[batch.batch_size]) for store in captured):
+        captured = (backend.decode_cuda_graph_metadata[batch.batch_size] for backend in self.backends(owner))
+        if any(reads_lengths_of(batch, metadata) for metadata in captured):
             return "all steps read the lengths of the batch itself, of which there is one set"
         return ""
 

@@ -249,7 +249,7 @@ def _rate(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
     rate = f"{one['tokens_per_s']:,.{int(one['tokens_per_s'] < 100)}f}"
     if baseline is None or one is baseline:
         return rate
-    pairs = list(zip(one["tokens_per_s_all"], baseline["tokens_per_s_all"], strict=False))
+    pairs = by_tokens(one, baseline)
     if len(pairs) < FEWEST_PAIRS:
         return f"{rate} ({_change(one['tokens_per_s'] / baseline['tokens_per_s'])})"
     return f"{rate} ({_paired(pairs)})"
@@ -258,6 +258,11 @@ def _rate(one: dict[str, Any] | None, baseline: dict[str, Any] | None) -> str:
 def mostly_prompts(one: dict[str, Any]) -> bool:
     """Whether a variant's tokens per second say little, as its prompts took most of the time."""
     return float(one.get("prompt_share", 0)) > MOSTLY_PROMPTS
+
+
+def by_tokens(one: dict[str, Any], baseline: dict[str, Any]) -> list[tuple[float, float]]:
+    """Pairs of blocks, in tokens per second."""
+    return list(zip(one["tokens_per_s_all"], baseline["tokens_per_s_all"], strict=False))
 
 
 def by_rounds(one: dict[str, Any], baseline: dict[str, Any]) -> list[tuple[float, float]]:

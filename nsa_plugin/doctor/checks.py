@@ -21,6 +21,7 @@ from nsa_plugin.doctor.check import Check, Status
 from nsa_plugin.doctor.loading import LOADING, loading
 from nsa_plugin.doctor.patches import Ledger, ledger
 from nsa_plugin.estimate.acceptance import with_exact_lengths
+from nsa_plugin.estimate.model import Measured
 from nsa_plugin.host import Host
 from nsa_plugin.settings import PREFIX, SettingError, Settings
 
@@ -186,7 +187,8 @@ def _engine(host: Host, name: str, adapter: Adapter | None, gpus: list[str]) -> 
             "engine", f"{name}: {variable}", "fail", "can't be had with this engine", f"unset {variable} for it"
         )
     if "step_lengths" in getattr(adapter, "features", ()) and settings.step_lengths != "exact":
-        gain = "; ".join(map(with_exact_lengths, (4, 7)))
+        measured = Measured.load()
+        gain = "; ".join(with_exact_lengths(measured, steps) for steps in (4, 7))
         yield Check("engine", f"{name}: exact step lengths", "ok", f"off; {gain}", more=settings.strategy == "off")
     yield from _paths(name, _plans(host, adapter), settings.strategy, gpus, bool(problems))
 

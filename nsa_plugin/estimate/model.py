@@ -155,9 +155,10 @@ class Measured:
             others = self.without(cell)
             bound = others._bound(_ratio(cell))
             if bound.low == bound.high:
-                saved = others.share(cell["engine"], cell["steps"]) / _ratio(cell)
-                if not bound.mid:
-                    of = round_of(cell)
+                of = round_of(cell)
+                if bound.mid:
+                    saved = others.share(of.engine, of.steps) / _ratio(cell)
+                else:
                     saved = (self.schedule(of).mid + self.page_tables(of).mid) / of.round_ms
                 found.setdefault((cell["engine"], bool(bound.mid)), []).append(cell["log_ratio"] + math.log(1 - saved))
         return found

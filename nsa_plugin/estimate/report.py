@@ -41,7 +41,7 @@ def show(measured: Measured, of: Round, found: Estimate, console: Console) -> No
         said = f"Expect {mid} tokens/s, {low} to {high} ({kind})."
     console.print(said, markup=False)
     if of.engine == "sglang":
-        said = with_exact_lengths(of.steps, measured)
+        said = with_exact_lengths(measured, of.steps)
         console.print(f"Not in it: NSA_PLUGIN_STEP_LENGTHS=exact, {said}.", markup=False)
 
 
